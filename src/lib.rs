@@ -1,0 +1,7 @@
+//! 4-bit floating-point models in [Candle](candle_core).
+
+#![deny(missing_docs)]
+
+mod error;
+
+pub use error::{Error, Result};
