@@ -3,5 +3,6 @@
 #![deny(missing_docs)]
 
 mod error;
+pub mod fp4;
 
 pub use error::{Error, Result};

@@ -1,0 +1,124 @@
+//! Bytes where they lie: a range of a mapped file, or of memory that this process owns.
+
+use crate::{Error, Result};
+use memmap2::{Mmap, MmapMut};
+use std::ops::{Deref, Range};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A cheap, shared view of read-only bytes.
+///
+/// Both kinds are page-aligned memory maps, so that a Metal buffer can later be made over either of them
+/// without a copy: a file's map for a checkpoint, an anonymous one for what is built in memory.
+#[derive(Clone)]
+pub struct Bytes {
+    map: Arc<Mmap>,
+    range: (usize, usize),
+}
+
+impl Bytes {
+    /// Maps a whole file, read-only.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be opened or mapped.
+    pub fn map_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = std::fs::File::open(path).map_err(|e| Error::io(path, e, ""))?;
+        // SAFETY: the map is read-only and private to this type. What remains is another process that
+        // truncates or rewrites the file while it is mapped; checkpoints are written to a temporary file
+        // and renamed (by this crate and by the hub's cache), so that a mapped file never changes under us.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e, ""))?;
+        Ok(Self::whole(map))
+    }
+
+    /// Owned memory of `len` bytes, filled by `fill`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the system has no memory left; whatever `fill` answers.
+    pub fn build(len: usize, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Self> {
+        let memory = |e| Error::io("(memory)", e, format!("{len} bytes were asked for"));
+        // An empty map is refused by some systems.
+        let mut map = MmapMut::map_anon(len.max(1)).map_err(memory)?;
+        fill(&mut map[..len])?;
+        let mut bytes = Self::whole(map.make_read_only().map_err(memory)?);
+        bytes.range.1 = len;
+        Ok(bytes)
+    }
+
+    /// Owned memory with a copy of `bytes`.
+    ///
+    /// # Errors
+    /// As [`Bytes::build`].
+    pub fn copy_from(bytes: &[u8]) -> Result<Self> {
+        Self::build(bytes.len(), |memory| {
+            memory.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    fn whole(map: Mmap) -> Self {
+        let range = (0, map.len());
+        Self {
+            map: Arc::new(map),
+            range,
+        }
+    }
+
+    /// A part of these bytes, or `None` where `range` leaves them.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.len() {
+            return None;
+        }
+        Some(Self {
+            map: self.map.clone(),
+            range: (self.range.0 + range.start, self.range.0 + range.end),
+        })
+    }
+
+    /// Whether both lie in the same map: one device buffer can serve both.
+    pub fn same_map(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.map, &other.map)
+    }
+
+    /// Where these bytes begin in their map.
+    pub fn offset(&self) -> usize {
+        self.range.0
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map[self.range.0..self.range.1]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({} at {})", self.len(), self.range.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_share_the_map_and_stay_inside() {
+        let bytes = Bytes::copy_from(&[1, 2, 3, 4, 5]).unwrap();
+        let part = bytes.slice(1..4).unwrap();
+        assert_eq!(&*part, [2, 3, 4]);
+        assert_eq!(part.slice(1..2).unwrap().offset(), 2);
+        assert!(part.same_map(&bytes));
+        assert!(part.slice(0..4).is_none());
+        assert!(!part.same_map(&Bytes::copy_from(&[2, 3, 4]).unwrap()));
+        assert!(Bytes::copy_from(&[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Bytes::map_file("no/such/file").unwrap_err().to_string();
+        assert!(error.contains("no/such/file"), "{error}");
+    }
+}
