@@ -2,6 +2,7 @@
 
 #![deny(missing_docs)]
 
+pub mod cpu;
 mod error;
 pub mod fp4;
 

@@ -1,0 +1,96 @@
+//! The plain implementations: dequantise, multiply, add, in the order of the formula, with f64 sums.
+//!
+//! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
+
+use super::{Expert, HeadRows};
+use crate::fp4::Weight;
+
+fn dequantize(weight: &Weight) -> Vec<f32> {
+    let (n, k) = weight.shape();
+    let mut values = vec![0.0; n * k];
+    for (i, row) in values.chunks_exact_mut(k).enumerate() {
+        weight.decode_row(i, row);
+    }
+    values
+}
+
+fn dot(a: impl Iterator<Item = f32>, b: impl Iterator<Item = f32>) -> f32 {
+    a.zip(b).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
+}
+
+/// `y[i, n] = Σ_k x[i, k] · w[n, k]`; see [`cpu::linear`](super::linear).
+pub fn linear(weight: &Weight, x: &[f32], m: usize) -> Vec<f32> {
+    let rows = HeadRows {
+        heads: 1,
+        stride: weight.shape().0,
+        start: 0,
+        len: weight.shape().0,
+    };
+    per_head(weight, rows, x, m)
+}
+
+/// `y[i, h, r] = Σ_k x[i, h, k] · w[first(h) + r, k]`; see [`cpu::per_head`](super::per_head).
+pub fn per_head(weight: &Weight, rows: HeadRows, x: &[f32], m: usize) -> Vec<f32> {
+    let (w, k) = (dequantize(weight), weight.shape().1);
+    let mut y = Vec::with_capacity(m * rows.heads * rows.len);
+    for i in 0..m {
+        for h in 0..rows.heads {
+            for r in 0..rows.len {
+                let x = &x[(i * rows.heads + h) * k..][..k];
+                let w = &w[(rows.first(h) + r) * k..][..k];
+                y.push(dot(x.iter().copied(), w.iter().copied()));
+            }
+        }
+    }
+    y
+}
+
+/// `y[i, h, k] = Σ_r x[i, h, r] · w[first(h) + r, k]`; see
+/// [`cpu::per_head_transposed`](super::per_head_transposed).
+pub fn per_head_transposed(weight: &Weight, rows: HeadRows, x: &[f32], m: usize) -> Vec<f32> {
+    let (w, width) = (dequantize(weight), weight.shape().1);
+    let mut y = Vec::with_capacity(m * rows.heads * width);
+    for i in 0..m {
+        for h in 0..rows.heads {
+            for k in 0..width {
+                let x = &x[(i * rows.heads + h) * rows.len..][..rows.len];
+                let column = (0..rows.len).map(|r| w[(rows.first(h) + r) * width + k]);
+                y.push(dot(x.iter().copied(), column));
+            }
+        }
+    }
+    y
+}
+
+/// `silu(g) · u`.
+pub fn swiglu(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + (-gate).exp()) * up
+}
+
+/// `y[t] = Σ_slot w[t, slot] · down_e(silu(gate_e x[t]) · up_e x[t]) + Σ_shared down(…)`; see
+/// [`cpu::fused_moe`](super::fused_moe).
+pub fn fused_moe(
+    experts: &[Expert],
+    shared: &[Expert],
+    x: &[f32],
+    ids: &[u32],
+    weights: &[f32],
+    top_k: usize,
+) -> Vec<f32> {
+    let d = experts[0].gate.shape().1;
+    let mut y = Vec::with_capacity(x.len());
+    for (t, x) in x.chunks_exact(d).enumerate() {
+        let slots = (0..top_k).map(|slot| t * top_k + slot);
+        let routed = slots.map(|slot| (&experts[ids[slot] as usize], weights[slot]));
+        let mut sum = vec![0f64; experts[0].down.shape().0];
+        for (expert, weight) in routed.chain(shared.iter().map(|expert| (expert, 1.0))) {
+            let (gate, up) = (linear(&expert.gate, x, 1), linear(&expert.up, x, 1));
+            let hidden: Vec<f32> = gate.into_iter().zip(up).map(|(g, u)| swiglu(g, u)).collect();
+            for (sum, value) in sum.iter_mut().zip(linear(&expert.down, &hidden, 1)) {
+                *sum += f64::from(weight) * f64::from(value);
+            }
+        }
+        y.extend(sum.into_iter().map(|v| v as f32));
+    }
+    y
+}

@@ -1,0 +1,147 @@
+//! Which experts a token goes to, and with what weight (DeepSeek-V3's auxiliary-loss-free routing, as
+//! transformers' `Glm4MoeLiteTopkRouter` and `route_tokens_to_experts` compute it).
+
+/// The router's constants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Routing {
+    /// Experts a token.
+    pub top_k: usize,
+    /// Groups the experts are divided into.
+    pub n_group: usize,
+    /// Groups whose experts may be chosen.
+    pub topk_group: usize,
+    /// Whether the chosen weights are divided by their sum.
+    pub normalize: bool,
+    /// What the weights are multiplied by.
+    pub scaling_factor: f32,
+}
+
+/// Chooses experts for each row of `logits` `[T, E]`; gives ids and weights, both `[T, top_k]`, best first.
+///
+/// The correction `bias` `[E]` takes part in the choice only: weights are the plain sigmoid scores. A group's
+/// score is the sum of its two best corrected scores; the other groups are out of the race whatever their
+/// scores. Ties go to the lower index. A row with NaN chooses some experts, with NaN weights, so that it
+/// stays visible.
+///
+/// # Panics
+/// If the shapes disagree, or there are fewer experts in the allowed groups than slots.
+pub fn route(logits: &[f32], bias: &[f32], routing: &Routing) -> (Vec<u32>, Vec<f32>) {
+    let (experts, per_group) = (bias.len(), bias.len() / routing.n_group);
+    assert!(
+        experts > 0 && logits.len().is_multiple_of(experts),
+        "route: logits"
+    );
+    assert!(routing.top_k <= routing.topk_group * per_group, "route: top_k");
+    let slots = logits.len() / experts * routing.top_k;
+    let (mut ids, mut weights) = (Vec::with_capacity(slots), Vec::with_capacity(slots));
+    for logits in logits.chunks_exact(experts) {
+        let scores: Vec<f32> = logits.iter().map(|&x| 1.0 / (1.0 + (-x).exp())).collect();
+        let mut choice: Vec<f32> = scores
+            .iter()
+            .zip(bias)
+            .map(|(score, bias)| score + bias)
+            .collect();
+        if routing.topk_group < routing.n_group {
+            let group_scores: Vec<f32> = choice.chunks_exact(per_group).map(sum_of_two_best).collect();
+            let allowed = best(&group_scores, routing.topk_group);
+            for (group, scores) in choice.chunks_exact_mut(per_group).enumerate() {
+                if !allowed.contains(&group) {
+                    scores.fill(f32::NEG_INFINITY);
+                }
+            }
+        }
+        let chosen = best(&choice, routing.top_k);
+        let sum: f32 = chosen.iter().map(|&e| scores[e]).sum();
+        let divisor = if routing.normalize { sum + 1e-20 } else { 1.0 };
+        ids.extend(chosen.iter().map(|&e| e as u32));
+        weights.extend(
+            chosen
+                .iter()
+                .map(|&e| scores[e] / divisor * routing.scaling_factor),
+        );
+    }
+    (ids, weights)
+}
+
+fn sum_of_two_best(scores: &[f32]) -> f32 {
+    best(scores, 2).into_iter().map(|i| scores[i]).sum()
+}
+
+/// The indices of the `count` largest values, best first, ties by index, NaN before all.
+fn best(values: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    let by_rank = |&a: &usize, &b: &usize| {
+        let nan = values[b].is_nan().cmp(&values[a].is_nan());
+        nan.then(
+            values[b]
+                .partial_cmp(&values[a])
+                .unwrap_or(std::cmp::Ordering::Equal),
+        )
+        .then(a.cmp(&b))
+    };
+    if count < order.len() {
+        order.select_nth_unstable_by(count, by_rank);
+        order.truncate(count);
+    }
+    order.sort_unstable_by(by_rank);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Routing = Routing {
+        top_k: 2,
+        n_group: 1,
+        topk_group: 1,
+        normalize: true,
+        scaling_factor: 1.8,
+    };
+
+    fn sigmoid(x: f32) -> f32 {
+        1.0 / (1.0 + (-x).exp())
+    }
+
+    #[test]
+    fn weights_are_sigmoid_not_softmax_normalised_then_scaled() {
+        let (ids, weights) = route(&[0.0, 2.0, -1.0, 1.0], &[0.0; 4], &PLAIN);
+        assert_eq!(ids, [1, 3]);
+        let sum = sigmoid(2.0) + sigmoid(1.0);
+        assert_eq!(weights, [sigmoid(2.0) / sum * 1.8, sigmoid(1.0) / sum * 1.8]);
+    }
+
+    #[test]
+    fn the_bias_chooses_but_does_not_weigh() {
+        let (ids, weights) = route(&[0.0, 2.0, -1.0, 1.0], &[0.0, 0.0, 5.0, 0.0], &PLAIN);
+        assert_eq!(ids, [2, 1]);
+        let sum = sigmoid(-1.0) + sigmoid(2.0);
+        assert_eq!(weights, [sigmoid(-1.0) / sum * 1.8, sigmoid(2.0) / sum * 1.8]);
+    }
+
+    #[test]
+    fn groups_limit_the_choice_even_below_zero() {
+        // Group 1 wins by the sum of its two best although the single best expert is in group 0; with all
+        // corrected scores negative, a mask of zeros (as early code had) would choose group 0's again.
+        let routing = Routing {
+            n_group: 2,
+            topk_group: 1,
+            normalize: false,
+            scaling_factor: 1.0,
+            ..PLAIN
+        };
+        let logits = [3.0, -9.0, -9.0, 1.0, 1.5, -9.0];
+        let (ids, weights) = route(&logits, &[-2.0; 6], &routing);
+        assert_eq!(ids, [4, 3]);
+        assert_eq!(weights, [sigmoid(1.5), sigmoid(1.0)]);
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_index_and_nan_stays_visible() {
+        let (ids, _) = route(&[1.0; 5], &[0.0; 5], &Routing { top_k: 3, ..PLAIN });
+        assert_eq!(ids, [0, 1, 2]);
+        let (ids, weights) = route(&[1.0, f32::NAN, 3.0], &[0.0; 3], &PLAIN);
+        assert_eq!(ids, [1, 2]);
+        assert!(weights.iter().all(|w| w.is_nan()));
+    }
+}
