@@ -5,5 +5,7 @@
 pub mod cpu;
 mod error;
 pub mod fp4;
+pub mod nn;
+pub mod ops;
 
 pub use error::{Error, Result};

@@ -1,0 +1,169 @@
+//! The linear layer.
+
+use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use crate::{Error, Result, ops};
+use candle_core::{DType, Module, Tensor};
+use candle_nn::VarBuilder;
+
+/// A linear layer `y = x · Wᵀ + b` whose weight `[N, K]` lies in FP4 (or, where a checkpoint keeps it so, in
+/// floating point).
+///
+/// Takes `x` `[…, K]` of any leading shape, strided or not, in F32, F16 or BF16; gives `[…, N]` in the same
+/// dtype, computed in f32. There is no backward pass.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_mmfp4::{fp4::Format, nn::MmfP4Linear};
+///
+/// let weight = Tensor::randn(0f32, 1f32, (64, 128), &Device::Cpu)?;
+/// let dense = candle_nn::Linear::new(weight, None);
+/// let fp4 = MmfP4Linear::from_linear(&dense, Format::mmfp4())?;
+///
+/// let x = Tensor::randn(0f32, 1f32, (2, 5, 128), &Device::Cpu)?;
+/// let (exact, rounded) = (dense.forward(&x)?, fp4.forward(&x)?);
+/// assert_eq!(rounded.dims(), [2, 5, 64]);
+/// let error = (&exact - rounded)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
+/// let power = exact.sqr()?.mean_all()?.to_scalar::<f32>()?;
+/// assert!(error / power < 0.02);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct MmfP4Linear {
+    op: ops::Linear,
+}
+
+impl MmfP4Linear {
+    /// From its parts: a weight `[N, K]`, used where it lies, and a bias `[N]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the bias is not a vector of `N` floats.
+    pub fn new(weight: impl Into<Weight>, bias: Option<&Tensor>) -> Result<Self> {
+        let bias = bias
+            .map(|bias| bias.flatten_all()?.to_dtype(DType::F32)?.to_vec1())
+            .transpose()?;
+        Ok(Self {
+            op: ops::Linear::new(weight.into(), bias)?,
+        })
+    }
+
+    /// Quantises a layer of `candle_nn`; its bias stays as it is.
+    ///
+    /// # Errors
+    /// As [`quantize`]: K must be a multiple of the format's group, the weight finite.
+    pub fn from_linear(linear: &candle_nn::Linear, format: Format) -> Result<Self> {
+        Self::new(quantize_tensor("weight", linear.weight(), format)?, linear.bias())
+    }
+
+    /// Reads `weight` and `scales` in Marlin's MMFP4 layout (U32 codes `[N, K/8]`, F16 scales `[N, K/group]`)
+    /// where there are scales, else a floating-point `weight` `[N, K]` and quantises it to MMFP4; `bias`, if
+    /// `has_bias`.
+    ///
+    /// A `VarBuilder` hands out tensors, so this copies the weight;
+    /// [`Checkpoint`](crate::checkpoint::Checkpoint) uses a file's bytes where they lie.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`], with the tensor's full name, for what is missing or of another shape.
+    pub fn from_var_builder(
+        in_features: usize,
+        out_features: usize,
+        has_bias: bool,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let (n, k) = (out_features, in_features);
+        let name = |part: &str| match vb.prefix() {
+            prefix if prefix.is_empty() => part.to_string(),
+            prefix => format!("{prefix}.{part}"),
+        };
+        let weight = if vb.contains_tensor("scales") {
+            // I32 words, as some writers store them, keep their bits in this conversion.
+            let words = vb.get_unchecked_dtype("weight", DType::U32)?;
+            let scales = vb.get_unchecked_dtype("scales", DType::F16)?;
+            expect_dims(&name("weight"), &words, &[n, k / 8])?;
+            let groups = match scales.dims() {
+                [rows, groups] if *rows == n && *groups > 0 && k % groups == 0 => *groups,
+                found => {
+                    let problem = format!("shape {found:?}; expected [{n}, {k} / group] scales");
+                    return Err(Error::tensor(name("scales"), None, problem));
+                }
+            };
+            let words = words.flatten_all()?.to_vec1::<u32>()?;
+            let scales = scales.flatten_all()?.to_vec1::<half::f16>()?;
+            let parts = Parts {
+                shape: (n, k),
+                group: k / groups,
+                codes: Bytes::copy_from(&words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>())?,
+                scales: Bytes::copy_from(&scales.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>())?,
+                kind: ScaleKind::F16,
+                factor: Factor::None,
+            };
+            Fp4Tensor::new(&name("weight"), parts)?
+        } else {
+            let weight = vb.get_unchecked("weight")?;
+            expect_dims(&name("weight"), &weight, &[n, k])?;
+            quantize_tensor(&name("weight"), &weight, Format::mmfp4())?
+        };
+        let bias = if has_bias { Some(vb.get(n, "bias")?) } else { None };
+        Self::new(weight, bias.as_ref())
+    }
+
+    /// The weight.
+    pub fn weight(&self) -> &Weight {
+        self.op.weight()
+    }
+
+    /// The bias, `N` values.
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.op.bias()
+    }
+}
+
+impl Module for MmfP4Linear {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.op.forward(x)
+    }
+}
+
+/// As [`candle_nn::linear`], in FP4: see [`MmfP4Linear::from_var_builder`].
+///
+/// # Errors
+/// As [`MmfP4Linear::from_var_builder`].
+pub fn linear(in_features: usize, out_features: usize, vb: VarBuilder) -> candle_core::Result<MmfP4Linear> {
+    Ok(MmfP4Linear::from_var_builder(
+        in_features,
+        out_features,
+        true,
+        vb,
+    )?)
+}
+
+/// As [`candle_nn::linear_no_bias`], in FP4: see [`MmfP4Linear::from_var_builder`].
+///
+/// # Errors
+/// As [`MmfP4Linear::from_var_builder`].
+pub fn linear_no_bias(
+    in_features: usize,
+    out_features: usize,
+    vb: VarBuilder,
+) -> candle_core::Result<MmfP4Linear> {
+    Ok(MmfP4Linear::from_var_builder(
+        in_features,
+        out_features,
+        false,
+        vb,
+    )?)
+}
+
+/// Quantises a float matrix `[N, K]` of Candle's.
+pub(super) fn quantize_tensor(name: &str, tensor: &Tensor, format: Format) -> Result<Fp4Tensor> {
+    let shape = tensor.dims2()?;
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    quantize(name, &values, shape, format, ScaleRule::default())
+}
+
+fn expect_dims(name: &str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
+    if tensor.dims() != expected {
+        let problem = format!("shape {:?}; expected {expected:?}", tensor.dims());
+        return Err(Error::tensor(name, None, problem));
+    }
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! What a Candle user swaps in: layers over FP4 weights, masks from positions, a cache that grows by blocks.
+
+mod cache;
+mod embedding;
+mod linear;
+pub mod mask;
+mod moe;
+mod rope;
+mod router;
+
+pub use crate::ops::FusedMoe;
+pub use cache::TokenCache;
+pub use embedding::Embedding;
+pub use linear::{MmfP4Linear, linear, linear_no_bias};
+pub use mask::Mask;
+pub use rope::{Angles, Pairing, RotaryEmbedding};
+pub use router::{Routed, Router};

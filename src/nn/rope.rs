@@ -1,0 +1,106 @@
+//! Rotary position embedding.
+
+use candle_core::{Device, Result, Tensor};
+
+/// Which elements of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// Neighbours, `(2i, 2i + 1)`: `rope_interleave` true, GLM and DeepSeek.
+    Interleaved,
+    /// Halves, `(i, i + d/2)`: `rope_interleave` false, NeoX and Llama.
+    Halves,
+}
+
+/// Rotates the `d` elements of a head by `position · theta^(-2i/d)`, in f32.
+#[derive(Debug, Clone)]
+pub struct RotaryEmbedding {
+    inverse_frequencies: Vec<f32>,
+    pairing: Pairing,
+}
+
+/// Cosines and sines of a forward pass's positions, both `[tokens, d/2]`.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl RotaryEmbedding {
+    /// For heads of `d` (even) rotated elements with base `theta`.
+    pub fn new(d: usize, theta: f32, pairing: Pairing) -> Self {
+        // As transformers computes them: all in f32.
+        let inverse_frequencies = (0..d / 2)
+            .map(|i| 1.0 / theta.powf((2 * i) as f32 / d as f32))
+            .collect();
+        Self {
+            inverse_frequencies,
+            pairing,
+        }
+    }
+
+    /// The angles at these positions; one set serves all layers.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn angles(&self, positions: &[usize], device: &Device) -> Result<Angles> {
+        let shape = (positions.len(), self.inverse_frequencies.len());
+        let frequencies = &self.inverse_frequencies;
+        let angles = || {
+            positions
+                .iter()
+                .flat_map(|p| frequencies.iter().map(move |f| *p as f32 * f))
+        };
+        Ok(Angles {
+            cos: Tensor::from_iter(angles().map(f32::cos), device)?.reshape(shape)?,
+            sin: Tensor::from_iter(angles().map(f32::sin), device)?.reshape(shape)?,
+        })
+    }
+
+    /// Rotates `x` `[tokens, heads, d]`, F32.
+    ///
+    /// # Errors
+    /// Where shapes do not fit.
+    pub fn forward(&self, x: &Tensor, angles: &Angles) -> Result<Tensor> {
+        let by_head = x.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
+        let rotated = match self.pairing {
+            Pairing::Interleaved => candle_nn::rotary_emb::rope_i(&by_head, &angles.cos, &angles.sin)?,
+            Pairing::Halves => candle_nn::rotary_emb::rope(&by_head, &angles.cos, &angles.sin)?,
+        };
+        rotated.squeeze(0)?.transpose(0, 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_rotate_by_their_own_angle() {
+        for pairing in [Pairing::Interleaved, Pairing::Halves] {
+            let rope = RotaryEmbedding::new(4, 100.0, pairing);
+            let angles = rope.angles(&[0, 3], &Device::Cpu).unwrap();
+            let x = Tensor::new(&[[[1f32, 2., 3., 4.]], [[1., 2., 3., 4.]]], &Device::Cpu).unwrap();
+            let y = rope.forward(&x, &angles).unwrap().to_vec3::<f32>().unwrap();
+            assert_eq!(y[0][0], [1., 2., 3., 4.]);
+            let rotate = |a: f32, b: f32, angle: f32| {
+                (
+                    a * angle.cos() - b * angle.sin(),
+                    a * angle.sin() + b * angle.cos(),
+                )
+            };
+            let expected = match pairing {
+                Pairing::Interleaved => {
+                    let ((a, b), (c, d)) = (rotate(1., 2., 3.), rotate(3., 4., 0.3));
+                    [a, b, c, d]
+                }
+                Pairing::Halves => {
+                    let ((a, c), (b, d)) = (rotate(1., 3., 3.), rotate(2., 4., 0.3));
+                    [a, b, c, d]
+                }
+            };
+            for (y, expected) in y[1][0].iter().zip(expected) {
+                assert!((y - expected).abs() < 1e-6, "{pairing:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Candle custom ops: they check shapes, dtypes and values, name the argument at fault, and call a backend.
+//!
+//! Weights live in the op's struct as bytes where they lie; only activations are tensors. Inputs may be
+//! strided, offset or of any leading shape; computation is in f32 whatever the activations' dtype, which is
+//! the output's as well. On the CPU the kernels are [`cpu`](crate::cpu)'s; on Metal every op answers with an
+//! error for now: its kernels come next. There is no backward pass: FP4 weights are not trained.
+
+mod activations;
+mod linear;
+mod moe;
+mod per_head;
+mod route;
+
+pub use linear::Linear;
+pub use moe::FusedMoe;
+pub use per_head::{Orientation, PerHead};
+pub use route::Route;
+
+/// The answer of every op on a Metal tensor, for now.
+fn no_metal<T>(op: &str) -> candle_core::Result<T> {
+    candle_core::bail!(
+        "{op}: not on Metal yet, its kernels come next; move the model and its inputs to Device::Cpu"
+    )
+}

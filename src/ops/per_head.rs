@@ -1,0 +1,89 @@
+//! Products with a head's part of a weight, in both orientations.
+
+use super::activations::{from_f32, to_f32};
+use crate::cpu::{self, HeadRows};
+use crate::fp4::Weight;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Shape, Tensor};
+
+const OP: &str = "mmfp4-per-head";
+
+/// Over which axis of the weight `[N, K]` the sum runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orientation {
+    /// Over K: `[…, heads, K]` to `[…, heads, len]`.
+    Ordinary,
+    /// Over the head's rows of N, while scales run along K: `[…, heads, len]` to `[…, heads, K]`.
+    Transposed,
+}
+
+/// A product a head. MLA absorbs `kv_b` with it: queries meet the key rows transposed, latents the value
+/// rows as they are; a checkpoint that stores the key rows transposed already (MLX's `embed_q`) uses
+/// [`Orientation::Ordinary`] for both. With one head and all rows, [`Orientation::Transposed`] is `x · W`.
+#[derive(Debug, Clone)]
+pub struct PerHead {
+    weight: Weight,
+    rows: HeadRows,
+    orientation: Orientation,
+}
+
+impl PerHead {
+    /// Takes a weight `[N, K]` and the rows of it that belong to each head.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the rows leave the weight or a head's rows its stride.
+    pub fn new(weight: Weight, rows: HeadRows, orientation: Orientation) -> Result<Self> {
+        let (n, k) = weight.shape();
+        if !rows.fit(n) {
+            let expected = format!("rows within a weight of [{n}, {k}], start + len <= stride");
+            return Err(Error::argument(OP, "rows", expected, format!("{rows:?}")));
+        }
+        Ok(Self {
+            weight,
+            rows,
+            orientation,
+        })
+    }
+
+    /// Applies the op to `x` `[…, heads, K]` ([`Orientation::Ordinary`]) or `[…, heads, len]`
+    /// ([`Orientation::Transposed`]) in F32, F16 or BF16.
+    ///
+    /// # Errors
+    /// Names the argument at fault where shape, dtype or device do not fit.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.apply_op1_no_bwd(self)
+    }
+}
+
+impl CustomOp1 for PerHead {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (k, HeadRows { heads, len, .. }) = (self.weight.shape().1, self.rows);
+        let (from, to) = match self.orientation {
+            Orientation::Ordinary => (k, len),
+            Orientation::Transposed => (len, k),
+        };
+        let mut dims = layout.dims().to_vec();
+        if !dims.ends_with(&[heads, from]) {
+            let expected = format!("last dimensions of [{heads}, {from}]");
+            return Err(Error::argument(OP, "x", expected, format!("shape {dims:?}")).into());
+        }
+        let x = to_f32(OP, "x", storage, layout)?;
+        let m = x.len() / (heads * from);
+        let y = match self.orientation {
+            Orientation::Ordinary => cpu::per_head(&self.weight, self.rows, &x, m),
+            Orientation::Transposed => cpu::per_head_transposed(&self.weight, self.rows, &x, m),
+        };
+        if let Some(last) = dims.last_mut() {
+            *last = to;
+        }
+        Ok((from_f32(y, storage), dims.into()))
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        super::no_metal(OP)
+    }
+}
