@@ -2,9 +2,11 @@
 
 #![deny(missing_docs)]
 
+pub mod checkpoint;
 pub mod cpu;
 mod error;
 pub mod fp4;
+pub mod models;
 pub mod nn;
 pub mod ops;
 

@@ -71,6 +71,16 @@ impl DenseTensor {
         &self.bytes
     }
 
+    /// The whole matrix in f32, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let (n, k) = self.shape;
+        let mut values = vec![0.0; n * k];
+        for (i, row) in values.chunks_exact_mut(k).enumerate() {
+            self.decode_row_part(i, 0, row);
+        }
+        values
+    }
+
     pub(crate) fn relocated(&self, bytes: Bytes) -> Self {
         debug_assert_eq!(bytes.len(), self.bytes.len());
         Self {

@@ -1,0 +1,12 @@
+//! Model folders: safetensors read where they lie, and written.
+
+mod load;
+mod marlin;
+mod report;
+mod safetensors;
+mod write;
+
+pub use load::{LoadOptions, Loader};
+pub use report::{Kept, LoadReport, Tally};
+pub use safetensors::{Checkpoint, StoredTensor};
+pub use write::quantize_folder;

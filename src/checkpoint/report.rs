@@ -1,0 +1,83 @@
+//! What loading found.
+
+use std::fmt;
+
+/// A number of tensors and the bytes they take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Tensors.
+    pub tensors: usize,
+    /// Bytes, scales included.
+    pub bytes: usize,
+}
+
+impl Tally {
+    pub(super) fn add(&mut self, bytes: usize) {
+        self.tensors += 1;
+        self.bytes += bytes;
+    }
+}
+
+/// A tensor that stays in floating point although quantising was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// The tensor.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// What loading a model found and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// FP4 weights used where they lie in the file.
+    pub fp4: Tally,
+    /// Weights quantised while loading.
+    pub quantized: Tally,
+    /// Weights in floating point, used where they lie.
+    pub dense: Tally,
+    /// Linear layers' weights that could not be quantised although that was asked for.
+    pub kept: Vec<Kept>,
+    /// Mixtures of experts that had to be copied to lie together, and their bytes.
+    pub copied: Vec<(String, usize)>,
+    /// Tensors of layers that are not used (those that predict several tokens at once).
+    pub ignored: usize,
+    /// Tensors that nothing asked for.
+    pub unused: Vec<String>,
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+        write!(
+            f,
+            "{} FP4 tensors ({:.1} MiB), {} floating-point ({:.1} MiB)",
+            self.fp4.tensors + self.quantized.tensors,
+            mib(self.fp4.bytes + self.quantized.bytes),
+            self.dense.tensors,
+            mib(self.dense.bytes)
+        )?;
+        if self.quantized.tensors > 0 {
+            write!(f, "; {} quantised while loading", self.quantized.tensors)?;
+        }
+        if !self.copied.is_empty() {
+            let bytes = self.copied.iter().map(|(_, bytes)| bytes).sum();
+            write!(
+                f,
+                "; {} expert layers copied together ({:.1} MiB)",
+                self.copied.len(),
+                mib(bytes)
+            )?;
+        }
+        if self.ignored > 0 {
+            write!(f, "; {} tensors of unused layers ignored", self.ignored)?;
+        }
+        if !self.unused.is_empty() {
+            write!(f, "; unknown tensors: {}", self.unused.join(", "))?;
+        }
+        for kept in &self.kept {
+            write!(f, "\n{} stays in floating point: {}", kept.name, kept.reason)?;
+        }
+        Ok(())
+    }
+}

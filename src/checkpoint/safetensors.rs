@@ -1,0 +1,220 @@
+//! One or many safetensors files, mapped.
+
+use crate::fp4::{Bytes, DenseTensor, FloatKind};
+use crate::{Error, Result};
+use ::safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::path::{Component, Path, PathBuf};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The tensors of a model folder, by name: `model.safetensors`, or the files that
+/// `model.safetensors.index.json` lists. Files are mapped, not read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    files: Vec<PathBuf>,
+    tensors: BTreeMap<String, StoredTensor>,
+    indexed: BTreeMap<String, String>,
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone)]
+pub struct StoredTensor {
+    /// The type of its elements.
+    pub dtype: Dtype,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// Its elements, little-endian, row-major.
+    pub bytes: Bytes,
+    /// The file it lies in.
+    pub file: PathBuf,
+}
+
+impl StoredTensor {
+    /// The tensor as a matrix of floats `[N, K]`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where it is something else.
+    pub fn matrix(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor> {
+        let kind = self.float_kind(name)?;
+        self.expect_shape(name, &[n, k])?;
+        DenseTensor::new(name, (n, k), kind, self.bytes.clone())
+    }
+
+    /// The tensor as a vector of `len` floats, in f32.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where it is something else.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let kind = self.float_kind(name)?;
+        self.expect_shape(name, &[len])?;
+        let mut values = vec![0.0; len];
+        DenseTensor::new(name, (1, len), kind, self.bytes.clone())?.decode_row_part(0, 0, &mut values);
+        Ok(values)
+    }
+
+    pub(super) fn float_kind(&self, name: &str) -> Result<FloatKind> {
+        match self.dtype {
+            Dtype::F32 => Ok(FloatKind::F32),
+            Dtype::F16 => Ok(FloatKind::F16),
+            Dtype::BF16 => Ok(FloatKind::BF16),
+            other => Err(self.problem(name, format!("dtype {other:?}; expected F32, F16 or BF16"))),
+        }
+    }
+
+    pub(super) fn expect_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        Err(self.problem(name, format!("shape {:?}; expected {expected:?}", self.shape)))
+    }
+
+    pub(super) fn problem(&self, name: &str, problem: impl Into<String>) -> Error {
+        Error::tensor(name, Some(self.file.clone()), problem)
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Maps a folder's files and reads their headers.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`]: no such folder or file, a truncated or damaged file, an index that
+    /// names files outside the folder or that are not there.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let indexed = match folder.join(INDEX) {
+            index if index.exists() => read_index(&index)?,
+            _ => BTreeMap::new(),
+        };
+        let names: BTreeSet<&str> = match indexed.is_empty() {
+            true => BTreeSet::from([SINGLE]),
+            false => indexed.values().map(String::as_str).collect(),
+        };
+        let mut tensors = BTreeMap::new();
+        let mut files = Vec::new();
+        for name in names {
+            let path = folder.join(name);
+            if !path.exists() {
+                return Err(missing_file(folder, &path, !indexed.is_empty()));
+            }
+            for (tensor, stored) in read_file(&path)? {
+                tensors.entry(tensor).or_insert(stored);
+            }
+            files.push(path);
+        }
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            files,
+            tensors,
+            indexed,
+        })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The safetensors files, in the order of their names.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// All tensors, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// A tensor, if it is there.
+    pub fn find(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    /// A tensor that has to be there.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where it is not.
+    pub fn get(&self, name: &str) -> Result<&StoredTensor> {
+        self.find(name).ok_or_else(|| {
+            let problem = match self.indexed.get(name) {
+                Some(file) => format!("missing: the index places it in {file}, which does not hold it"),
+                None => "missing from the checkpoint".into(),
+            };
+            Error::tensor(name, Some(self.folder.clone()), problem)
+        })
+    }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e, ""))?;
+    let again = "fetch the file again";
+    let index: Index =
+        serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not an index: {e}"), again))?;
+    if index.weight_map.is_empty() {
+        return Err(Error::file(path, "weight_map is empty", again));
+    }
+    for file in index.weight_map.values() {
+        let mut parts = Path::new(file).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+        if !plain || Path::new(file).extension() != Some(OsStr::new("safetensors")) {
+            let problem = format!("it names {file:?}; expected safetensors files in the same folder");
+            return Err(Error::file(path, problem, "do not use this checkpoint"));
+        }
+    }
+    Ok(index.weight_map)
+}
+
+fn missing_file(folder: &Path, path: &Path, by_index: bool) -> Error {
+    if by_index {
+        return Error::file(path, "the index names this file, and it is not there", "fetch it");
+    }
+    if !folder.is_dir() {
+        return Error::file(folder, "no such folder", "give the path of a model folder");
+    }
+    let others: Vec<_> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .filter(|name| {
+            [".safetensors", ".gguf", ".bin", ".pth"]
+                .iter()
+                .any(|end| name.ends_with(end))
+        })
+        .collect();
+    let problem = match others.is_empty() {
+        true => format!("neither {SINGLE} nor {INDEX} in it"),
+        false => format!("neither {SINGLE} nor {INDEX} in it, only {}", others.join(", ")),
+    };
+    Error::file(folder, problem, "give a folder with a safetensors checkpoint")
+}
+
+fn read_file(path: &Path) -> Result<Vec<(String, StoredTensor)>> {
+    let bytes = Bytes::map_file(path)?;
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
+        let problem = format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
+        Error::file(path, problem, "it may be truncated; fetch it again")
+    })?;
+    let data = 8 + header;
+    let stored = |(name, info): (String, &::safetensors::tensor::TensorInfo)| {
+        let range = data + info.data_offsets.0..data + info.data_offsets.1;
+        let outside = || Error::tensor(&name, Some(path.to_path_buf()), "its data lies outside the file");
+        let bytes = bytes.slice(range).ok_or_else(outside)?;
+        let tensor = StoredTensor {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            bytes,
+            file: path.to_path_buf(),
+        };
+        Ok((name, tensor))
+    };
+    metadata.tensors().into_iter().map(stored).collect()
+}

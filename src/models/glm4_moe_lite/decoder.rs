@@ -1,0 +1,297 @@
+//! The decoder: embeddings, layers, head.
+
+use super::attention::{Attention, AttentionPath, Segment};
+use super::config::Config;
+use super::experts::FeedForward;
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
+use crate::models::observe::{Observer, Trace};
+use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::RmsNorm;
+
+/// For which tokens logits are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// Each sequence's last: `[sequences, vocabulary]`.
+    Last,
+    /// All: `[tokens of all sequences, vocabulary]`.
+    All,
+}
+
+/// One sequence's share of a forward pass.
+#[derive(Debug)]
+pub struct Sequence<'a> {
+    /// The new tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Where the first of them stands: 0 for a new sequence, or the number of tokens cached.
+    pub position: usize,
+    /// What earlier passes left; `None` computes from the tokens alone, which must then begin at 0.
+    pub cache: Option<&'a mut TokenCache>,
+}
+
+#[derive(Debug)]
+struct DecoderLayer {
+    input_norm: RmsNorm,
+    attention: Attention,
+    post_attention_norm: RmsNorm,
+    feed_forward: FeedForward,
+}
+
+/// GLM-4.7-Flash, ready to run. Activations are F32.
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+///
+/// let (model, report) = Model::from_folder("path/to/model", &Default::default(), &Device::Cpu)?;
+/// println!("{report}");
+/// let mut cache = model.new_cache();
+/// let logits = model.forward(&[1, 2, 3], 0, &mut cache, Logits::Last)?;
+/// # Ok::<(), candle_mmfp4::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Model {
+    config: Config,
+    embedding: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    head: MmfP4Linear,
+    rotary: RotaryEmbedding,
+    path: AttentionPath,
+    device: Device,
+}
+
+impl Model {
+    /// Loads a model folder: `config.json` and safetensors.
+    ///
+    /// # Errors
+    /// Those of [`Config::from_file`], [`Checkpoint::open`] and [`Model::load`].
+    pub fn from_folder(
+        folder: impl AsRef<std::path::Path>,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        let config = Config::from_file(folder.as_ref().join("config.json"))?;
+        Self::load(config, &Checkpoint::open(folder)?, options, device)
+    }
+
+    /// Loads a model from its config and an open checkpoint, and reports what was found there.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] names what is missing or malformed.
+    pub fn load(
+        config: Config,
+        checkpoint: &Checkpoint,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        if device.is_metal() {
+            // Before gigabytes are read, rather than at the first op.
+            return Err(Error::argument(
+                "load",
+                "device",
+                "Device::Cpu (Metal kernels come next)",
+                "a Metal device",
+            ));
+        }
+        let loader = Loader::new(checkpoint, options, device);
+        let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
+        let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
+        let mut layers = Vec::with_capacity(config.layers.len());
+        for (index, kind) in config.layers.iter().enumerate() {
+            let name = |part: &str| format!("model.layers.{index}.{part}");
+            layers.push(DecoderLayer {
+                input_norm: loader.rms_norm(&name("input_layernorm"), hidden, eps)?,
+                attention: Attention::load(&loader, &name("self_attn"), &config)?,
+                post_attention_norm: loader.rms_norm(&name("post_attention_layernorm"), hidden, eps)?,
+                feed_forward: FeedForward::load(&loader, &name("mlp"), *kind, &config)?,
+            });
+        }
+        let norm = loader.rms_norm("model.norm", hidden, eps)?;
+        let head = match config.tie_word_embeddings {
+            true => embedding.weight().clone(),
+            false => loader.kept_weight("lm_head", vocab, hidden)?,
+        };
+        let predicted = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
+        let ignored: Vec<_> = predicted.map(|layer| format!("model.layers.{layer}.")).collect();
+        let report = loader.finish(&ignored, config.tie_word_embeddings.then_some("lm_head.weight"));
+        let rotary = RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing);
+        let model = Self {
+            embedding,
+            layers,
+            norm,
+            head: MmfP4Linear::new(head, None)?,
+            rotary,
+            path: AttentionPath::Auto,
+            device: device.clone(),
+            config,
+        };
+        Ok((model, report))
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The device that activations are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Forces one way of computing attention; results differ by rounding only.
+    pub fn set_attention_path(&mut self, path: AttentionPath) {
+        self.path = path;
+    }
+
+    /// An empty cache for one sequence, up to the model's context.
+    pub fn new_cache(&self) -> TokenCache {
+        let config = &self.config;
+        let limit = config.max_position_embeddings;
+        TokenCache::new(
+            config.layers.len(),
+            config.cache_width(),
+            limit,
+            DType::F32,
+            &self.device,
+        )
+    }
+
+    /// Runs `tokens` of one sequence from `position` on and adds them to `cache`; gives logits
+    /// `[1 or tokens, vocabulary]`, F32.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::TokenId`], [`Error::Position`], [`Error::ContextLength`]; the cache is
+    /// then as it was.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        position: usize,
+        cache: &mut TokenCache,
+        logits: Logits,
+    ) -> Result<Tensor> {
+        self.forward_batch(
+            &mut [Sequence {
+                tokens,
+                position,
+                cache: Some(cache),
+            }],
+            logits,
+            None,
+        )
+    }
+
+    /// Runs several sequences in one pass, each at its own position and with its own cache: weights are read
+    /// once for all. There is no padding. An `observer` sees every op's result.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); all caches are then as they were.
+    pub fn forward_batch(
+        &self,
+        sequences: &mut [Sequence<'_>],
+        logits: Logits,
+        observer: Option<&mut Observer<'_>>,
+    ) -> Result<Tensor> {
+        let limit = self.config.max_position_embeddings;
+        if sequences.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let mut tokens = Vec::new();
+        let mut positions = Vec::new();
+        for sequence in sequences.iter() {
+            if sequence.tokens.is_empty() {
+                return Err(Error::EmptyPrompt);
+            }
+            if sequence.cache.is_none() && sequence.position != 0 {
+                return Err(Error::Position {
+                    position: sequence.position,
+                    cached: 0,
+                });
+            }
+            let total = sequence.position.saturating_add(sequence.tokens.len());
+            if total > limit {
+                return Err(Error::ContextLength { tokens: total, limit });
+            }
+            tokens.extend_from_slice(sequence.tokens);
+            positions.extend(sequence.position..total);
+        }
+        let mut trace = Trace::new(observer);
+        let embedded = self.embedding.forward(&tokens, &self.device)?;
+        let mut x = trace.see("embed_tokens", &embedded, embedded.clone())?;
+        for sequence in sequences.iter_mut() {
+            if let Some(cache) = &mut sequence.cache {
+                cache.begin(sequence.position, sequence.tokens.len())?;
+            }
+        }
+
+        let masks = sequences
+            .iter()
+            .map(|sequence| self.mask(sequence))
+            .collect::<Result<Vec<_>>>()?;
+        let mut segments = Vec::with_capacity(sequences.len());
+        let mut start = 0;
+        for (sequence, mask) in sequences.iter().zip(&masks) {
+            let n = sequence.tokens.len();
+            let path = self.path.decide(&self.config, n, sequence.position + n);
+            segments.push(Segment {
+                start,
+                n,
+                mask: mask.as_ref(),
+                path,
+            });
+            start += n;
+        }
+        let angles = self.rotary.angles(&positions, &self.device)?;
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            trace.enter(Some(index));
+            let input = x;
+            let normed = trace.see("input_layernorm", &input, layer.input_norm.forward(&input)?)?;
+            let cached = |segment: usize, rows: &Tensor| match &mut sequences[segment].cache {
+                Some(cache) => cache.append(index, rows),
+                None => Ok(rows.contiguous()?),
+            };
+            let attended =
+                layer
+                    .attention
+                    .forward(&normed, &self.rotary, &angles, &segments, cached, &mut trace)?;
+            let middle = (&input + attended)?;
+            let normed = trace.see(
+                "post_attention_layernorm",
+                &middle,
+                layer.post_attention_norm.forward(&middle)?,
+            )?;
+            let output = (middle + layer.feed_forward.forward(&normed, &mut trace)?)?;
+            x = trace.see("layer", &input, output)?;
+        }
+        trace.enter(None);
+
+        if logits == Logits::Last {
+            let last: Vec<_> = segments.iter().map(|s| (s.start + s.n - 1) as u32).collect();
+            x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
+        }
+        let normed = trace.see("norm", &x, self.norm.forward(&x)?)?;
+        let logits = trace.see("lm_head", &normed, self.head.forward(&normed)?)?;
+        for sequence in sequences.iter_mut() {
+            if let Some(cache) = &mut sequence.cache {
+                cache.commit();
+            }
+        }
+        Ok(logits)
+    }
+
+    fn mask(&self, sequence: &Sequence<'_>) -> Result<Option<Tensor>> {
+        let (position, n) = (sequence.position, sequence.tokens.len());
+        if n == 1 {
+            return Ok(None);
+        }
+        let total = position + n;
+        Ok(Some(Mask::causal().tensor(
+            position..total,
+            0..total,
+            DType::F32,
+            &self.device,
+        )?))
+    }
+}

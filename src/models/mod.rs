@@ -1,0 +1,6 @@
+//! Whole models over the layers of [`nn`](crate::nn).
+
+pub mod glm4_moe_lite;
+mod observe;
+
+pub use observe::{Observer, Site};
