@@ -1,0 +1,100 @@
+//! What the tests share: where the models lie, and their references.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// A file or folder of the repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The trained model in BF16, with references.
+pub fn bf16_demo() -> PathBuf {
+    repository("tests/data/demo-model")
+}
+
+/// The trained model in MMFP4, as examples use it.
+pub fn mmfp4_demo() -> PathBuf {
+    repository("examples/demo-model")
+}
+
+/// One reference case of a model.
+#[derive(Debug, Deserialize)]
+pub struct Case {
+    pub name: String,
+    pub input_ids: Vec<u32>,
+    pub greedy_ids: Vec<u32>,
+}
+
+/// A model's references: cases, and tensors by name (`<case>.logits`, `<case>.hidden.<i>`).
+pub struct Golden {
+    pub folder: PathBuf,
+    pub cases: Vec<Case>,
+    pub tensors: HashMap<String, Tensor>,
+}
+
+impl Golden {
+    pub fn read(folder: &Path) -> Self {
+        let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+        Self {
+            folder: folder.to_path_buf(),
+            cases: serde_json::from_str(&text).unwrap(),
+            tensors: candle_core::safetensors::load(folder.join("golden.safetensors"), &Device::Cpu).unwrap(),
+        }
+    }
+
+    pub fn logits(&self, case: &Case) -> &Tensor {
+        &self.tensors[&format!("{}.logits", case.name)]
+    }
+}
+
+/// Every model folder with references under `MMFP4_GOLDEN_DIR`, or the repository's.
+pub fn goldens() -> Vec<Golden> {
+    let root = std::env::var_os("MMFP4_GOLDEN_DIR").map_or(repository("tests/data"), PathBuf::from);
+    let mut folders = Vec::new();
+    find_goldens(&root, &mut folders);
+    assert!(
+        !folders.is_empty(),
+        "no model folder with a golden.json under {}",
+        root.display()
+    );
+    folders.iter().map(|folder| Golden::read(folder)).collect()
+}
+
+fn find_goldens(folder: &Path, found: &mut Vec<PathBuf>) {
+    if folder.join("golden.json").exists() {
+        found.push(folder.to_path_buf());
+    }
+    let mut inner: Vec<_> = std::fs::read_dir(folder)
+        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_dir())
+        .collect();
+    inner.sort();
+    for folder in inner {
+        find_goldens(&folder, found);
+    }
+}
+
+/// The largest absolute difference of two tensors of one shape.
+pub fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    (a - b)
+        .unwrap()
+        .abs()
+        .unwrap()
+        .max_all()
+        .unwrap()
+        .to_scalar()
+        .unwrap()
+}
+
+/// The index of the largest of `logits`, and how far the second is below it.
+pub fn top(logits: &[f32]) -> (u32, f32) {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    (order[0] as u32, logits[order[0]] - logits[order[1]])
+}
