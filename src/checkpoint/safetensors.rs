@@ -134,6 +134,15 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// The tensors whose names begin with `prefix`, by name.
+    pub fn tensors_with_prefix(&self, prefix: &str) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        let from = self
+            .tensors
+            .range(prefix.to_string()..)
+            .map(|(name, tensor)| (name.as_str(), tensor));
+        from.take_while(move |(name, _)| name.starts_with(prefix))
+    }
+
     /// A tensor, if it is there.
     pub fn find(&self, name: &str) -> Option<&StoredTensor> {
         self.tensors.get(name)

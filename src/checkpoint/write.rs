@@ -100,7 +100,9 @@ fn copy_side_files(from: &Path, to: &Path, format: Format) -> Result<()> {
     for name in side_files {
         let path = from.join(name);
         if path.exists() {
-            std::fs::copy(&path, to.join(name)).map_err(|e| Error::io(&path, e, ""))?;
+            // Not `fs::copy`: a cache's read-only files must not make read-only copies.
+            let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e, ""))?;
+            std::fs::write(to.join(name), bytes).map_err(|e| Error::io(to.join(name), e, ""))?;
         }
     }
     let path = from.join("config.json");
@@ -138,15 +140,18 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn of_file(source: &'a Checkpoint, file: &Path, format: Format) -> Self {
         let mut entries = Vec::new();
-        for (name, stored) in source.tensors().filter(|(_, stored)| stored.file == file) {
-            let [n, k] = stored.shape[..] else {
-                entries.push(Entry::copy(name, stored));
-                continue;
+        for (name, stored) in source
+            .tensors()
+            .filter(|(name, _)| home(source, name) == Some(file))
+        {
+            let (n, k) = match stored.shape[..] {
+                [n, k] if k.is_multiple_of(format.group) && stored.float_kind(name).is_ok() => (n, k),
+                _ => {
+                    entries.push(Entry::copy(name, stored));
+                    continue;
+                }
             };
-            let module = name.strip_suffix(".weight").filter(|module| is_linear(module));
-            let Some(module) =
-                module.filter(|_| k.is_multiple_of(format.group) && stored.float_kind(name).is_ok())
-            else {
+            let Some(module) = name.strip_suffix(".weight").filter(|module| is_linear(module)) else {
                 entries.push(Entry::copy(name, stored));
                 continue;
             };
@@ -241,6 +246,22 @@ impl<'a> Entry<'a> {
         };
         size.is_multiple_of(TENSOR_ALIGNMENT)
     }
+}
+
+/// The source file after which the file that gets this tensor is named: that of the first tensor of its
+/// layer, so that no layer's experts straddle two files.
+fn home<'a>(source: &'a Checkpoint, name: &str) -> Option<&'a Path> {
+    let layer = name
+        .strip_prefix("model.layers.")
+        .and_then(|rest| rest.split_once('.'));
+    let first = match layer {
+        Some((layer, _)) => source
+            .tensors_with_prefix(&format!("model.layers.{layer}."))
+            .next()
+            .map(|(_, t)| t),
+        None => source.find(name),
+    };
+    first.map(|tensor| tensor.file.as_path())
 }
 
 /// The linear layers of the decoder; everything else is small or sensitive.
