@@ -4,14 +4,18 @@
 //! the ids that come out through [`Detokenizer`], [`StopStrings`] and [`OutputParser`], each of which
 //! takes one piece at a time and gives the same result wherever the stream is cut.
 
+mod chat;
 mod config;
 mod detokenize;
+mod jinja;
 mod output;
+mod python;
 mod random;
 mod sampling;
 mod stop;
 mod tokenizer;
 
+pub use chat::{ChatTemplate, Content, FunctionCall, Message, RenderOptions, ToolCall};
 pub use config::GenerationConfig;
 pub use detokenize::Detokenizer;
 pub use output::{OutputEvent, OutputParser};
