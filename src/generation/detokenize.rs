@@ -109,15 +109,16 @@ impl Detokenizer {
     }
 
     /// Ends the sequence: what was held back, with U+FFFD for bytes that never became a character.
-    pub fn finish(self) -> Result<String> {
-        match self.state {
+    pub fn finish(&mut self) -> Result<String> {
+        match &mut self.state {
             State::Bytes(stream) => Ok(stream.finish()),
             State::Window { ids, prefix, .. } => {
                 let text = self
                     .tokenizer
                     .inner()
-                    .decode(&ids, self.skip_special)
+                    .decode(&std::mem::take(ids), self.skip_special)
                     .map_err(failed)?;
+                let prefix = std::mem::take(prefix);
                 text.strip_prefix(&prefix).map(str::to_owned).ok_or_else(|| {
                     Error::Tokenizer(format!(
                         "the decoder rewrote text it had already given: {prefix:?} became {text:?}"
@@ -161,8 +162,8 @@ impl Utf8Stream {
         text
     }
 
-    pub(super) fn finish(self) -> String {
-        String::from_utf8_lossy(&self.pending).into_owned()
+    pub(super) fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 }
 

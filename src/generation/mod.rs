@@ -12,6 +12,7 @@ mod output;
 mod python;
 mod random;
 mod sampling;
+mod softmax;
 mod stop;
 mod tokenizer;
 

@@ -97,11 +97,12 @@ impl OutputParser {
     }
 
     /// Ends the output; what was held back is text.
-    pub fn finish(mut self) -> Vec<OutputEvent> {
+    pub fn finish(&mut self) -> Vec<OutputEvent> {
         let mut events = Vec::new();
-        let rest = std::mem::take(&mut self.bytes).finish();
+        let rest = self.bytes.finish();
         self.buffer.push_str(&rest);
         self.advance(&mut events);
+        self.call = None;
         self.text(self.buffer.len(), &mut events);
         events
     }

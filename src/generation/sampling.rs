@@ -1,9 +1,11 @@
 //! Choosing the next token from a row of logits.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use super::random::Random;
+use super::softmax::{exp, sum_of};
 use crate::{Error, Result};
 
 /// How to choose tokens. The default is greedy: the token of the largest logit.
@@ -249,16 +251,22 @@ impl Sampler {
         };
         // Weights are probabilities relative to the most probable token, whose weight is 1: the
         // largest logit is subtracted before the division, so that no temperature can overflow.
-        let mut candidates: Vec<(u32, f32)> = (0u32..)
-            .zip(&self.adjusted)
-            .filter(|&(_, &logit)| logit >= least)
-            .map(|(id, &logit)| (id, ((logit - largest) / temperature).exp()))
-            .filter(|&(_, weight)| weight > 0.0)
-            .collect();
-        if top_p < 1.0 {
-            keep_top_p(&mut candidates, top_p);
-        }
-        candidates.retain(|&(_, weight)| weight >= min_p);
+        let weight = |&logit: &f32| {
+            if logit >= least {
+                exp((logit - largest) / temperature)
+            } else {
+                0.0
+            }
+        };
+        let weights: Vec<f32> = self.adjusted.iter().map(weight).collect();
+        let min_weight = min_p.max(f32::MIN_POSITIVE);
+        let candidates = if top_p < 1.0 {
+            let mut candidates = most_probable(&weights, top_p);
+            candidates.retain(|&(_, weight)| weight >= min_weight);
+            candidates
+        } else {
+            at_least(&weights, min_weight)
+        };
 
         let mut left = self.random.uniform() * total(&candidates);
         candidates
@@ -275,10 +283,7 @@ impl Sampler {
     /// The choice with its log-probabilities under the model.
     fn describe(&self, logits: &[f32], id: u32) -> Sampled {
         let largest = logits[argmax(logits) as usize];
-        let sum: f64 = logits
-            .iter()
-            .map(|&logit| f64::from((logit - largest).exp()))
-            .sum();
+        let sum = sum_of(logits, |logit| exp(logit - largest));
         let log_sum = sum.ln() as f32;
         let logprob = |id: u32| logits[id as usize] - largest - log_sum;
 
@@ -362,38 +367,46 @@ fn total(candidates: &[(u32, f32)]) -> f64 {
     candidates.iter().map(|&(_, weight)| f64::from(weight)).sum()
 }
 
-/// Keeps the `count` largest, sorted, without sorting the others.
-fn keep_largest(candidates: &mut Vec<(u32, f32)>, count: usize) {
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if count < candidates.len() {
-        candidates.select_nth_unstable_by(count, order);
-        candidates.truncate(count);
-    }
-    candidates.sort_unstable_by(order);
+/// The larger value first, the lower id first of equals.
+fn descending(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// Keeps the most probable candidates whose weights reach `top_p` of the total.
-fn keep_top_p(candidates: &mut Vec<(u32, f32)>, top_p: f32) {
-    let goal = total(candidates) * f64::from(top_p);
-    // A few hundred tokens nearly always hold the mass; the window grows where they do not.
-    let mut window = 256;
-    loop {
-        let mut sorted = candidates.clone();
-        keep_largest(&mut sorted, window);
-        let mut sum = 0.0;
-        let reached = sorted.iter().position(|&(_, weight)| {
-            sum += f64::from(weight);
-            sum >= goal
-        });
-        if let Some(last) = reached {
-            sorted.truncate(last + 1);
-        }
-        if reached.is_some() || window >= candidates.len() {
-            *candidates = sorted;
-            return;
-        }
-        window *= 8;
+/// Keeps the `count` largest, sorted, without sorting the others.
+fn keep_largest(candidates: &mut Vec<(u32, f32)>, count: usize) {
+    if count < candidates.len() {
+        candidates.select_nth_unstable_by(count, descending);
+        candidates.truncate(count);
     }
+    candidates.sort_unstable_by(descending);
+}
+
+fn at_least(weights: &[f32], least: f32) -> Vec<(u32, f32)> {
+    (0u32..)
+        .zip(weights.iter().copied())
+        .filter(|&(_, weight)| weight >= least)
+        .collect()
+}
+
+/// The fewest tokens whose weights reach `top_p` of the total, the most probable first.
+fn most_probable(weights: &[f32], top_p: f32) -> Vec<(u32, f32)> {
+    let goal = sum_of(weights, |weight| weight) * f64::from(top_p);
+    // Only tokens that together reach the goal need sorting, and mostly these are few.
+    let mut candidates = Vec::new();
+    for least in [1e-2, 1e-4, 1e-6, f32::MIN_POSITIVE] {
+        candidates = at_least(weights, least);
+        if total(&candidates) >= goal {
+            break;
+        }
+    }
+    candidates.sort_unstable_by(descending);
+    let mut sum = 0.0;
+    let reached = candidates.iter().position(|&(_, weight)| {
+        sum += f64::from(weight);
+        sum >= goal
+    });
+    candidates.truncate(reached.map_or(candidates.len(), |last| last + 1));
+    candidates
 }
 
 #[cfg(test)]
@@ -585,9 +598,8 @@ mod tests {
             let sampling = Sampling { top_p, ..seeded(0) };
             let expected = reference(&row, &sampling, History::default());
             let largest = row[argmax(&row) as usize];
-            let mut candidates: Vec<(u32, f32)> =
-                (0..).zip(row.iter().map(|&l| (l - largest).exp())).collect();
-            keep_top_p(&mut candidates, top_p);
+            let weights: Vec<f32> = row.iter().map(|&l| exp(l - largest)).collect();
+            let candidates = most_probable(&weights, top_p);
             let kept = expected.iter().filter(|&&p| p > 0.0).count();
             // Rounding may move the edge by a token; 0.9 of 20,000 nearly equal weights is no edge.
             assert!(

@@ -69,15 +69,16 @@ impl Tokenizer {
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
-        // Asked first, because the tokenizers crate reports broken JSON as a missing model variant.
-        let json: serde_json::Value =
-            serde_json::from_slice(bytes).map_err(|error| format!("not JSON: {error}"))?;
-        if json.get("model").is_none() {
-            return Err("expected a tokenizer, found JSON without a `model`".into());
-        }
-        drop(json);
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| format!("not a tokenizer this crate can read: {error}"))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+            // The tokenizers crate reports even broken JSON as a model that it does not know.
+            match serde_json::from_slice::<serde_json::Value>(bytes) {
+                Err(error) => format!("not JSON: {error}"),
+                Ok(json) if json.get("model").is_none() => {
+                    "expected a tokenizer, found JSON without a `model`".into()
+                }
+                Ok(_) => format!("not a tokenizer this crate can read: {error}"),
+            }
+        })?;
         inner
             .with_padding(None)
             .with_truncation(None)
