@@ -131,6 +131,10 @@ pub enum Error {
     /// The chat template could not be parsed or rendered.
     #[error("chat template: {0}")]
     Template(String),
+
+    /// A row of logits from which no token can be chosen.
+    #[error("logits: {0}")]
+    Logits(String),
 }
 
 impl Error {

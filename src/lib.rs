@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod cpu;
 mod error;
 pub mod fp4;
+pub mod generation;
 pub mod models;
 pub mod nn;
 pub mod ops;
