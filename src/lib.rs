@@ -7,6 +7,7 @@ pub mod cpu;
 mod error;
 pub mod fp4;
 pub mod generation;
+pub mod memory;
 pub mod models;
 pub mod nn;
 pub mod ops;

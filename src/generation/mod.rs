@@ -1,14 +1,17 @@
-//! From text to tokens and back: everything about generation that does not need the model.
+//! From text to text.
 //!
-//! A prompt passes through [`ChatTemplate`] and [`Tokenizer`]; a row of logits through [`Sampler`];
+//! [`Pipeline`] holds a model and all it needs to speak; [`Generation`] is an iterator over what happens. On
+//! the way a prompt passes through [`ChatTemplate`] and [`Tokenizer`]; a row of logits through [`Sampler`];
 //! the ids that come out through [`Detokenizer`], [`StopStrings`] and [`OutputParser`], each of which
 //! takes one piece at a time and gives the same result wherever the stream is cut.
 
 mod chat;
 mod config;
 mod detokenize;
+mod generate;
 mod jinja;
 mod output;
+mod pipeline;
 mod python;
 mod random;
 mod sampling;
@@ -19,7 +22,9 @@ mod tokenizer;
 pub use chat::{ChatTemplate, Content, FunctionCall, Message, RenderOptions, ToolCall};
 pub use config::GenerationConfig;
 pub use detokenize::Detokenizer;
+pub use generate::{Cancel, Event, FinishReason, Generation, Options, Output, Session, Statistics};
 pub use output::{OutputEvent, OutputParser};
+pub use pipeline::Pipeline;
 pub use sampling::{History, Sampled, Sampler, Sampling};
 pub use stop::{StopProgress, StopStrings};
 pub use tokenizer::Tokenizer;

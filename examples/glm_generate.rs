@@ -1,0 +1,127 @@
+//! Asks GLM-4.7-Flash (or any `glm4_moe_lite` model) something: the text goes to stdout as it comes, a line of
+//! statistics to stderr.
+//!
+//! `cargo run --release --example glm_generate` asks the bundled demo model, which was trained on Rust's
+//! documentation. `-- --prompt "What does \`Vec::push\` do?"` asks something else.
+
+use anyhow::bail;
+use candle_core::Device;
+use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::fp4::Format;
+use candle_mmfp4::generation::{Event, Message, Pipeline, RenderOptions};
+use candle_mmfp4::memory;
+use clap::{Parser, ValueEnum};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Generates text with a GLM-4.7-Flash model.
+#[derive(Parser)]
+struct Arguments {
+    /// The model's folder.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model"))]
+    model: PathBuf,
+    /// What to say to the model.
+    #[arg(long, default_value = "What does `Option::insert` do?")]
+    prompt: String,
+    /// Continue the prompt as it is, instead of answering it as a turn of a chat.
+    #[arg(long)]
+    raw: bool,
+    /// The most tokens to generate.
+    #[arg(long, default_value_t = 256)]
+    max_tokens: usize,
+    /// 0 always takes the most probable token [default: the model's own, else 0].
+    #[arg(long)]
+    temperature: Option<f32>,
+    /// The same seed gives the same text.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Where,
+    /// Quantise a floating-point model while it loads: mmfp4, mxfp4 or nvfp4.
+    #[arg(long)]
+    quantize: Option<Format>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Where {
+    /// The CPU, until there are Metal kernels.
+    Auto,
+    Cpu,
+    Metal,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let device = match arguments.device {
+        Where::Auto | Where::Cpu => Device::Cpu,
+        Where::Metal if cfg!(target_os = "macos") => Device::new_metal(0)?,
+        Where::Metal => bail!("there is no Metal on this system; use --device cpu"),
+    };
+
+    let start = Instant::now();
+    let options = LoadOptions {
+        quantize: arguments.quantize,
+    };
+    let (pipeline, report) = Pipeline::from_folder(&arguments.model, &options, &device)?;
+    let load = start.elapsed();
+    for kept in &report.kept {
+        eprintln!("{} stays in floating point: {}", kept.name, kept.reason);
+    }
+
+    let prompt = match arguments.raw {
+        true => pipeline.tokenizer().encode(&arguments.prompt)?,
+        false => {
+            let turn = [Message::new("user", arguments.prompt)];
+            let render = RenderOptions {
+                enable_thinking: Some(false),
+                ..RenderOptions::default()
+            };
+            pipeline.chat_prompt(&turn, &render)?
+        }
+    };
+    let mut options = pipeline.options();
+    options.max_tokens = Some(arguments.max_tokens);
+    options.sampling.seed = arguments.seed;
+    if let Some(temperature) = arguments.temperature {
+        options.sampling.temperature = temperature;
+    }
+
+    let mut out = std::io::stdout().lock();
+    for event in pipeline.generate(&prompt, &options)? {
+        match event? {
+            Event::Prefill { .. } => {}
+            Event::Token { text, .. } => {
+                out.write_all(text.as_bytes())?;
+                out.flush()?;
+            }
+            Event::Finished { text, statistics, .. } => {
+                writeln!(out, "{text}")?;
+                eprintln!(
+                    "loaded in {:.2} s; prompt: {} tokens, {:.1} tokens/s; generated: {} tokens, {:.1} tokens/s; \
+                     peak memory {}",
+                    load.as_secs_f64(),
+                    statistics.prompt_tokens,
+                    statistics.prefill_rate(),
+                    statistics.generated_tokens,
+                    statistics.decode_rate(),
+                    memory::peak_resident()
+                        .map_or("unknown".into(), |b| format!("{:.0} MiB", b as f64 / 1048576.0)),
+                );
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,536 @@
+//! From a prompt to events.
+
+use super::pipeline::Pipeline;
+use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
+use crate::models::glm4_moe_lite::{Logits, Sequence};
+use crate::nn::TokenCache;
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How to generate.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// The most tokens to generate; `None` goes on until the model ends or its context is full.
+    pub max_tokens: Option<usize>,
+    /// Texts that end the generation; they are not part of the output.
+    pub stop: Vec<String>,
+    /// Whether special tokens are left out of the text. They are kept by default, so that reasoning and tool
+    /// calls can be told from the answer (see [`OutputParser`](super::OutputParser)); those that end a text
+    /// never appear.
+    pub skip_special: bool,
+    /// Whether what has been computed is cached. Without, every token computes all before it anew: a slow
+    /// reference with the same results.
+    pub use_cache: bool,
+    /// Prompt tokens a step; more need more memory for attention's scores.
+    pub prefill_chunk: usize,
+    /// Ends the generation from elsewhere.
+    pub cancel: Cancel,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            sampling: Sampling::default(),
+            max_tokens: None,
+            stop: Vec::new(),
+            skip_special: false,
+            use_cache: true,
+            prefill_chunk: 512,
+            cancel: Cancel::default(),
+        }
+    }
+}
+
+/// A handle that ends a generation within one step, from any thread; clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Ends every generation that was started with this handle.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What happens while text is generated.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A part of the prompt has been computed.
+    Prefill {
+        /// Prompt tokens computed or found in the cache so far.
+        done: usize,
+        /// Prompt tokens in all.
+        total: usize,
+    },
+    /// A token was chosen.
+    Token {
+        /// The token.
+        id: u32,
+        /// What it adds to the text: nothing while a character, or what may become a stop text, is incomplete.
+        text: String,
+        /// Its log-probability under the model.
+        logprob: f32,
+        /// The most probable tokens, if [`Sampling::top_logprobs`] asks for them.
+        top: Vec<(u32, f32)>,
+    },
+    /// The end; nothing comes after.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// What had been held back.
+        text: String,
+        /// How much was computed, and how fast.
+        statistics: Statistics,
+    },
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its text, or a stop text came.
+    Stop,
+    /// As many tokens as asked for, or the context is full.
+    Length,
+    /// [`Cancel::cancel`].
+    Cancelled,
+}
+
+/// How much was computed, and how fast.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Statistics {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Of those, found in the session's cache.
+    pub cached_tokens: usize,
+    /// Tokens generated, without the one that ends the text.
+    pub generated_tokens: usize,
+    /// From the start to the first token.
+    pub prefill: Duration,
+    /// From the first token to the end.
+    pub decode: Duration,
+}
+
+impl Statistics {
+    /// Prompt tokens computed a second; 0 where none were.
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.prompt_tokens - self.cached_tokens, self.prefill)
+    }
+
+    /// Tokens generated a second, the first not counted, which belongs to the prompt; 0 for fewer than two.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.generated_tokens.saturating_sub(1), self.decode)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    if tokens == 0 || time.is_zero() {
+        0.0
+    } else {
+        tokens as f64 / time.as_secs_f64()
+    }
+}
+
+/// A cache and the tokens it holds: what a chat keeps from turn to turn.
+#[derive(Debug)]
+pub struct Session {
+    cache: TokenCache,
+    tokens: Vec<u32>,
+}
+
+impl Session {
+    pub(super) fn new(cache: TokenCache) -> Self {
+        Self {
+            cache,
+            tokens: Vec::new(),
+        }
+    }
+
+    /// The tokens cached.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens[..self.cache.len()]
+    }
+
+    /// Forgets all tokens; the memory is kept.
+    pub fn reset(&mut self) {
+        self.cache.reset();
+        self.tokens.clear();
+    }
+
+    /// Bytes of memory the cache holds.
+    pub fn size_in_bytes(&self) -> usize {
+        self.cache.size_in_bytes()
+    }
+
+    /// Keeps what `prompt` begins with, but computes its last token anew, whose logits are needed; gives the
+    /// number of tokens kept.
+    fn keep_common_prefix(&mut self, prompt: &[u32]) -> Result<usize> {
+        let common = self
+            .tokens()
+            .iter()
+            .zip(prompt)
+            .take_while(|(a, b)| a == b)
+            .count();
+        let kept = common.min(prompt.len() - 1);
+        self.cache.truncate(kept)?;
+        Ok(kept)
+    }
+}
+
+/// The session of a sequence, its own or lent by the caller.
+enum Held<'a> {
+    Own(Box<Session>),
+    Lent(&'a mut Session),
+}
+
+impl Held<'_> {
+    fn get(&mut self) -> &mut Session {
+        match self {
+            Self::Own(session) => session,
+            Self::Lent(session) => session,
+        }
+    }
+}
+
+/// One sequence under way.
+struct Active<'a> {
+    session: Held<'a>,
+    /// The prompt and what has been generated.
+    tokens: Vec<u32>,
+    /// How many of them the model has seen.
+    computed: usize,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    statistics: Statistics,
+    first_token: Option<Instant>,
+    finished: bool,
+}
+
+impl Active<'_> {
+    fn prompt(&self) -> usize {
+        self.statistics.prompt_tokens
+    }
+}
+
+/// The sequences of a batch, advanced together: a step runs a chunk of every prompt that is not done and the
+/// next token of all others through the model at once.
+pub(super) struct Batch<'a> {
+    pipeline: &'a Pipeline,
+    options: Options,
+    sequences: Vec<Active<'a>>,
+    started: Instant,
+}
+
+impl<'a> Batch<'a> {
+    fn new(
+        pipeline: &'a Pipeline,
+        prompts: &[&[u32]],
+        options: &Options,
+        lent: Option<&'a mut Session>,
+    ) -> Result<Self> {
+        if options.prefill_chunk == 0 {
+            return Err(Error::argument("generate", "prefill_chunk", "at least 1", "0"));
+        }
+        let limit = pipeline.model().config().max_position_embeddings;
+        let vocab_size = pipeline.model().config().vocab_size;
+        let mut lent = lent;
+        let mut sequences = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            if prompt.is_empty() {
+                return Err(Error::EmptyPrompt);
+            }
+            if prompt.len() > limit {
+                return Err(Error::ContextLength {
+                    tokens: prompt.len(),
+                    limit,
+                });
+            }
+            if let Some(index) = prompt.iter().position(|id| *id as usize >= vocab_size) {
+                return Err(Error::TokenId {
+                    id: prompt[index],
+                    index,
+                    vocab_size,
+                });
+            }
+            let sampler = Sampler::new(options.sampling.clone())?;
+            let stops = StopStrings::new(options.stop.clone())?;
+            let mut session = match lent.take() {
+                Some(session) => Held::Lent(session),
+                None => Held::Own(Box::new(pipeline.new_session())),
+            };
+            let cached = match options.use_cache {
+                true => session.get().keep_common_prefix(prompt)?,
+                false => 0,
+            };
+            sequences.push(Active {
+                session,
+                tokens: prompt.to_vec(),
+                computed: cached,
+                sampler,
+                detokenizer: Detokenizer::new(pipeline.tokenizer()).skip_special(options.skip_special),
+                stops,
+                statistics: Statistics {
+                    prompt_tokens: prompt.len(),
+                    cached_tokens: cached,
+                    ..Statistics::default()
+                },
+                first_token: None,
+                finished: false,
+            });
+        }
+        Ok(Self {
+            pipeline,
+            options: options.clone(),
+            sequences,
+            started: Instant::now(),
+        })
+    }
+
+    /// Runs one step; gives what happened, by sequence. Nothing happens once all are finished.
+    fn step(&mut self) -> Result<Vec<(usize, Event)>> {
+        let mut events = Vec::new();
+        let stop_now = self.options.cancel.is_cancelled();
+        for index in 0..self.sequences.len() {
+            if stop_now {
+                self.finish(index, FinishReason::Cancelled, &mut events)?;
+            } else if self.options.max_tokens == Some(0) {
+                self.finish(index, FinishReason::Length, &mut events)?;
+            }
+        }
+        let mut budget = self.options.prefill_chunk;
+        let mut chosen = Vec::new();
+        let mut inputs = Vec::new();
+        for (index, sequence) in self.sequences.iter_mut().enumerate().filter(|(_, s)| !s.finished) {
+            let waiting = sequence.tokens.len() - sequence.computed;
+            if waiting > 1 && budget == 0 {
+                continue; // This prompt's turn comes when those before it are done.
+            }
+            let n = if self.options.use_cache {
+                waiting.min(budget.max(1))
+            } else {
+                sequence.tokens.len()
+            };
+            budget = budget.saturating_sub(n);
+            if self.options.use_cache {
+                let session = sequence.session.get();
+                session.tokens.truncate(sequence.computed);
+                session
+                    .tokens
+                    .extend_from_slice(&sequence.tokens[sequence.computed..][..n]);
+                inputs.push(Sequence {
+                    tokens: &sequence.tokens[sequence.computed..][..n],
+                    position: sequence.computed,
+                    cache: Some(&mut session.cache),
+                });
+            } else {
+                inputs.push(Sequence {
+                    tokens: &sequence.tokens,
+                    position: 0,
+                    cache: None,
+                });
+            }
+            chosen.push((index, n));
+        }
+        if inputs.is_empty() {
+            return Ok(events);
+        }
+        let logits = self
+            .pipeline
+            .model()
+            .forward_batch(&mut inputs, Logits::Last, None)?;
+        drop(inputs);
+        for (row, (index, n)) in chosen.into_iter().enumerate() {
+            let sequence = &mut self.sequences[index];
+            let before = sequence.computed;
+            sequence.computed = if self.options.use_cache { before + n } else { n };
+            if before < sequence.prompt() {
+                events.push((
+                    index,
+                    Event::Prefill {
+                        done: sequence.computed,
+                        total: sequence.prompt(),
+                    },
+                ));
+            }
+            if sequence.computed == sequence.tokens.len() {
+                let logits: Vec<f32> = logits.get(row)?.to_vec1()?;
+                self.choose(index, &logits, &mut events)?;
+            }
+        }
+        Ok(events)
+    }
+
+    /// Chooses a sequence's next token.
+    fn choose(&mut self, index: usize, logits: &[f32], events: &mut Vec<(usize, Event)>) -> Result<()> {
+        let sequence = &mut self.sequences[index];
+        let history = History {
+            tokens: &sequence.tokens,
+            prompt: sequence.prompt(),
+        };
+        let sampled = sequence.sampler.sample(logits, history)?;
+        if sequence.first_token.is_none() {
+            let now = Instant::now();
+            sequence.first_token = Some(now);
+            sequence.statistics.prefill = now - self.started;
+        }
+        if self.pipeline.defaults().eos_token_id.contains(&sampled.id) {
+            return self.finish(index, FinishReason::Stop, events);
+        }
+        sequence.tokens.push(sampled.id);
+        sequence.statistics.generated_tokens += 1;
+        let text = sequence.detokenizer.push(sampled.id)?.unwrap_or_default();
+        let progress = sequence.stops.push(&text);
+        let token = Event::Token {
+            id: sampled.id,
+            text: progress.emit,
+            logprob: sampled.logprob,
+            top: sampled.top,
+        };
+        events.push((index, token));
+        let generated = sequence.statistics.generated_tokens;
+        let full = sequence.tokens.len() > self.pipeline.model().config().max_position_embeddings;
+        if progress.stopped {
+            self.finish(index, FinishReason::Stop, events)
+        } else if self.options.max_tokens.is_some_and(|max| generated >= max) || full {
+            self.finish(index, FinishReason::Length, events)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn finish(&mut self, index: usize, reason: FinishReason, events: &mut Vec<(usize, Event)>) -> Result<()> {
+        let sequence = &mut self.sequences[index];
+        if std::mem::replace(&mut sequence.finished, true) {
+            return Ok(());
+        }
+        let rest = sequence.detokenizer.finish()?;
+        let progress = sequence.stops.push(&rest);
+        let text = progress.emit + &sequence.stops.finish();
+        if let Some(first) = sequence.first_token {
+            sequence.statistics.decode = first.elapsed();
+        }
+        events.push((
+            index,
+            Event::Finished {
+                reason,
+                text,
+                statistics: sequence.statistics,
+            },
+        ));
+        Ok(())
+    }
+}
+
+/// The events of one generation, as they happen; each is computed when it is asked for.
+///
+/// Ends after [`Event::Finished`] or the first error.
+pub struct Generation<'a> {
+    batch: Batch<'a>,
+    ready: VecDeque<Event>,
+    ended: bool,
+}
+
+impl<'a> Generation<'a> {
+    pub(super) fn new(
+        pipeline: &'a Pipeline,
+        prompt: &[u32],
+        options: &Options,
+        session: Option<&'a mut Session>,
+    ) -> Result<Self> {
+        let batch = Batch::new(pipeline, &[prompt], options, session)?;
+        Ok(Self {
+            batch,
+            ready: VecDeque::new(),
+            ended: false,
+        })
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Event>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.ready.is_empty() && !self.ended {
+            match self.batch.step() {
+                Ok(events) => {
+                    self.ended = self.batch.sequences.iter().all(|sequence| sequence.finished);
+                    self.ready.extend(events.into_iter().map(|(_, event)| event));
+                }
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+        self.ready.pop_front().map(Ok)
+    }
+}
+
+/// What a finished sequence of a batch came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output {
+    /// The tokens generated.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// How much was computed, and how fast.
+    pub statistics: Statistics,
+}
+
+impl Pipeline {
+    /// Continues several prompts of any lengths together: each weight is read once for all of them. Each
+    /// gives what it gives alone, up to rounding. `on_event` sees events as they happen, with the prompt's
+    /// index.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate), and what happens on the way.
+    pub fn generate_batch(
+        &self,
+        prompts: &[&[u32]],
+        options: &Options,
+        mut on_event: impl FnMut(usize, &Event),
+    ) -> Result<Vec<Output>> {
+        let mut batch = Batch::new(self, prompts, options, None)?;
+        let mut outputs: Vec<Option<Output>> = vec![None; prompts.len()];
+        let mut partial: Vec<(Vec<u32>, String)> = vec![Default::default(); prompts.len()];
+        while outputs.iter().any(Option::is_none) {
+            for (index, event) in batch.step()? {
+                on_event(index, &event);
+                let (tokens, so_far) = &mut partial[index];
+                match event {
+                    Event::Prefill { .. } => {}
+                    Event::Token { id, text, .. } => {
+                        tokens.push(id);
+                        so_far.push_str(&text);
+                    }
+                    Event::Finished {
+                        reason,
+                        text,
+                        statistics,
+                    } => {
+                        so_far.push_str(&text);
+                        let (tokens, text) = std::mem::take(&mut partial[index]);
+                        outputs[index] = Some(Output {
+                            tokens,
+                            text,
+                            reason,
+                            statistics,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(outputs.into_iter().flatten().collect())
+    }
+}

@@ -1,0 +1,157 @@
+//! A model with all that it needs to speak: tokenizer, chat template, defaults.
+
+use super::generate::{Generation, Options, Session};
+use super::{ChatTemplate, GenerationConfig, Message, RenderOptions, Tokenizer};
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport};
+use crate::models::glm4_moe_lite::{Config, Model};
+use crate::{Error, Result};
+use candle_core::Device;
+use std::path::Path;
+
+/// A model folder, loaded: text in, text out.
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use candle_mmfp4::generation::{Event, Message, Pipeline};
+///
+/// let (pipeline, _) = Pipeline::from_folder("examples/demo-model", &Default::default(), &Device::Cpu)?;
+/// let prompt = pipeline.chat_prompt(&[Message::new("user", "What does `Option::insert` do?")], &Default::default())?;
+/// for event in pipeline.generate(&prompt, &pipeline.options())? {
+///     match event? {
+///         Event::Token { text, .. } => print!("{text}"),
+///         Event::Finished { text, reason, .. } => println!("{text}\n({reason:?})"),
+///         Event::Prefill { .. } => {}
+///     }
+/// }
+/// # Ok::<(), candle_mmfp4::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Pipeline {
+    model: Model,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    defaults: GenerationConfig,
+}
+
+impl Pipeline {
+    /// Loads a model folder: config, safetensors, `tokenizer.json`; `generation_config.json` and a chat
+    /// template, where there are any.
+    ///
+    /// # Errors
+    /// Names the file or tensor that is missing or malformed.
+    pub fn from_folder(
+        folder: impl AsRef<Path>,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        let folder = folder.as_ref();
+        if !folder.is_dir() {
+            return Err(Error::file(
+                folder,
+                "no such folder",
+                "give the path of a model folder",
+            ));
+        }
+        // Small files first: what is wrong with them should not wait for gigabytes.
+        let config = Config::from_file(folder.join("config.json"))?;
+        let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
+        let defaults = match folder.join("generation_config.json") {
+            path if path.exists() => GenerationConfig::from_file(path)?,
+            _ => GenerationConfig::default(),
+        };
+        let has_template =
+            folder.join("chat_template.jinja").exists() || folder.join("tokenizer_config.json").exists();
+        let template = match has_template {
+            true => Some(ChatTemplate::from_dir(folder)?),
+            false => None,
+        };
+        let (model, report) = Model::load(config, &Checkpoint::open(folder)?, options, device)?;
+        Ok((Self::new(model, tokenizer, template, defaults), report))
+    }
+
+    /// From parts. Where `defaults` name no token that ends a text, the model's config does.
+    pub fn new(
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        mut defaults: GenerationConfig,
+    ) -> Self {
+        if defaults.eos_token_id.is_empty() {
+            defaults.eos_token_id = model.config().eos_token_id.clone();
+        }
+        Self {
+            model,
+            tokenizer,
+            template,
+            defaults,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The checkpoint's own advice on how to generate.
+    pub fn defaults(&self) -> &GenerationConfig {
+        &self.defaults
+    }
+
+    /// Options as the checkpoint advises.
+    pub fn options(&self) -> Options {
+        Options {
+            sampling: self.defaults.sampling(),
+            max_tokens: self.defaults.max_new_tokens,
+            ..Options::default()
+        }
+    }
+
+    /// The tokens of a conversation up to where the assistant's answer begins, by the checkpoint's chat
+    /// template; `options.add_generation_prompt` is taken as set.
+    ///
+    /// # Errors
+    /// [`Error::Template`] where there is none or it refuses the messages.
+    pub fn chat_prompt(&self, messages: &[Message], options: &RenderOptions) -> Result<Vec<u32>> {
+        let Some(template) = &self.template else {
+            return Err(Error::Template(
+                "this model has none; give a plain prompt instead".into(),
+            ));
+        };
+        let options = RenderOptions { add_generation_prompt: true, ..options.clone() };
+        self.tokenizer.encode(&template.render(messages, &options)?)
+    }
+
+    /// Continues `prompt`; yields events as they happen.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::ContextLength`], [`Error::TokenId`], or an option out of its range.
+    /// What happens later comes as an item.
+    pub fn generate<'a>(&'a self, prompt: &[u32], options: &Options) -> Result<Generation<'a>> {
+        Generation::new(self, prompt, options, None)
+    }
+
+    /// As [`generate`](Self::generate) with a cache that outlives the call: of `prompt`, which is the whole
+    /// conversation, only what `session` does not hold already is computed. Edited history is recomputed from
+    /// the first difference on.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_in<'a>(
+        &'a self,
+        session: &'a mut Session,
+        prompt: &[u32],
+        options: &Options,
+    ) -> Result<Generation<'a>> {
+        Generation::new(self, prompt, options, Some(session))
+    }
+
+    /// An empty session.
+    pub fn new_session(&self) -> Session {
+        Session::new(self.model.new_cache())
+    }
+}
