@@ -131,6 +131,17 @@ pub enum Error {
     /// The chat template could not be parsed or rendered.
     #[error("chat template: {0}")]
     Template(String),
+
+    /// A repository of the hub could not be had.
+    #[error("{repo}: {problem}{}", remedy_suffix(remedy))]
+    Hub {
+        /// The repository, as `org/name` or `org/name@revision`.
+        repo: String,
+        /// What happened.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
 }
 
 impl Error {

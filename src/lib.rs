@@ -2,6 +2,7 @@
 
 #![deny(missing_docs)]
 
+pub mod checkpoint;
 mod error;
 
 pub use error::{Error, Result};

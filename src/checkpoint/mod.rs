@@ -1,0 +1,4 @@
+//! Reading and writing checkpoints.
+
+#[cfg(feature = "hub")]
+pub mod hub;
