@@ -107,10 +107,10 @@ impl LocalRepo {
         let PlannedFile { name, size, etag, .. } = file;
         let has_size = |path: &Path| length(path) == Some(*size);
         if has_size(&self.snapshot(commit).join(name)) || has_size(&self.blob(etag)) {
-            return size;
+            return *size;
         }
         length(&self.partial(etag))
-            .filter(|&held| held <= size)
+            .filter(|held| held <= size)
             .unwrap_or(0)
     }
 
