@@ -33,7 +33,8 @@ pub struct State {
     pub requests: Vec<Seen>,
     /// Bytes of bodies sent for each file.
     pub sent: BTreeMap<String, usize>,
-    content: String,
+    /// The address of the content network; the server sets it.
+    pub content: String,
 }
 
 /// One request.
