@@ -468,7 +468,11 @@ fn origin(url: &str) -> Option<(String, String, u16)> {
 fn resolve(base: &str, location: &str) -> Option<String> {
     let base: Uri = base.parse().ok()?;
     let (scheme, authority) = (base.scheme_str()?, base.authority()?);
-    let absolute = if origin(location).is_some() {
+    let has_scheme = location
+        .split(['/', '?', '#'])
+        .next()
+        .is_some_and(|head| head.contains(':'));
+    let absolute = if has_scheme {
         location.to_string()
     } else if location.starts_with("//") {
         format!("{scheme}:{location}")
@@ -529,6 +533,7 @@ mod tests {
             ("//cdn/b", Some("https://cdn/b")),
             ("b.bin", Some("https://hub:8080/org/name/resolve/main/b.bin")),
             ("http://", None),
+            ("ftp://cdn/b", None),
         ] {
             assert_eq!(resolve(base, location).as_deref(), expected, "{location}");
         }

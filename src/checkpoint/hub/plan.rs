@@ -77,7 +77,7 @@ impl Plan {
         }
         let opening = |kind: &str| {
             format!(
-                "{}: {}{kind} of weights are more than this machine's {} of memory",
+                "{}: {} of {kind}weights are more than this machine's {} of memory",
                 self.repo,
                 gib(weights),
                 gib(memory)
@@ -97,7 +97,7 @@ impl Plan {
         let kept = self.embedding_weights().saturating_mul(bits / 8).min(weights);
         let quantised = kept + ((weights - kept) as f64 * 4.125 / bits as f64) as u64;
         let peak = quantised + largest;
-        let opening = opening(if bits == 32 { " of F32" } else { " of BF16" });
+        let opening = opening(if bits == 32 { "F32 " } else { "BF16 " });
         if peak > memory {
             return Some(format!(
                 "{opening}, and with `--quantize mmfp4` it would still take about {} ({} of 4-bit weights and one \
@@ -198,7 +198,7 @@ mod tests {
 
     /// A plan of `count` shards of `size` bytes.
     fn plan(config: Value, count: usize, size: u64) -> Plan {
-        let shard = |index| PlannedFile {
+        let shard = |index: usize| PlannedFile {
             name: format!("model-{index}.safetensors"),
             size,
             etag: index.to_string(),
@@ -230,7 +230,7 @@ mod tests {
         let advice = original.advice(24 * GIB).unwrap();
         // 62.4 GB are 58.1 GiB. Kept: 2 · 154,880 · 2,048 · 2 bytes = 1.27 GB; the rest · 4.125/16 = 15.76 GB; together
         // 15.9 GiB, and a shard of 1.3 GB = 1.2 GiB.
-        assert!(advice.contains("58.1 GiB of BF16 of weights"), "{advice}");
+        assert!(advice.contains("58.1 GiB of BF16 weights"), "{advice}");
         assert!(advice.contains("24.0 GiB of memory"), "{advice}");
         assert!(
             advice.contains("`--quantize mmfp4` (at most about 17.1 GiB"),
@@ -254,7 +254,7 @@ mod tests {
         let advice = plan(serde_json::json!({ "torch_dtype": "float32" }), 16, 4 * GIB)
             .advice(24 * GIB)
             .unwrap();
-        assert!(advice.contains("64.0 GiB of F32"), "{advice}");
+        assert!(advice.contains("64.0 GiB of F32 weights"), "{advice}");
         assert!(advice.contains("about 12.2 GiB"), "{advice}");
     }
 
