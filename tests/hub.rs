@@ -846,7 +846,10 @@ fn a_branch_that_moved_is_followed_on_request() {
 
 #[test]
 fn two_at_once_download_once() {
-    let bench = Bench::new(demo());
+    let bench = Bench::new(State {
+        delay: Duration::from_millis(300),
+        ..demo()
+    });
     let folders = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| bench.fetch().unwrap())).collect();
         threads

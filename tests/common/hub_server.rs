@@ -30,6 +30,8 @@ pub struct State {
     pub ignores_ranges: bool,
     /// Never answers a GET of a file.
     pub stalls: bool,
+    /// How long the content network takes to answer.
+    pub delay: Duration,
     pub requests: Vec<Seen>,
     /// Bytes of bodies sent for each file.
     pub sent: BTreeMap<String, usize>,
@@ -169,6 +171,10 @@ fn serve(stream: TcpStream, content: bool, state: &Mutex<State>) {
             state.lock().unwrap().requests.push(seen);
             std::thread::sleep(Duration::from_secs(2));
             return;
+        }
+        if content {
+            let delay = state.lock().unwrap().delay;
+            std::thread::sleep(delay);
         }
         let answer = {
             let mut state = state.lock().unwrap();

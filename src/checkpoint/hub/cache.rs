@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{HubSettings, PlannedFile, Progress, RepoId};
 use crate::{Error, Result};
@@ -132,6 +133,9 @@ impl LocalRepo {
             make_folder_of(file)?;
         }
         let _lock = self.lock(name, etag, progress)?;
+        if length(&pointer) == Some(size) {
+            return Ok(());
+        }
         if length(&blob) != Some(size) {
             let partial = self.partial(etag);
             fetch(&partial, progress)?;
@@ -182,8 +186,7 @@ impl LocalRepo {
         }
         make_folder_of(&path)?;
         // Written whole, then moved: a reader never sees half a hash (hf-hub's `create_ref` writes in place).
-        let mut temporary = path.clone().into_os_string();
-        temporary.push(format!(".{}.tmp", std::process::id()));
+        let temporary = aside(&path);
         fs::write(&temporary, commit)
             .and_then(|()| fs::rename(&temporary, &path))
             .map_err(writing(&path))
@@ -270,16 +273,22 @@ fn writing(path: &Path) -> impl Fn(std::io::Error) -> Error {
     }
 }
 
-/// Points `pointer` to `blob`: by a relative link, so that the cache can be moved as a whole.
+/// Points `pointer` to `blob`: by a relative link, so that the cache can be moved as a whole, and made aside and then
+/// moved, so that a reader of an earlier link never finds none.
 fn link(blob: &Path, pointer: &Path, name: &str) -> Result<()> {
-    match fs::remove_file(pointer) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(writing(pointer)(error)),
-        _ => {}
-    }
-    match make_link(blob, pointer, name) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(writing(pointer)(error)),
-        _ => Ok(()),
-    }
+    let temporary = aside(pointer);
+    make_link(blob, &temporary, name)
+        .and_then(|()| fs::rename(&temporary, pointer))
+        .map_err(writing(pointer))
+}
+
+/// A path beside `path` that no other writer uses.
+fn aside(path: &Path) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut temporary = path.as_os_str().to_owned();
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    temporary.push(format!(".{}-{count}.tmp", std::process::id()));
+    PathBuf::from(temporary)
 }
 
 #[cfg(unix)]
