@@ -21,7 +21,7 @@
 //!
 //! hf-hub 0.5 gives the cache's layout ([`hf_hub::Cache`]), the parts of the URLs ([`hf_hub::Repo`]) and the shape of
 //! the hub's description of a repository. Its own download (`Api::repo(..).download`) is not used, because it
-//! - takes a short body for a whole one: the size is never checked;
+//! - never compares the size of what it has with what the hub stated;
 //! - resumes by appending whatever comes, also when the server answers a range with the whole file, and after a failed
 //!   first attempt asks for byte 0 again and appends that;
 //! - has no timeouts, waits five seconds for another process and then fails, and writes refs in place;
