@@ -135,6 +135,17 @@ pub enum Error {
     /// A row of logits from which no token can be chosen.
     #[error("logits: {0}")]
     Logits(String),
+
+    /// A repository of the hub could not be had.
+    #[error("{repo}: {problem}{}", remedy_suffix(remedy))]
+    Hub {
+        /// The repository, as `org/name` or `org/name@revision`.
+        repo: String,
+        /// What happened.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
 }
 
 impl Error {

@@ -1,5 +1,7 @@
 //! Model folders: safetensors read where they lie, and written.
 
+#[cfg(feature = "hub")]
+pub mod hub;
 mod load;
 mod marlin;
 mod report;

@@ -122,7 +122,10 @@ impl Pipeline {
                 "this model has none; give a plain prompt instead".into(),
             ));
         };
-        let options = RenderOptions { add_generation_prompt: true, ..options.clone() };
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            ..options.clone()
+        };
         self.tokenizer.encode(&template.render(messages, &options)?)
     }
 
