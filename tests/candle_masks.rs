@@ -24,7 +24,9 @@ mod weights;
 use candle_core::{DType, Device, Result, Tensor};
 
 use Schedule::{Chunked, Gap, Single, Stale, Whole};
-use models::{Build, Lacking as _};
+use models::Build;
+#[allow(unused_imports)] // nothing is lacking in the patched crate
+use models::Lacking as _;
 use reference::{Mla, Mlp, Norm, PLAIN, Plain};
 
 const SEQUENCE: [u32; 7] = [11, 3, 27, 8, 35, 19, 2];
@@ -50,11 +52,20 @@ enum Schedule {
 }
 
 /// What comes of it.
-#[derive(Debug)]
 enum Outcome {
-    Right,
+    Right(f64),
     Wrong(f64),
     Error(String),
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Right(error) => write!(f, "right, to {error:.1e}"),
+            Self::Wrong(error) => write!(f, "wrong, by {error:.1e}"),
+            Self::Error(error) => write!(f, "error: {error}"),
+        }
+    }
 }
 
 /// What is to come of it.
@@ -583,7 +594,7 @@ impl Case {
     fn outcome(&self, schedule: Schedule, dtype: DType, sequence: &[u32], right: &[Vec<f32>]) -> Outcome {
         match self.run(schedule, dtype, sequence, right) {
             Err(error) => Outcome::Error(first_line(error)),
-            Ok(error) if error <= tolerance(dtype) => Outcome::Right,
+            Ok(error) if error <= tolerance(dtype) => Outcome::Right(error),
             Ok(error) => Outcome::Wrong(error),
         }
     }
@@ -603,10 +614,10 @@ impl Case {
                     (self.released)(schedule, dtype)
                 };
                 let outcome = self.outcome(schedule, dtype, sequence, &right);
-                let line = format!("{}, {dtype:?}, {schedule:?}: {outcome:?}", self.name);
+                let line = format!("{}, {dtype:?}, {schedule:?}: {outcome}", self.name);
                 println!("{line}");
                 let as_expected = match (expected, &outcome) {
-                    (Expected::Right, Outcome::Right) | (Expected::Wrong, Outcome::Wrong(_)) => true,
+                    (Expected::Right, Outcome::Right(_)) | (Expected::Wrong, Outcome::Wrong(_)) => true,
                     (Expected::Error(part), Outcome::Error(error)) => error.contains(part),
                     _ => false,
                 };

@@ -1,5 +1,7 @@
 //! Every model that a patch touches, tiny, behind one function: tokens at a position in, logits out.
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::{models as m, quantized_var_builder};
@@ -309,9 +311,10 @@ pub const FALCON: Build = |dtype| {
 
 /// The one size that this crate can name, with a single layer's weights in all of them.
 pub const MPT: Build = |dtype| {
+    static WEIGHTS: LazyLock<Weights> = LazyLock::new(Weights::shared);
     let config = m::mpt::Config::replit_code_v1_5_3b();
     counting!(
-        m::mpt::Model::new(&config, Weights::shared().var_builder(dtype)),
+        m::mpt::Model::new(&config, WEIGHTS.var_builder(dtype)),
         clear_kv_cache
     )
 };
