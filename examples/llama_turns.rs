@@ -41,18 +41,18 @@ fn candle_transformers_llama(folder: Option<&Path>) -> Result<()> {
         Some(folder) => Model::open(folder)?,
         None => Model::random()?,
     };
-    let mut ways = [
+    let mut conversations = [
         Conversation::new(&model, Way::NewCache)?,
         Conversation::new(&model, Way::Continued)?,
         Conversation::new(&model, Way::FromZero)?,
     ];
     println!("turn  cache      tokens run before the answer     time  per token  answer");
-    for turn in 0..QUESTIONS.len() {
-        let question = model.question(turn)?;
+    for (turn, text) in QUESTIONS.iter().enumerate() {
+        let question = model.tokens(text, turn)?;
         let mut answers: Vec<Vec<u32>> = vec![];
-        for way in &mut ways {
-            print!("{:>4}  {:<9}  ", turn + 1, way.way.name());
-            match way.turn(&question) {
+        for conversation in &mut conversations {
+            print!("{:>4}  {:<9}  ", turn + 1, conversation.way.name());
+            match conversation.turn(&question) {
                 Err(error) => {
                     let error = error.to_string();
                     println!("failed: {}", error.lines().next().unwrap_or_default());
@@ -61,7 +61,7 @@ fn candle_transformers_llama(folder: Option<&Path>) -> Result<()> {
                     let agrees = match answers.first() {
                         None => "",
                         Some(first) if *first == turn.answer => "the same",
-                        Some(_) => "ANOTHER",
+                        Some(_) => "DIFFERS",
                     };
                     let (before, of) = (turn.run, turn.conversation);
                     let (first, next) = (turn.to_first, turn.per_token);
@@ -74,7 +74,7 @@ fn candle_transformers_llama(folder: Option<&Path>) -> Result<()> {
             let answer = tokenizer
                 .decode(answer, true)
                 .map_err(anyhow::Error::from_boxed)?;
-            println!("{}{answer}\n", QUESTIONS[turn].trim_start());
+            println!("{}{answer}\n", text.trim_start());
         }
     }
     Ok(())
@@ -229,14 +229,16 @@ impl Model {
         Ok(Cache::new(true, DType::F32, &self.config, &Device::Cpu)?)
     }
 
-    /// The tokens of a question: of its text, or any.
-    fn question(&self, turn: usize) -> Result<Vec<u32>> {
+    /// The tokens of a question; without a tokenizer any, as many as it has letters.
+    fn tokens(&self, text: &str, turn: usize) -> Result<Vec<u32>> {
         let Some(tokenizer) = &self.tokenizer else {
             let any = |i| (i * i * 31 + i * 7 + turn * 131) % self.config.vocab_size;
-            return Ok((0..QUESTIONS[turn].len()).map(|i| any(i) as u32).collect());
+            return Ok((0..text.len()).map(|i| any(i) as u32).collect());
         };
-        let encoding = tokenizer.encode(QUESTIONS[turn], turn == 0);
-        Ok(encoding.map_err(anyhow::Error::from_boxed)?.get_ids().to_vec())
+        let encoding = tokenizer
+            .encode(text, turn == 0)
+            .map_err(anyhow::Error::from_boxed)?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     fn is_end(&self, token: Option<&u32>) -> bool {

@@ -34,7 +34,7 @@ const EARLIER: [u32; 2] = [30, 14];
 
 /// Where the right logits come from; see above.
 enum Reference {
-    Plain(Plain),
+    Plain(Box<Plain>),
     OneByOne,
     LastTokens(usize),
 }
@@ -374,8 +374,9 @@ fn family() -> Vec<Case> {
     };
 
     use models::*;
-    let plain =
-        |name, build, plain: &Plain, released| case(name, build, Reference::Plain(plain.clone()), released);
+    let plain = |name, build, plain: &Plain, released| {
+        case(name, build, Reference::Plain(Box::new(plain.clone())), released)
+    };
     let additive = released::cache_and_additive_mask;
     vec![
         plain("llama", LLAMA, &llama, released::the_message),
