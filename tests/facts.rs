@@ -24,8 +24,8 @@ struct Fact {
 }
 
 fn facts() -> Vec<Fact> {
-    let path = std::env::var_os("MMFP4_FACTS")
-        .map_or(repository("tests/data/demo-model/facts.json"), PathBuf::from);
+    let path =
+        std::env::var_os("MMFP4_FACTS").map_or(repository("tests/data/demo-model/facts.json"), PathBuf::from);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let facts: Vec<Fact> = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     assert!(!facts.is_empty(), "{}: no questions", path.display());
@@ -74,7 +74,10 @@ fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
         facts.len()
     );
     for (fact, text) in misses.iter().take(5) {
-        println!("  {}\n    expected {:?}\n    found    {text:?}", fact.question, fact.answer);
+        println!(
+            "  {}\n    expected {:?}\n    found    {text:?}",
+            fact.question, fact.answer
+        );
     }
     assert!(share >= REQUIRED, "{what}: {share}");
 }
