@@ -7,7 +7,7 @@ use candle_mmfp4::generation::{
     Cancel, ChatTemplate, Event, FinishReason, Generation, GenerationConfig, Message, Options, Output,
     OutputEvent, OutputParser, Pipeline, RenderOptions, Sampling, Statistics, Tokenizer,
 };
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use candle_mmfp4::{Error, nn::TokenCache};
 use common::{largest_difference, mmfp4_demo};
 use std::sync::LazyLock;
@@ -163,6 +163,31 @@ fn bad_tokens_are_refused_and_leave_the_cache() {
         .narrow(0, 3, 3)
         .unwrap();
     assert!(largest_difference(&forward(&mut cache, &tokens[3..], 3), &whole) <= ROUNDING);
+}
+
+#[test]
+fn a_batch_with_one_bad_sequence_leaves_all_caches() {
+    let model = PIPELINE.model();
+    let tokens = raw("The quick brown fox jumps over it");
+    let mut caches = [model.new_cache(), model.new_cache()];
+    for cache in &mut caches {
+        forward(cache, &tokens[..3], 0);
+    }
+    for (bad, position) in [(&tokens[..2], 5), (&[u32::MAX][..], 3), (&[][..], 3)] {
+        let [first, second] = &mut caches;
+        let mut sequences =
+            [(first, &tokens[..2], 0), (second, bad, position)].map(|(cache, tokens, position)| Sequence {
+                tokens,
+                position,
+                cache: Some(cache),
+            });
+        assert!(model.forward_batch(&mut sequences, Logits::Last, None).is_err());
+        assert_eq!(caches.each_ref().map(TokenCache::len), [3, 3]);
+    }
+    let whole = forward(&mut model.new_cache(), &tokens, 0)
+        .narrow(0, 3, tokens.len() - 3)
+        .unwrap();
+    assert!(largest_difference(&forward(&mut caches[0], &tokens[3..], 3), &whole) <= ROUNDING);
 }
 
 #[test]
