@@ -1,8 +1,8 @@
 //! Marlin's MMFP4 layout: U32 codes `[N, K/8]` as `.weight`, F16 scales `[N, K/group]` beside them.
 
 use super::safetensors::{Checkpoint, StoredTensor};
-use crate::Result;
 use crate::fp4::{Factor, Fp4Tensor, GROUPS, Parts, ScaleKind};
+use crate::{Error, Result};
 use safetensors::Dtype;
 
 /// Whether a `.weight` holds packed codes.
@@ -72,5 +72,9 @@ pub(super) fn read(checkpoint: &Checkpoint, module: &str, n: usize, k: usize) ->
         kind,
         factor: Factor::None,
     };
-    Fp4Tensor::new(&codes_name, parts)
+    Fp4Tensor::new(&codes_name, parts).map_err(|error| match error {
+        // Of shapes checked above only a scale's value can be wrong.
+        Error::Tensor { problem, .. } => scales.problem(&scales_name, problem),
+        other => other,
+    })
 }

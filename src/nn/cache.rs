@@ -11,7 +11,8 @@ const BLOCK: usize = 256;
 ///
 /// Memory grows by blocks of 256 tokens (by a quarter, once that is more) instead of by concatenation a
 /// token, and is kept by [`reset`](Self::reset) for the next conversation. A forward pass *begins* at a
-/// position, *appends* in each layer and *commits*: if it fails between, the cache is as it was.
+/// position, *appends* in each layer and *commits*: if it fails between, the cache is as it was, or empty where the pass
+/// began at position 0.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -101,6 +102,19 @@ impl TokenCache {
     /// [`Error::Position`] where `position` is neither 0 nor the number of tokens cached;
     /// [`Error::ContextLength`] where they do not fit the limit.
     pub fn begin(&mut self, position: usize, tokens: usize) -> Result<()> {
+        let total = self.check(position, tokens)?;
+        self.len = position;
+        self.pending = tokens;
+        if total > self.capacity {
+            // What is cached is moved layer by layer as it is appended to: see `append`.
+            let grown = (self.capacity + self.capacity / 4).max(total);
+            self.capacity = grown.next_multiple_of(BLOCK).min(self.limit);
+        }
+        Ok(())
+    }
+
+    /// Whether a pass may [begin](Self::begin) so; gives the tokens it ends with.
+    pub(crate) fn check(&self, position: usize, tokens: usize) -> Result<usize> {
         if position != 0 && position != self.len {
             return Err(Error::Position {
                 position,
@@ -114,14 +128,7 @@ impl TokenCache {
                 limit: self.limit,
             });
         }
-        self.len = position;
-        self.pending = tokens;
-        if total > self.capacity {
-            // What is cached is moved layer by layer as it is appended to: see `append`.
-            let grown = (self.capacity + self.capacity / 4).max(total);
-            self.capacity = grown.next_multiple_of(BLOCK).min(self.limit);
-        }
-        Ok(())
+        Ok(total)
     }
 
     /// Writes the pass's rows `[tokens, width]` of a layer; gives a view of all of the layer's rows so far,

@@ -1,9 +1,10 @@
 //! The linear layer.
 
-use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight, quantize};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
+use half::{bf16, f16};
 
 /// A linear layer `y = x · Wᵀ + b` whose weight `[N, K]` lies in FP4 (or, where a checkpoint keeps it so, in
 /// floating point).
@@ -39,7 +40,18 @@ impl MmfP4Linear {
     /// [`Error::Argument`] where the bias is not a vector of `N` floats.
     pub fn new(weight: impl Into<Weight>, bias: Option<&Tensor>) -> Result<Self> {
         let bias = bias
-            .map(|bias| bias.flatten_all()?.to_dtype(DType::F32)?.to_vec1())
+            .map(|bias| {
+                if bias.rank() != 1 || !bias.dtype().is_float() {
+                    let found = format!("{:?} of shape {:?}", bias.dtype(), bias.dims());
+                    return Err(Error::argument(
+                        "mmfp4-linear",
+                        "bias",
+                        "a vector of floats",
+                        found,
+                    ));
+                }
+                Ok(bias.to_dtype(DType::F32)?.to_vec1()?)
+            })
             .transpose()?;
         Ok(Self {
             op: ops::Linear::new(weight.into(), bias)?,
@@ -54,7 +66,7 @@ impl MmfP4Linear {
         Self::new(quantize_tensor("weight", linear.weight(), format)?, linear.bias())
     }
 
-    /// Reads `weight` and `scales` in Marlin's MMFP4 layout (U32 codes `[N, K/8]`, F16 scales `[N, K/group]`)
+    /// Reads `weight` and `scales` in Marlin's MMFP4 layout (U32 codes `[N, K/8]`, F16 or BF16 scales `[N, K/group]`)
     /// where there are scales, else a floating-point `weight` `[N, K]` and quantises it to MMFP4; `bias`, if
     /// `has_bias`.
     ///
@@ -74,35 +86,49 @@ impl MmfP4Linear {
             prefix if prefix.is_empty() => part.to_string(),
             prefix => format!("{prefix}.{part}"),
         };
+        // Shapes are asked for, not looked up: a `VarMap` cannot do otherwise, and makes up what it lacks.
+        let get = |part: &str, shape: &[usize], dtype| {
+            let problem = match vb.contains_tensor(part) {
+                true => match vb.get_with_hints_dtype(shape, part, Default::default(), dtype) {
+                    Ok(tensor) => return Ok(tensor),
+                    Err(error) => error.to_string(),
+                },
+                false => "missing".to_string(),
+            };
+            Err(Error::tensor(name(part), None, problem))
+        };
         let weight = if vb.contains_tensor("scales") {
             // I32 words, as some writers store them, keep their bits in this conversion.
-            let words = vb.get_unchecked_dtype("weight", DType::U32)?;
-            let scales = vb.get_unchecked_dtype("scales", DType::F16)?;
-            expect_dims(&name("weight"), &words, &[n, k / 8])?;
-            let groups = match scales.dims() {
-                [rows, groups] if *rows == n && *groups > 0 && k % groups == 0 => *groups,
-                found => {
-                    let problem = format!("shape {found:?}; expected [{n}, {k} / group] scales");
-                    return Err(Error::tensor(name("scales"), None, problem));
-                }
+            let words = get("weight", &[n, k / 8], DType::U32)?.to_dtype(DType::U32)?;
+            let groups = GROUPS.into_iter().filter(|group| k.is_multiple_of(*group));
+            let mut fits =
+                groups.filter_map(|group| Some((group, get("scales", &[n, k / group], DType::F32).ok()?)));
+            let Some((group, scales)) = fits.next() else {
+                let problem = format!("expected [{n}, {k} / group] scales, the group 16, 32, 64 or 128");
+                return Err(Error::tensor(name("scales"), None, problem));
             };
             let words = words.flatten_all()?.to_vec1::<u32>()?;
-            let scales = scales.flatten_all()?.to_vec1::<half::f16>()?;
+            let (kind, scales) = half_scales(&scales.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?);
             let parts = Parts {
                 shape: (n, k),
-                group: k / groups,
+                group,
                 codes: Bytes::copy_from(&words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>())?,
-                scales: Bytes::copy_from(&scales.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>())?,
-                kind: ScaleKind::F16,
+                scales: Bytes::copy_from(&scales)?,
+                kind,
                 factor: Factor::None,
             };
             Fp4Tensor::new(&name("weight"), parts)?
         } else {
-            let weight = vb.get_unchecked("weight")?;
-            expect_dims(&name("weight"), &weight, &[n, k])?;
+            let weight = get("weight", &[n, k], vb.dtype()).map_err(|error| {
+                // Codes without their scales are recognised by their shape.
+                match k.is_multiple_of(8) && get("weight", &[n, k / 8], DType::U32).is_ok() {
+                    true => Error::tensor(name("scales"), None, "missing beside packed codes"),
+                    false => error,
+                }
+            })?;
             quantize_tensor(&name("weight"), &weight, Format::mmfp4())?
         };
-        let bias = if has_bias { Some(vb.get(n, "bias")?) } else { None };
+        let bias = has_bias.then(|| get("bias", &[n], vb.dtype())).transpose()?;
         Self::new(weight, bias.as_ref())
     }
 
@@ -160,10 +186,13 @@ pub(super) fn quantize_tensor(name: &str, tensor: &Tensor, format: Format) -> Re
     quantize(name, &values, shape, format, ScaleRule::default())
 }
 
-fn expect_dims(name: &str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
-    if tensor.dims() != expected {
-        let problem = format!("shape {:?}; expected {expected:?}", tensor.dims());
-        return Err(Error::tensor(name, None, problem));
+/// Scales as F16 or, where that would change any, as BF16; a `VarBuilder` does not tell which they were.
+fn half_scales(scales: &[f32]) -> (ScaleKind, Vec<u8>) {
+    let exact = |scale: &f32| scale.is_nan() || f16::from_f32(*scale).to_f32() == *scale;
+    if scales.iter().all(exact) {
+        let bytes = scales.iter().flat_map(|s| f16::from_f32(*s).to_le_bytes());
+        return (ScaleKind::F16, bytes.collect());
     }
-    Ok(())
+    let bytes = scales.iter().flat_map(|s| bf16::from_f32(*s).to_le_bytes());
+    (ScaleKind::BF16, bytes.collect())
 }

@@ -98,3 +98,39 @@ pub fn top(logits: &[f32]) -> (u32, f32) {
     order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
     (order[0] as u32, logits[order[0]] - logits[order[1]])
 }
+
+/// Reproducible values in -1 .. 1.
+pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A tensor's values in row-major order, in f32.
+pub fn values(tensor: &Tensor) -> Vec<f32> {
+    let tensor = tensor.to_dtype(candle_core::DType::F32).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Requires a normalised mean-square error of at most `bound`.
+pub fn assert_nmse(actual: &[f32], expected: &[f32], bound: f64, what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    let pairs = || {
+        let widen = |(a, e): (&f32, &f32)| (f64::from(*a), f64::from(*e));
+        actual.iter().zip(expected).map(widen)
+    };
+    let error: f64 = pairs().map(|(a, e)| (a - e) * (a - e)).sum();
+    let norm: f64 = pairs().map(|(_, e)| e * e).sum();
+    let largest = pairs().map(|(a, e)| (a - e).abs()).fold(0.0, f64::max);
+    // Not `>`: NaN must fail.
+    assert!(
+        error <= bound * norm,
+        "{what}: NMSE {:e}, largest difference {largest:e}",
+        error / norm
+    );
+}

@@ -265,7 +265,9 @@ mod tests {
         let config = flash();
         let auto = |n, total| AttentionPath::Auto.decide(&config, n, total);
         assert_eq!(auto(1, 8192), AttentionPath::Absorbed);
-        assert_eq!(auto(1, 1), AttentionPath::Absorbed);
+        assert_eq!(auto(1, 2), AttentionPath::Absorbed);
+        // A lone token is expanded either way, and then the shorter dot products win.
+        assert_eq!(auto(1, 1), AttentionPath::Materialised);
         assert_eq!(auto(8, 8192), AttentionPath::Absorbed);
         assert_eq!(auto(512, 512), AttentionPath::Materialised);
         // With a long prefix the two meet near n = 400.

@@ -213,6 +213,10 @@ impl Model {
             if total > limit {
                 return Err(Error::ContextLength { tokens: total, limit });
             }
+            if let Some(cache) = &sequence.cache {
+                // Before any cache begins, which at position 0 forgets what it holds.
+                cache.check(sequence.position, sequence.tokens.len())?;
+            }
             tokens.extend_from_slice(sequence.tokens);
             positions.extend(sequence.position..total);
         }

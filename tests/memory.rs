@@ -1,0 +1,89 @@
+//! Memory stays flat while a model talks. A process of its own, with one test, so that nothing else moves it.
+//!
+//! Needs Linux' count of resident memory; elsewhere it says that it was skipped.
+
+mod common;
+
+use candle_core::Device;
+use candle_mmfp4::generation::{Options, Pipeline, Session};
+use candle_mmfp4::memory::resident;
+use candle_mmfp4::models::glm4_moe_lite::Logits;
+use common::mmfp4_demo;
+
+/// What may be gained between two moments beside the cache: the allocator's play, most of all in the
+/// scores of attention, which grow with the context. It is a small part of what the smallest leak would take: one hidden vector
+/// (256 f32) a layer and token are 12 MiB over 2,000 tokens, one row of logits a token 31 MiB.
+const ALLOWANCE: i64 = 4 << 20;
+
+/// Continues `prompt` by exactly `tokens` tokens; end tokens are never chosen.
+fn talk(pipeline: &Pipeline, session: &mut Session, prompt: &[u32], tokens: usize) -> Vec<u32> {
+    let mut options = Options {
+        max_tokens: Some(tokens),
+        prefill_chunk: 64,
+        ..Options::default()
+    };
+    let ends = &pipeline.defaults().eos_token_id;
+    options.sampling.logit_bias = ends.iter().map(|id| (*id, -1e4)).collect();
+    let mut all = prompt.to_vec();
+    for event in pipeline.generate_in(session, prompt, &options).unwrap() {
+        if let candle_mmfp4::generation::Event::Token { id, .. } = event.unwrap() {
+            all.push(id);
+        }
+    }
+    assert_eq!(all.len(), prompt.len() + tokens);
+    all
+}
+
+#[test]
+fn memory_is_flat_over_2000_tokens_and_50_conversations() {
+    let Some(_) = resident() else {
+        println!("skipped: this system does not tell how much memory is resident");
+        return;
+    };
+    let (pipeline, _) = Pipeline::from_folder(mmfp4_demo(), &Default::default(), &Device::Cpu).unwrap();
+    let now = |session: &Session| resident().unwrap() as i64 - session.size_in_bytes() as i64;
+
+    // Every row of the embedding and, with them, every expert: the checkpoint's own pages count once touched.
+    let vocab = pipeline.model().config().vocab_size as u32;
+    for first in (0..vocab).step_by(64) {
+        let tokens: Vec<u32> = (first..first + 64).collect();
+        pipeline
+            .model()
+            .forward(&tokens, 0, &mut pipeline.model().new_cache(), Logits::Last)
+            .unwrap();
+    }
+    let mut session = pipeline.new_session();
+    let started = talk(&pipeline, &mut session, &[1, 2, 3], 30);
+
+    let before = now(&session);
+    let long = talk(&pipeline, &mut session, &started, 2_010);
+    let gained = now(&session) - before;
+    println!(
+        "2,010 tokens: {gained} bytes gained beside a cache of {}",
+        session.size_in_bytes()
+    );
+    assert!(long.len() > 2_040 && session.tokens().len() > 2_000);
+    assert!(
+        gained <= ALLOWANCE,
+        "2,010 tokens: {gained} bytes gained beside the cache"
+    );
+
+    let (capacity, before) = (session.size_in_bytes(), now(&session));
+    for conversation in 0..50 {
+        session.reset();
+        let turn: Vec<u32> = (0..40).map(|i| (conversation * 40 + i) % vocab).collect();
+        let mut said = talk(&pipeline, &mut session, &turn, 20);
+        said.extend(&turn);
+        talk(&pipeline, &mut session, &said, 20);
+        // And one whose cache ends with it.
+        talk(&pipeline, &mut pipeline.new_session(), &turn, 10);
+    }
+    let gained = now(&session) - before;
+    println!("50 conversations: {gained} bytes gained");
+    assert_eq!(
+        session.size_in_bytes(),
+        capacity,
+        "a reset keeps the cache's memory, and needs no more"
+    );
+    assert!(gained <= ALLOWANCE, "50 conversations: {gained} bytes gained");
+}
