@@ -1,6 +1,7 @@
 //! The linear layer.
 
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use crate::ops::{Comparison, Kernel};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
@@ -120,6 +121,12 @@ impl MmfP4Linear {
 impl Module for MmfP4Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         self.op.forward(x)
+    }
+}
+
+impl Kernel<&Tensor> for MmfP4Linear {
+    fn validate(&self, x: &Tensor) -> Result<Comparison> {
+        self.op.validate(x)
     }
 }
 
