@@ -63,20 +63,23 @@ fn trained_weights_cost_what_four_bits_cost() {
 
 #[test]
 fn logits_are_compared_with_those_of_another_model() {
-    let tokens = [5u32, 3, 100, 42];
-    let logits = |options: &LoadOptions| {
-        let (model, _) = load(&tiny(), options).unwrap();
+    let tokens = [5u32, 3, 100, 42, 7, 260];
+    let logits = |folder: &Path, options: &LoadOptions| {
+        let (model, _) = load(folder, options).unwrap();
         model
             .forward(&tokens, 0, &mut model.new_cache(), Logits::All)
             .unwrap()
     };
-    let exact = logits(&LoadOptions::default());
-    let rounded = logits(&quantizing(&[], &[]));
-    let comparison = compare_with_reference(&rounded, &exact, Tolerance::Nmse(0.2)).unwrap();
+    let as_it_is = LoadOptions::default();
+    let (exact, rounded) = (logits(&bf16_demo(), &as_it_is), logits(&mmfp4_demo(), &as_it_is));
+    let comparison = compare_with_reference(&rounded, &exact, Tolerance::Nmse(0.05)).unwrap();
     assert!(comparison.all_close && comparison.nmse > 1e-4, "{comparison}");
     assert_eq!(comparison.largest_absolute.at.len(), 2);
     // All layers kept: nothing is rounded, and the logits are the same bits.
-    let kept = logits(&quantizing(&[0, 1, 2], &[]));
+    let (kept, exact) = (
+        logits(&tiny(), &quantizing(&[0, 1, 2], &[])),
+        logits(&tiny(), &as_it_is),
+    );
     let same = compare_with_reference(&kept, &exact, Tolerance::Nmse(0.0)).unwrap();
     assert!(same.all_close, "{same}");
 }
