@@ -216,7 +216,7 @@ pub fn compare_with_reference(
     })
 }
 
-/// An op of this crate that can be checked against its plain reference in [`cpu::reference`](reference).
+/// An op of this crate that can be checked against its plain reference in [`cpu::reference`](mod@reference).
 pub trait Kernel<Inputs> {
     /// Runs the op on its inputs' device and the reference, in f32, on the same numbers.
     ///
