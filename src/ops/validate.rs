@@ -351,18 +351,18 @@ mod tests {
 
     #[test]
     fn the_largest_differences_are_found_and_placed() {
-        let reference = tensor(&[1., 0., 100., -2., 5., 6., 7., 8.], &[2, 2, 2]);
-        let result = tensor(&[1.5, 0., 99., -2., 5., 6., 7., 8.], &[2, 2, 2]);
+        let reference = tensor(&[1., 0., 100., -2., 5., 6., 7., 8.], &[2, 4]);
+        let result = tensor(&[1.5, 0., 99., -2., 5., 6., 7., 8.], &[2, 4]);
         let comparison = compare_with_reference(&result, &reference, ELEMENTS).unwrap();
         let difference = |value, at: &[usize]| Difference {
             value,
             at: at.to_vec(),
         };
-        assert_eq!(comparison.largest_absolute, difference(1.0, &[0, 1, 0]));
-        assert_eq!(comparison.largest_relative, difference(0.5, &[0, 0, 0]));
+        assert_eq!(comparison.largest_absolute, difference(1.0, &[0, 2]));
+        assert_eq!(comparison.largest_relative, difference(0.5, &[0, 0]));
         assert!((comparison.nmse - 1.25 / 10179.0).abs() < 1e-12);
         assert!(!comparison.all_close, "0.5 of 1 is beyond 0.11");
-        let nearer = tensor(&[1.1, 0.09, 99., -2., 5., 6., 7., 8.], &[2, 2, 2]);
+        let nearer = tensor(&[1.1, 0.09, 99., -2., 5., 6., 7., 8.], &[2, 4]);
         assert!(
             compare_with_reference(&nearer, &reference, ELEMENTS)
                 .unwrap()
