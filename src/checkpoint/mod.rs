@@ -2,8 +2,10 @@
 
 #[cfg(feature = "hub")]
 pub mod hub;
+mod keep;
 mod load;
 mod marlin;
+mod quality;
 mod report;
 mod safetensors;
 mod write;

@@ -3,6 +3,7 @@
 use super::pipeline::Pipeline;
 use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
 use crate::models::glm4_moe_lite::{Logits, Sequence};
+use crate::models::{Observer, check_finite};
 use crate::nn::TokenCache;
 use crate::{Error, Result};
 use std::collections::VecDeque;
@@ -30,6 +31,9 @@ pub struct Options {
     pub prefill_chunk: usize,
     /// Ends the generation from elsewhere.
     pub cancel: Cancel,
+    /// Whether every op's output is searched for NaN and infinity, which end the generation with an error that
+    /// names the layer and the op ([`Error::NonFiniteOutput`]); slower, off by default.
+    pub check_finite: bool,
 }
 
 impl Default for Options {
@@ -42,6 +46,7 @@ impl Default for Options {
             use_cache: true,
             prefill_chunk: 512,
             cancel: Cancel::default(),
+            check_finite: false,
         }
     }
 }
@@ -343,10 +348,15 @@ impl<'a> Batch<'a> {
         if inputs.is_empty() {
             return Ok(events);
         }
+        let mut check = check_finite;
+        let observer: Option<&mut Observer<'_>> = match self.options.check_finite {
+            true => Some(&mut check),
+            false => None,
+        };
         let logits = self
             .pipeline
             .model()
-            .forward_batch(&mut inputs, Logits::Last, None)?;
+            .forward_batch(&mut inputs, Logits::Last, observer)?;
         drop(inputs);
         for (row, (index, n)) in chosen.into_iter().enumerate() {
             let sequence = &mut self.sequences[index];

@@ -1,9 +1,11 @@
 //! The linear layer.
 
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use crate::ops::{Comparison, Kernel};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
+use candle_nn::init::{DEFAULT_KAIMING_NORMAL, Init};
 use half::{bf16, f16};
 
 /// A linear layer `y = x · Wᵀ + b` whose weight `[N, K]` lies in FP4 (or, where a checkpoint keeps it so, in
@@ -74,7 +76,8 @@ impl MmfP4Linear {
     /// [`Checkpoint`](crate::checkpoint::Checkpoint) uses a file's bytes where they lie.
     ///
     /// # Errors
-    /// [`Error::Tensor`], with the tensor's full name, for what is missing or of another shape.
+    /// [`Error::Tensor`] or [`Error::Candle`], with the tensor's full name, for what is missing or of another
+    /// shape.
     pub fn from_var_builder(
         in_features: usize,
         out_features: usize,
@@ -86,16 +89,19 @@ impl MmfP4Linear {
             prefix if prefix.is_empty() => part.to_string(),
             prefix => format!("{prefix}.{part}"),
         };
-        // Shapes are asked for, not looked up: a `VarMap` cannot do otherwise, and makes up what it lacks.
+        // A `VarMap` makes what it is asked for: a whole new layer, as with candle_nn, but no part of an old one.
+        let new = !vb.contains_tensor("weight") && !vb.contains_tensor("scales");
         let get = |part: &str, shape: &[usize], dtype| {
-            let problem = match vb.contains_tensor(part) {
-                true => match vb.get_with_hints_dtype(shape, part, Default::default(), dtype) {
-                    Ok(tensor) => return Ok(tensor),
-                    Err(error) => error.to_string(),
-                },
-                false => "missing".to_string(),
+            if !new && !vb.contains_tensor(part) {
+                return Err(Error::tensor(name(part), None, "missing"));
+            }
+            let init = if part == "weight" {
+                DEFAULT_KAIMING_NORMAL
+            } else {
+                Init::default()
             };
-            Err(Error::tensor(name(part), None, problem))
+            vb.get_with_hints_dtype(shape, part, init, dtype)
+                .map_err(|error| Error::tensor(name(part), None, error.to_string()))
         };
         let weight = if vb.contains_tensor("scales") {
             // I32 words, as some writers store them, keep their bits in this conversion.
@@ -121,7 +127,7 @@ impl MmfP4Linear {
         } else {
             let weight = get("weight", &[n, k], vb.dtype()).map_err(|error| {
                 // Codes without their scales are recognised by their shape.
-                match k.is_multiple_of(8) && get("weight", &[n, k / 8], DType::U32).is_ok() {
+                match !new && k.is_multiple_of(8) && get("weight", &[n, k / 8], DType::U32).is_ok() {
                     true => Error::tensor(name("scales"), None, "missing beside packed codes"),
                     false => error,
                 }
@@ -149,7 +155,13 @@ impl Module for MmfP4Linear {
     }
 }
 
-/// As [`candle_nn::linear`], in FP4: see [`MmfP4Linear::from_var_builder`].
+impl Kernel<&Tensor> for MmfP4Linear {
+    fn validate(&self, x: &Tensor) -> Result<Comparison> {
+        self.op.validate(x)
+    }
+}
+
+/// As [`candle_nn::linear()`], in FP4: see [`MmfP4Linear::from_var_builder`].
 ///
 /// # Errors
 /// As [`MmfP4Linear::from_var_builder`].
@@ -195,4 +207,37 @@ fn half_scales(scales: &[f32]) -> (ScaleKind, Vec<u8>) {
     }
     let bytes = scales.iter().flat_map(|s| bf16::from_f32(*s).to_le_bytes());
     (ScaleKind::BF16, bytes.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use candle_nn::VarMap;
+    use std::collections::HashMap;
+
+    #[test]
+    fn it_is_built_from_whatever_candle_nn_is_built_from() {
+        // A VarMap makes its variables when they are first asked for; the second layer finds the first one's.
+        let map = VarMap::new();
+        let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu).pp("mlp");
+        let dense = candle_nn::linear(128, 8, vb.clone()).unwrap();
+        let fp4 = linear(128, 8, vb.clone()).unwrap();
+        let own = MmfP4Linear::from_linear(&dense, Format::mmfp4()).unwrap();
+        let x = Tensor::randn(0f32, 1f32, (3, 128), &Device::Cpu).unwrap();
+        let run = |layer: &MmfP4Linear| layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(run(&fp4), run(&own));
+        assert!(
+            linear_no_bias(128, 8, vb.pp("new")).is_ok(),
+            "made, as candle_nn would"
+        );
+
+        let weight = Tensor::zeros((8, 64), DType::F32, &Device::Cpu).unwrap();
+        let tensors = HashMap::from([("mlp.up.weight".to_string(), weight)]);
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+        for module in ["mlp.up", "mlp.gate"] {
+            let error = linear_no_bias(128, 8, vb.pp(module)).unwrap_err().to_string();
+            assert!(error.contains(&format!("{module}.weight")), "{error}");
+        }
+    }
 }
