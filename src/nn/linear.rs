@@ -149,7 +149,7 @@ impl Module for MmfP4Linear {
     }
 }
 
-/// As [`candle_nn::linear`], in FP4: see [`MmfP4Linear::from_var_builder`].
+/// As [`candle_nn::linear()`], in FP4: see [`MmfP4Linear::from_var_builder`].
 ///
 /// # Errors
 /// As [`MmfP4Linear::from_var_builder`].
