@@ -10,9 +10,10 @@ use candle_mmfp4::memory::resident;
 use candle_mmfp4::models::glm4_moe_lite::Logits;
 use common::mmfp4_demo;
 
-/// What may be gained between two moments beside the cache: the allocator's play, most of all in the
-/// scores of attention, which grow with the context. It is a small part of what the smallest leak would take: one hidden vector
-/// (256 f32) a layer and token are 12 MiB over 2,000 tokens, one row of logits a token 31 MiB.
+/// What may be gained between two moments beside the cache: the allocator's play, most of all in the scores
+/// of attention, which grow with the context (1.5 MiB were seen). It is a small part of what the smallest leak
+/// would take: one hidden vector (256 f32) a layer and token are 12 MiB over 2,000 tokens, one row of logits
+/// a token 31 MiB.
 const ALLOWANCE: i64 = 4 << 20;
 
 /// Continues `prompt` by exactly `tokens` tokens; end tokens are never chosen.
