@@ -1,5 +1,6 @@
 //! Model folders: safetensors read where they lie, and written.
 
+mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod load;
@@ -8,6 +9,7 @@ mod report;
 mod safetensors;
 mod write;
 
+pub use files::ModelFiles;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};

@@ -3,8 +3,10 @@
 use super::pipeline::Pipeline;
 use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
 use crate::models::glm4_moe_lite::{Logits, Sequence};
+use crate::models::{Observer, Site};
 use crate::nn::TokenCache;
 use crate::{Error, Result};
+use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -228,6 +230,7 @@ pub(super) struct Batch<'a> {
     options: Options,
     sequences: Vec<Active<'a>>,
     started: Instant,
+    observer: Option<Box<Observer<'a>>>,
 }
 
 impl<'a> Batch<'a> {
@@ -292,6 +295,7 @@ impl<'a> Batch<'a> {
             options: options.clone(),
             sequences,
             started: Instant::now(),
+            observer: None,
         })
     }
 
@@ -343,10 +347,10 @@ impl<'a> Batch<'a> {
         if inputs.is_empty() {
             return Ok(events);
         }
-        let logits = self
-            .pipeline
-            .model()
-            .forward_batch(&mut inputs, Logits::Last, None)?;
+        let logits =
+            self.pipeline
+                .model()
+                .forward_batch(&mut inputs, Logits::Last, self.observer.as_deref_mut())?;
         drop(inputs);
         for (row, (index, n)) in chosen.into_iter().enumerate() {
             let sequence = &mut self.sequences[index];
@@ -452,6 +456,15 @@ impl<'a> Generation<'a> {
             ready: VecDeque::new(),
             ended: false,
         })
+    }
+
+    /// Lets `observer` see every op's result from now on; an error of it ends the generation.
+    pub fn observe(
+        mut self,
+        observer: impl FnMut(Site, &Tensor, &Tensor) -> candle_core::Result<()> + 'a,
+    ) -> Self {
+        self.batch.observer = Some(Box::new(observer));
+        self
     }
 }
 
