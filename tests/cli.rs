@@ -1,6 +1,7 @@
 //! The `mmfp4` program as its users run it.
 
 mod common;
+#[allow(dead_code, reason = "each test file uses a part")]
 #[path = "common/hub_server.rs"]
 mod hub_server;
 
@@ -11,8 +12,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const QUESTION: &str = "What does `Vec::push` do?";
-const ANSWER: &str = "Appends an element to the back of a collection.";
+const QUESTION: &str = "What does `Ordering::is_eq` do?";
+const ANSWER: &str = "Returns true if the ordering is the Equal variant.";
 
 /// The program, with nothing of the environment that would change what it does, and nothing to read.
 fn mmfp4(arguments: &[&str]) -> Command {
@@ -180,8 +181,8 @@ fn options_reach_the_generation() {
     assert_eq!(short["tokens"].as_array().unwrap().len(), 3);
     assert_eq!(short["reason"], "length");
 
-    let stopped = generate(&["--stop", " back"]);
-    assert_eq!(stopped["text"], "Appends an element to the");
+    let stopped = generate(&["--stop", " the Eq"]);
+    assert_eq!(stopped["text"], "Returns true if the ordering is");
     assert_eq!(stopped["reason"], "stop");
 
     let hot = ["--temperature", "3", "--max-tokens", "16", "--seed"];

@@ -211,9 +211,13 @@ fn generate(
             } => {
                 write(&text)?;
                 if arguments.sampling.logprobs.is_some() {
-                    let entry = |id: u32, logprob: f32| json!({ "id": id, "token": pipeline.tokenizer().token(id), "logprob": logprob });
-                    let mut value = entry(id, logprob);
-                    value["top"] = top.iter().map(|&(id, logprob)| entry(id, logprob)).collect();
+                    let entry = |id: u32, logprob: f32| -> anyhow::Result<Value> {
+                        let token = pipeline.tokenizer().decode(&[id], false)?;
+                        Ok(json!({ "id": id, "token": token, "logprob": logprob }))
+                    };
+                    let mut value = entry(id, logprob)?;
+                    let top = top.iter().map(|&(id, logprob)| entry(id, logprob));
+                    value["top"] = top.collect::<anyhow::Result<_>>()?;
                     logprobs.push(value);
                 }
                 tokens.push(id);
