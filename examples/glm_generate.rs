@@ -74,11 +74,15 @@ fn run() -> anyhow::Result<()> {
     let start = Instant::now();
     let options = LoadOptions {
         quantize: arguments.quantize,
+        ..LoadOptions::default()
     };
     let (pipeline, report) = Pipeline::from_folder(&arguments.model, &options, &device)?;
     let load = start.elapsed();
     for kept in &report.kept {
         eprintln!("{} stays in floating point: {}", kept.name, kept.reason);
+    }
+    for warning in &report.warnings {
+        eprintln!("warning: {warning}");
     }
 
     let prompt = match arguments.raw {

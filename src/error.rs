@@ -1,5 +1,7 @@
 //! One error type for the library: what was expected, what was found, where, and what to do.
 
+use crate::models::Site;
+use crate::ops::ValueRange;
 use std::path::PathBuf;
 
 /// The library's result type.
@@ -146,6 +148,20 @@ pub enum Error {
         /// What to do about it.
         remedy: String,
     },
+
+    /// An op of a forward pass gave NaN or infinity; see [`check_finite`](crate::models::check_finite).
+    #[error(
+        "{site}: its output has NaN or infinity ({output}); its input is {input}; {}",
+        non_finite_advice(input)
+    )]
+    NonFiniteOutput {
+        /// The layer and the op, the first of the pass.
+        site: Site,
+        /// What it gave.
+        output: ValueRange,
+        /// What it was given.
+        input: ValueRange,
+    },
 }
 
 impl Error {
@@ -217,4 +233,12 @@ fn place_suffix(file: &Option<PathBuf>) -> String {
     file.as_ref()
         .map(|path| format!(" in {}", path.display()))
         .unwrap_or_default()
+}
+
+fn non_finite_advice(input: &ValueRange) -> &'static str {
+    if input.is_finite() {
+        "the input is finite, so look at this op's weights and at the input's magnitude"
+    } else {
+        "the input has them already: they come from before this op"
+    }
 }

@@ -1,4 +1,56 @@
-//! 4-bit floating-point models in [Candle](candle_core).
+//! 4-bit floating-point models in [Candle](candle_core): linear layers, fused mixtures of experts and
+//! GLM-4.7-Flash.
+//!
+//! # In ten lines
+//!
+//! Swap a layer: any `candle_nn::Linear` becomes a quarter of its size, for an error that [`fp4::validate`]
+//! tells.
+//!
+//! ```
+//! use candle_core::{Device, Module, Tensor};
+//! use candle_mmfp4::{fp4::Format, nn::MmfP4Linear};
+//!
+//! let dense = candle_nn::Linear::new(Tensor::randn(0f32, 1., (64, 128), &Device::Cpu)?, None);
+//! let layer = MmfP4Linear::from_linear(&dense, Format::mmfp4())?;
+//! assert_eq!(layer.forward(&Tensor::ones((2, 128), candle_core::DType::BF16, &Device::Cpu)?)?.dims(), [2, 64]);
+//! # Ok::<(), anyhow::Error>(())
+//! ```
+//!
+//! Load a model, ask it something: an FP4 folder is used where it lies, a BF16 one can be quantised while
+//! loading ([`checkpoint::LoadOptions`]).
+//!
+//! ```
+//! use candle_core::Device;
+//! use candle_mmfp4::generation::{Event, Message, Pipeline};
+//!
+//! let (pipeline, report) = Pipeline::from_folder("examples/demo-model", &Default::default(), &Device::Cpu)?;
+//! println!("{report}");
+//! let prompt = pipeline.chat_prompt(&[Message::new("user", "What does `Vec::push` do?")], &Default::default())?;
+//! for event in pipeline.generate(&prompt, &pipeline.options())? {
+//!     if let Event::Token { text, .. } = event? {
+//!         print!("{text}");
+//!     }
+//! }
+//! # Ok::<(), candle_mmfp4::Error>(())
+//! ```
+//!
+//! # The map
+//!
+//! | module | what for |
+//! |---|---|
+//! | [`fp4`] | the number format: quantise, decode, measure what it cost |
+//! | [`nn`] | what a Candle user swaps in: [`MmfP4Linear`](nn::MmfP4Linear), [`FusedMoe`](nn::FusedMoe), masks, caches |
+//! | [`ops`] | the custom ops behind them, and their comparison with a plain reference |
+//! | [`cpu`] | the kernels, and that reference |
+//! | [`models`] | [`glm4_moe_lite`](models::glm4_moe_lite), and looking into a forward pass |
+//! | [`checkpoint`] | safetensors folders read where they lie, quantised and written; the hub |
+//! | [`generation`] | tokenizer, chat template, sampling, sessions, batches |
+//! | [`memory`] | how much of it this process takes |
+//!
+//! # What runs where
+//!
+//! On the CPU everything runs and is tested. On Metal the FP4 kernels are not there yet: loading a model there,
+//! or running an op, is an error that says so. CUDA is not supported. There is no backward pass.
 
 #![deny(missing_docs)]
 

@@ -1,6 +1,8 @@
 //! From a checkpoint's tensors to weights and layers.
 
+use super::keep::Keep;
 use super::marlin;
+use super::quality::Survey;
 use super::report::{Kept, LoadReport};
 use super::safetensors::Checkpoint;
 use crate::Result;
@@ -17,6 +19,14 @@ pub struct LoadOptions {
     /// Quantise floating-point linear layers while loading. Embeddings, output head and routers stay as they
     /// are: they cost little and matter much.
     pub quantize: Option<Format>,
+    /// Decoder layers whose weights are left as they are when quantising, counted from 0 or, if negative, from
+    /// the end: -1 is the last.
+    pub skip_layers: Vec<i64>,
+    /// Weights that are left as they are when quantising, by their tensors' names: a text with `*` matches whole
+    /// names, each star standing for any text (`*.self_attn.*`, `model.layers.*.mlp.shared_experts.*`); one
+    /// without matches a part of the name (`o_proj`). A pattern that matches nothing is among
+    /// [`LoadReport::warnings`].
+    pub keep: Vec<String>,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -24,20 +34,33 @@ pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
     device: &'a Device,
+    keep: Keep<'a>,
     report: RefCell<LoadReport>,
+    survey: RefCell<Survey>,
     used: RefCell<BTreeSet<String>>,
 }
 
 impl<'a> Loader<'a> {
-    /// Begins; norms and biases go to `device`.
-    pub fn new(checkpoint: &'a Checkpoint, options: &'a LoadOptions, device: &'a Device) -> Self {
-        Self {
+    /// Begins to load a model of so many decoder `layers`; norms and biases go to `device`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for options that make no sense: a layer that is not there,
+    /// an empty pattern.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        options: &'a LoadOptions,
+        device: &'a Device,
+        layers: usize,
+    ) -> Result<Self> {
+        Ok(Self {
             checkpoint,
             options,
             device,
+            keep: Keep::new(options, layers)?,
             report: RefCell::default(),
+            survey: RefCell::default(),
             used: RefCell::default(),
-        }
+        })
     }
 
     /// The linear layer `module` with its weight `[N, K]` and, if `bias`, its bias `[N]`.
@@ -64,17 +87,22 @@ impl<'a> Loader<'a> {
     pub fn weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
         let weight = self.stored_weight(module, n, k)?;
         let (Some(format), Weight::Dense(dense)) = (self.options.quantize, &weight) else {
+            if let Weight::Fp4(tensor) = &weight {
+                self.survey.borrow_mut().linear(tensor, true);
+            }
             self.account(&weight);
             return Ok(weight);
         };
         let name = format!("{module}.weight");
-        if !k.is_multiple_of(format.group) {
-            let reason = format!("K = {k} is not a multiple of the group of {}", format.group);
+        let odd = || format!("K = {k} is not a multiple of the group of {}", format.group);
+        let reason = self.keep.reason(&name);
+        if let Some(reason) = reason.or_else(|| (!k.is_multiple_of(format.group)).then(odd)) {
             self.report.borrow_mut().kept.push(Kept { name, reason });
             self.account(&weight);
             return Ok(weight);
         }
         let packed = quantize(&name, &dense.to_f32(), (n, k), format, ScaleRule::default())?;
+        self.survey.borrow_mut().linear(&packed, false);
         self.report.borrow_mut().quantized.add(packed.size_in_bytes());
         Ok(packed.into())
     }
@@ -85,6 +113,9 @@ impl<'a> Loader<'a> {
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn kept_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
         let weight = self.stored_weight(module, n, k)?;
+        self.survey.borrow_mut().sensitive(module, &weight);
+        // A pattern that names it is met, if not by this.
+        self.keep.reason(&format!("{module}.weight"));
         self.account(&weight);
         Ok(weight)
     }
@@ -122,6 +153,8 @@ impl<'a> Loader<'a> {
     pub fn finish(self, ignored: &[String], duplicate: Option<&str>) -> LoadReport {
         let used = self.used.into_inner();
         let mut report = self.report.into_inner();
+        report.warnings = self.survey.into_inner().warnings();
+        report.warnings.extend(self.keep.warnings());
         for (name, _) in self
             .checkpoint
             .tensors()

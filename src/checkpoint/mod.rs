@@ -3,8 +3,10 @@
 mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod keep;
 mod load;
 mod marlin;
+mod quality;
 mod report;
 mod safetensors;
 mod write;

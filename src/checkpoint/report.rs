@@ -36,7 +36,8 @@ pub struct LoadReport {
     pub quantized: Tally,
     /// Weights in floating point, used where they lie.
     pub dense: Tally,
-    /// Linear layers' weights that could not be quantised although that was asked for.
+    /// Linear layers' weights that were not quantised although that was asked for: because of
+    /// [`LoadOptions`](super::LoadOptions), or because they could not be.
     pub kept: Vec<Kept>,
     /// Mixtures of experts that had to be copied to lie together, and their bytes.
     pub copied: Vec<(String, usize)>,
@@ -44,6 +45,22 @@ pub struct LoadReport {
     pub ignored: usize,
     /// Tensors that nothing asked for.
     pub unused: Vec<String>,
+    /// What is known to cost quality, and options without effect: each once, with what to use instead.
+    pub warnings: Vec<String>,
+}
+
+impl LoadReport {
+    /// The reasons why weights stay in floating point, each with its first weight and the number of them.
+    fn kept_by_reason(&self) -> Vec<(&Kept, usize)> {
+        let mut reasons: Vec<(&Kept, usize)> = Vec::new();
+        for kept in &self.kept {
+            match reasons.iter_mut().find(|(first, _)| first.reason == kept.reason) {
+                Some((_, count)) => *count += 1,
+                None => reasons.push((kept, 1)),
+            }
+        }
+        reasons
+    }
 }
 
 impl fmt::Display for LoadReport {
@@ -75,9 +92,47 @@ impl fmt::Display for LoadReport {
         if !self.unused.is_empty() {
             write!(f, "; unknown tensors: {}", self.unused.join(", "))?;
         }
-        for kept in &self.kept {
-            write!(f, "\n{} stays in floating point: {}", kept.name, kept.reason)?;
+        for (first, count) in self.kept_by_reason() {
+            match count {
+                1 => write!(f, "\n{} stays in floating point: {}", first.name, first.reason)?,
+                _ => write!(
+                    f,
+                    "\n{count} weights stay in floating point, the first {}: {}",
+                    first.name, first.reason
+                )?,
+            }
+        }
+        for warning in &self.warnings {
+            write!(f, "\nwarning: {warning}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_is_told_once_a_reason() {
+        let kept = |name: &str, reason: &str| Kept {
+            name: name.into(),
+            reason: reason.into(),
+        };
+        let report = LoadReport {
+            kept: vec![kept("a", "layer 1"), kept("b", "odd"), kept("c", "layer 1")],
+            warnings: vec!["take another".into()],
+            ..LoadReport::default()
+        };
+        let text = report.to_string();
+        let lines: Vec<_> = text.lines().skip(1).collect();
+        assert_eq!(
+            lines,
+            [
+                "2 weights stay in floating point, the first a: layer 1",
+                "b stays in floating point: odd",
+                "warning: take another"
+            ]
+        );
     }
 }

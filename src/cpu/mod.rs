@@ -2,7 +2,7 @@
 //!
 //! Activations and accumulators are f32. Every kernel reads each weight once a call, spreads its work over
 //! rayon's threads in tiles whose size does not depend on the number of threads, and therefore gives the
-//! same bits for any number of them. [`reference`] is the plain implementation that each is compared with.
+//! same bits for any number of them. [`mod@reference`] is the plain implementation that each is compared with.
 
 mod heads;
 mod linear;

@@ -2,7 +2,7 @@
 //!
 //! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
 
-use super::{Expert, HeadRows};
+use super::{Expert, HeadRows, Routing};
 use crate::fp4::Weight;
 
 fn dequantize(weight: &Weight) -> Vec<f32> {
@@ -93,4 +93,57 @@ pub fn fused_moe(
         y.extend(sum.into_iter().map(|v| v as f32));
     }
     y
+}
+
+/// For each row of `logits`: take the best expert of the best groups, strike it out, and so on; see
+/// [`cpu::route`](super::route). Choices are made in f32, as the formula says, so that ties are the same.
+pub fn route(logits: &[f32], bias: &[f32], routing: &Routing) -> (Vec<u32>, Vec<f32>) {
+    let (experts, per_group) = (bias.len(), bias.len() / routing.n_group);
+    let (mut ids, mut weights) = (Vec::new(), Vec::new());
+    for logits in logits.chunks_exact(experts) {
+        let scores: Vec<f32> = logits.iter().map(|&x| 1.0 / (1.0 + (-x).exp())).collect();
+        let mut choice: Vec<Option<f32>> = scores.iter().zip(bias).map(|(s, b)| Some(s + b)).collect();
+
+        let two_best = |group: &[Option<f32>]| {
+            let mut group = group.to_vec();
+            let first = take_best(&mut group).map_or(0.0, |(_, score)| score);
+            Some(first + take_best(&mut group).map_or(0.0, |(_, score)| score))
+        };
+        let mut groups: Vec<Option<f32>> = choice.chunks_exact(per_group).map(two_best).collect();
+        for _ in 0..routing.topk_group {
+            take_best(&mut groups);
+        }
+        // What is left in `groups` was not among the best.
+        for (group, lost) in choice.chunks_exact_mut(per_group).zip(&groups) {
+            if lost.is_some() {
+                group.fill(None);
+            }
+        }
+
+        let chosen = (0..routing.top_k).filter_map(|_| take_best(&mut choice));
+        let chosen: Vec<usize> = chosen.map(|(expert, _)| expert).collect();
+        let sum: f64 = chosen.iter().map(|&e| f64::from(scores[e])).sum();
+        let divisor = if routing.normalize { sum + 1e-20 } else { 1.0 };
+        for expert in chosen {
+            ids.push(expert as u32);
+            let weight = f64::from(scores[expert]) / divisor * f64::from(routing.scaling_factor);
+            weights.push(weight as f32);
+        }
+    }
+    (ids, weights)
+}
+
+/// Takes the best of what is left out of `scores`: NaN before all, then the largest, then the first.
+fn take_best(scores: &mut [Option<f32>]) -> Option<(usize, f32)> {
+    let mut best: Option<(usize, f32)> = None;
+    for (index, score) in scores.iter().enumerate() {
+        let Some(score) = *score else { continue };
+        if best.is_none_or(|(_, b)| !b.is_nan() && (score.is_nan() || score > b)) {
+            best = Some((index, score));
+        }
+    }
+    if let Some((index, _)) = best {
+        scores[index] = None;
+    }
+    best
 }

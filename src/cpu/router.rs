@@ -144,4 +144,42 @@ mod tests {
         assert_eq!(ids, [1, 2]);
         assert!(weights.iter().all(|w| w.is_nan()));
     }
+
+    #[test]
+    fn it_agrees_with_the_plain_reference() {
+        use crate::cpu::{reference, testing::noise};
+        for (experts, n_group, topk_group, top_k) in
+            [(1, 1, 1, 1), (8, 1, 1, 8), (64, 1, 1, 4), (64, 8, 3, 6)]
+        {
+            for normalize in [true, false] {
+                let routing = Routing {
+                    top_k,
+                    n_group,
+                    topk_group,
+                    normalize,
+                    scaling_factor: 1.8,
+                };
+                // Coarse steps make ties; the last row has a NaN.
+                let mut logits: Vec<f32> = noise(33 * experts, 1)
+                    .iter()
+                    .map(|x| (x * 8.0).round() / 4.0)
+                    .collect();
+                logits[32 * experts] = f32::NAN;
+                let bias: Vec<f32> = noise(experts, 2)
+                    .iter()
+                    .map(|x| (x * 4.0).round() / 8.0)
+                    .collect();
+                let (ids, weights) = route(&logits, &bias, &routing);
+                let (expected_ids, expected) = reference::route(&logits, &bias, &routing);
+                assert_eq!(ids, expected_ids, "{routing:?}");
+                for (weight, expected) in weights.iter().zip(&expected) {
+                    let close = (weight - expected).abs() <= 1e-6 * expected;
+                    assert!(
+                        close || weight.is_nan() && expected.is_nan(),
+                        "{weight} for {expected}"
+                    );
+                }
+            }
+        }
+    }
 }

@@ -25,9 +25,11 @@ mod dense;
 mod quantize;
 mod scale;
 mod tensor;
+mod validate;
 
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
 pub use quantize::{Format, ScaleRule, quantize};
 pub use scale::ScaleKind;
 pub use tensor::{Factor, Fp4Tensor, GROUPS, Parts};
+pub use validate::{BlockError, Validation, validate};

@@ -3,7 +3,7 @@
 use super::pipeline::Pipeline;
 use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
 use crate::models::glm4_moe_lite::{Logits, Sequence};
-use crate::models::{Observer, Site};
+use crate::models::{Observer, Site, check_finite};
 use crate::nn::TokenCache;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -32,6 +32,9 @@ pub struct Options {
     pub prefill_chunk: usize,
     /// Ends the generation from elsewhere.
     pub cancel: Cancel,
+    /// Whether every op's output is searched for NaN and infinity, which end the generation with an error that
+    /// names the layer and the op ([`Error::NonFiniteOutput`]); slower, off by default.
+    pub check_finite: bool,
 }
 
 impl Default for Options {
@@ -44,6 +47,7 @@ impl Default for Options {
             use_cache: true,
             prefill_chunk: 512,
             cancel: Cancel::default(),
+            check_finite: false,
         }
     }
 }
@@ -347,10 +351,22 @@ impl<'a> Batch<'a> {
         if inputs.is_empty() {
             return Ok(events);
         }
+        let (check, observer) = (self.options.check_finite, &mut self.observer);
+        let watched = check || observer.is_some();
+        let mut watch = |site: Site, input: &Tensor, output: &Tensor| {
+            if let Some(observer) = observer {
+                observer(site, input, output)?;
+            }
+            match check {
+                true => check_finite(site, input, output),
+                false => Ok(()),
+            }
+        };
+        let watch: &mut Observer<'_> = &mut watch;
         let logits =
             self.pipeline
                 .model()
-                .forward_batch(&mut inputs, Logits::Last, self.observer.as_deref_mut())?;
+                .forward_batch(&mut inputs, Logits::Last, watched.then_some(watch))?;
         drop(inputs);
         for (row, (index, n)) in chosen.into_iter().enumerate() {
             let sequence = &mut self.sequences[index];
@@ -459,10 +475,7 @@ impl<'a> Generation<'a> {
     }
 
     /// Lets `observer` see every op's result from now on; an error of it ends the generation.
-    pub fn observe(
-        mut self,
-        observer: impl FnMut(Site, &Tensor, &Tensor) -> candle_core::Result<()> + 'a,
-    ) -> Self {
+    pub fn observe(mut self, observer: impl FnMut(Site, &Tensor, &Tensor) -> Result<()> + 'a) -> Self {
         self.batch.observer = Some(Box::new(observer));
         self
     }

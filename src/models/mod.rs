@@ -3,4 +3,4 @@
 pub mod glm4_moe_lite;
 mod observe;
 
-pub use observe::{Observer, Site};
+pub use observe::{Observer, Site, check_finite};

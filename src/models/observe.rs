@@ -1,6 +1,8 @@
 //! Looking into a forward pass.
 
-use candle_core::{Result, Tensor};
+use crate::ops::ValueRange;
+use crate::{Error, Result};
+use candle_core::Tensor;
 
 /// Where in a model a tensor comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +24,35 @@ impl std::fmt::Display for Site {
 
 /// Called after each op with its site, its input and its output; an error ends the pass.
 pub type Observer<'a> = dyn FnMut(Site, &Tensor, &Tensor) -> Result<()> + 'a;
+
+/// An [`Observer`] that ends the pass at the first op whose output has a NaN or an infinity.
+///
+/// It reads every op's output once more, which costs time; without it nothing is looked at.
+///
+/// ```
+/// use candle_core::Device;
+/// use candle_mmfp4::models::check_finite;
+/// use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
+///
+/// let (model, _) = Model::from_folder("examples/demo-model", &Default::default(), &Device::Cpu)?;
+/// let mut alone = [Sequence { tokens: &[1, 2, 3], position: 0, cache: None }];
+/// model.forward_batch(&mut alone, Logits::Last, Some(&mut check_finite))?;
+/// # Ok::<(), candle_mmfp4::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::NonFiniteOutput`] with the layer, the op and its input's range.
+pub fn check_finite(site: Site, input: &Tensor, output: &Tensor) -> Result<()> {
+    let range = ValueRange::of(output)?;
+    if range.is_finite() {
+        return Ok(());
+    }
+    Err(Error::NonFiniteOutput {
+        site,
+        output: range,
+        input: ValueRange::of(input)?,
+    })
+}
 
 /// Hands ops' results to an observer, if there is one.
 pub(crate) struct Trace<'a, 'b> {

@@ -1,6 +1,7 @@
 //! The linear layer.
 
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use crate::ops::{Comparison, Kernel};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
@@ -62,7 +63,8 @@ impl MmfP4Linear {
     /// [`Checkpoint`](crate::checkpoint::Checkpoint) uses a file's bytes where they lie.
     ///
     /// # Errors
-    /// [`Error::Tensor`], with the tensor's full name, for what is missing or of another shape.
+    /// [`Error::Tensor`] or [`Error::Candle`], with the tensor's full name, for what is missing or of another
+    /// shape.
     pub fn from_var_builder(
         in_features: usize,
         out_features: usize,
@@ -98,8 +100,8 @@ impl MmfP4Linear {
             };
             Fp4Tensor::new(&name("weight"), parts)?
         } else {
-            let weight = vb.get_unchecked("weight")?;
-            expect_dims(&name("weight"), &weight, &[n, k])?;
+            // As candle_nn asks for it: a `VarMap` has no `get_unchecked`, and makes what it does not hold.
+            let weight = vb.get_with_hints((n, k), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
             quantize_tensor(&name("weight"), &weight, Format::mmfp4())?
         };
         let bias = if has_bias { Some(vb.get(n, "bias")?) } else { None };
@@ -123,7 +125,13 @@ impl Module for MmfP4Linear {
     }
 }
 
-/// As [`candle_nn::linear`], in FP4: see [`MmfP4Linear::from_var_builder`].
+impl Kernel<&Tensor> for MmfP4Linear {
+    fn validate(&self, x: &Tensor) -> Result<Comparison> {
+        self.op.validate(x)
+    }
+}
+
+/// As [`candle_nn::linear()`], in FP4: see [`MmfP4Linear::from_var_builder`].
 ///
 /// # Errors
 /// As [`MmfP4Linear::from_var_builder`].
@@ -166,4 +174,37 @@ fn expect_dims(name: &str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
         return Err(Error::tensor(name, None, problem));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use candle_nn::VarMap;
+    use std::collections::HashMap;
+
+    #[test]
+    fn it_is_built_from_whatever_candle_nn_is_built_from() {
+        // A VarMap makes its variables when they are first asked for; the second layer finds the first one's.
+        let map = VarMap::new();
+        let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu).pp("mlp");
+        let dense = candle_nn::linear(128, 8, vb.clone()).unwrap();
+        let fp4 = linear(128, 8, vb.clone()).unwrap();
+        let own = MmfP4Linear::from_linear(&dense, Format::mmfp4()).unwrap();
+        let x = Tensor::randn(0f32, 1f32, (3, 128), &Device::Cpu).unwrap();
+        let run = |layer: &MmfP4Linear| layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(run(&fp4), run(&own));
+        assert!(
+            linear_no_bias(128, 8, vb.pp("new")).is_ok(),
+            "made, as candle_nn would"
+        );
+
+        let weight = Tensor::zeros((8, 64), DType::F32, &Device::Cpu).unwrap();
+        let tensors = HashMap::from([("mlp.up.weight".to_string(), weight)]);
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+        for module in ["mlp.up", "mlp.gate"] {
+            let error = linear_no_bias(128, 8, vb.pp(module)).unwrap_err().to_string();
+            assert!(error.contains(&format!("{module}.weight")), "{error}");
+        }
+    }
 }

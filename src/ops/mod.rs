@@ -10,11 +10,15 @@ mod linear;
 mod moe;
 mod per_head;
 mod route;
+mod validate;
 
 pub use linear::Linear;
 pub use moe::FusedMoe;
 pub use per_head::{Orientation, PerHead};
 pub use route::Route;
+pub use validate::{
+    Comparison, Difference, Kernel, Tolerance, ValueRange, compare_with_reference, validate_kernel_output,
+};
 
 /// The answer of every op on a Metal tensor, for now.
 fn no_metal<T>(op: &str) -> candle_core::Result<T> {

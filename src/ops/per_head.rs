@@ -22,9 +22,9 @@ pub enum Orientation {
 /// [`Orientation::Ordinary`] for both. With one head and all rows, [`Orientation::Transposed`] is `x · W`.
 #[derive(Debug, Clone)]
 pub struct PerHead {
-    weight: Weight,
-    rows: HeadRows,
-    orientation: Orientation,
+    pub(super) weight: Weight,
+    pub(super) rows: HeadRows,
+    pub(super) orientation: Orientation,
 }
 
 impl PerHead {

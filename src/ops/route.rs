@@ -10,8 +10,8 @@ const OP: &str = "mmfp4-route";
 /// From router logits to expert ids and weights, in f32; see [`cpu::route`] for the formula.
 #[derive(Debug, Clone)]
 pub struct Route {
-    routing: Routing,
-    bias: Vec<f32>,
+    pub(super) routing: Routing,
+    pub(super) bias: Vec<f32>,
 }
 
 impl Route {

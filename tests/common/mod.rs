@@ -2,6 +2,9 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use candle_core::{Device, Tensor};
+use candle_mmfp4::checkpoint::{Checkpoint, StoredTensor};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,6 +22,45 @@ pub fn bf16_demo() -> PathBuf {
 /// The trained model in MMFP4, as examples use it.
 pub fn mmfp4_demo() -> PathBuf {
     repository("examples/demo-model")
+}
+
+/// A tensor to be written: name, dtype, shape, bytes.
+pub type Written = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// A copy of a model folder in which some tensors are replaced; those that `change` gives nothing for stay.
+pub fn rewritten(
+    source: &Path,
+    change: impl Fn(&str, &StoredTensor) -> Option<Vec<Written>>,
+) -> tempfile::TempDir {
+    let target = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(source).unwrap();
+    let tensors: Vec<Written> = checkpoint
+        .tensors()
+        .flat_map(|(name, stored)| {
+            let same = || {
+                vec![(
+                    name.to_string(),
+                    stored.dtype,
+                    stored.shape.clone(),
+                    stored.bytes.to_vec(),
+                )]
+            };
+            change(name, stored).unwrap_or_else(same)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes).unwrap();
+        (name.as_str(), view)
+    });
+    safetensors::serialize_to_file(views, None, &target.path().join("model.safetensors")).unwrap();
+    for entry in std::fs::read_dir(source).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if !name.contains("safetensors") && !name.contains("golden") {
+            std::fs::write(target.path().join(name), std::fs::read(&path).unwrap()).unwrap();
+        }
+    }
+    target
 }
 
 /// One reference case of a model.

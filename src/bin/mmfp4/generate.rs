@@ -3,11 +3,12 @@
 use crate::output::{Usage, mib, print_json, say};
 use crate::trace::{self, Spans};
 use crate::{FORMATS, demo, model, prompt};
+use candle_mmfp4::Error;
 use candle_mmfp4::generation::{
     Event, FinishReason, Message, Options, OutputEvent, OutputParser, Pipeline, RenderOptions, Sampling,
     Statistics,
 };
-use candle_mmfp4::{Error, memory};
+use candle_mmfp4::memory::{self, MemoryLog};
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -54,6 +55,12 @@ pub struct Arguments {
     /// Compute everything anew for each token: slow, with the same text.
     #[arg(long, help_heading = "Diagnosis")]
     no_cache: bool,
+    /// Search every op's output for NaN and infinity, and end with the first layer and op that has one.
+    #[arg(long, help_heading = "Diagnosis")]
+    check_nan: bool,
+    /// Tell how much memory is taken at the start, after loading, after the prompt and at the end.
+    #[arg(long, help_heading = "Diagnosis")]
+    log_memory: bool,
 }
 
 /// Where nothing is given, the model's generation_config.json decides.
@@ -116,17 +123,21 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     // What is wrong with the command line should not wait for a model.
     arguments.sampling.apply(&mut Sampling::default())?;
     let text = prompt::prompt(arguments.prompt.as_deref(), demo::QUESTION)?;
+    let mut log = MemoryLog::new(&arguments.model.device()?);
+    log.record("start");
     let start = Instant::now();
     let pipeline = arguments.model.load()?;
     let load = start.elapsed();
+    log.record("model loaded");
 
     let prompt = tokens(arguments, &pipeline, &text)?;
     let mut options = pipeline.options();
     options.max_tokens = Some(arguments.max_tokens);
     options.stop = arguments.stop.clone();
     options.use_cache = !arguments.no_cache;
+    options.check_finite = arguments.check_nan;
     arguments.sampling.apply(&mut options.sampling)?;
-    let finished = generate(arguments, &pipeline, &prompt, &options)?;
+    let finished = generate(arguments, &pipeline, &prompt, &options, &mut log)?;
 
     let statistics = finished.statistics;
     say(format!(
@@ -138,6 +149,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         statistics.decode_rate(),
         mib(memory::peak_resident()),
     ));
+    if arguments.log_memory {
+        say(&log);
+    }
     if arguments.json {
         let opened = pipeline.tokenizer().token_id("<think>");
         let thinks = opened.is_some() && prompt.last().copied() == opened;
@@ -181,6 +195,7 @@ fn generate(
     pipeline: &Pipeline,
     prompt: &[u32],
     options: &Options,
+    log: &mut MemoryLog,
 ) -> anyhow::Result<Finished> {
     let mut out = std::io::stdout().lock();
     let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
@@ -220,6 +235,9 @@ fn generate(
                     value["top"] = top.collect::<anyhow::Result<_>>()?;
                     logprobs.push(value);
                 }
+                if tokens.is_empty() {
+                    log.record("prompt computed");
+                }
                 tokens.push(id);
             }
             Event::Finished {
@@ -228,6 +246,7 @@ fn generate(
                 statistics,
             } => {
                 write(&rest)?;
+                log.record("finished");
                 if !arguments.json {
                     writeln!(out)?;
                 }

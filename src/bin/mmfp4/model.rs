@@ -28,6 +28,19 @@ pub struct Arguments {
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
+    /// Layers to leave in floating point when quantising, -1 being the last: `0,-1`.
+    #[arg(
+        long,
+        value_name = "LAYERS",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        requires = "quantize"
+    )]
+    skip_layers: Vec<i64>,
+    /// Weights to leave in floating point when quantising, by a part of their names, or all of it with `*`; may be
+    /// given several times.
+    #[arg(long, value_name = "PATTERN", requires = "quantize")]
+    keep: Vec<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -57,29 +70,29 @@ impl Arguments {
             model = self.name(),
             seconds = start.elapsed().as_secs_f32(),
             resident = mib(memory::resident()),
-            "loaded {report}"
+            "loaded {}",
+            report.to_string().lines().next().unwrap_or_default()
         );
         if self.quantize.is_some() && report.quantized.tensors == 0 {
             say(
                 "note: --quantize found nothing to do: the weights are 4-bit already; give the floating-point original",
             );
         }
-        for kept in &report.kept {
-            say(format!(
-                "note: {} stays in floating point: {}",
-                kept.name, kept.reason
-            ));
-        }
+        // The first line counts tensors; the others say what stays in floating point, and warn.
+        let report = report.to_string();
+        report.lines().skip(1).for_each(say);
         Ok(pipeline)
     }
 
     fn load_options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
+            skip_layers: self.skip_layers.clone(),
+            keep: self.keep.clone(),
         }
     }
 
-    fn device(&self) -> anyhow::Result<Device> {
+    pub fn device(&self) -> anyhow::Result<Device> {
         match self.device {
             Where::Auto | Where::Cpu => Ok(Device::Cpu),
             Where::Metal if cfg!(target_os = "macos") => Ok(Device::new_metal(0)?),

@@ -195,7 +195,7 @@ impl Attention {
         }
         let attended = Tensor::cat(&outputs, 0)?;
         let attended = trace.see("attention", &query, attended)?;
-        Ok(trace.see("o_proj", &attended, self.output.forward(&attended)?)?)
+        trace.see("o_proj", &attended, self.output.forward(&attended)?)
     }
 
     /// Attends over the latents: `[n, H, nope]`, `[n, H, rope]` and `[T, latent + rope]` to `[n, H · value]`.

@@ -170,7 +170,7 @@ impl Config {
                 return Err(refuse(field, size, "expected a size between 1 and 1,048,576"));
             }
         }
-        if self.qk_rope_head_dim % 2 != 0 {
+        if !self.qk_rope_head_dim.is_multiple_of(2) {
             return Err(refuse(
                 "qk_rope_head_dim",
                 self.qk_rope_head_dim,

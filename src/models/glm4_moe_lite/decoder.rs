@@ -79,7 +79,7 @@ impl Model {
     /// Loads a model from its config and an open checkpoint, and reports what was found there.
     ///
     /// # Errors
-    /// [`Error::Tensor`] names what is missing or malformed.
+    /// [`Error::Tensor`] names what is missing or malformed, [`Error::Argument`] an option that makes no sense.
     pub fn load(
         config: Config,
         checkpoint: &Checkpoint,
@@ -95,7 +95,7 @@ impl Model {
                 "a Metal device",
             ));
         }
-        let loader = Loader::new(checkpoint, options, device);
+        let loader = Loader::new(checkpoint, options, device, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
         let mut layers = Vec::with_capacity(config.layers.len());

@@ -72,16 +72,13 @@ impl FeedForward {
             Self::Dense { gate, up, down } => {
                 let gated = trace.see("mlp.gate_proj", x, gate.forward(x)?)?.silu()?;
                 let hidden = (gated * trace.see("mlp.up_proj", x, up.forward(x)?)?)?;
-                Ok(trace.see("mlp.down_proj", &hidden, down.forward(&hidden)?)?)
+                trace.see("mlp.down_proj", &hidden, down.forward(&hidden)?)
             }
             Self::Sparse { router, experts } => {
                 let routed = router.forward(x)?;
                 trace.see("mlp.gate", x, routed.logits)?;
-                Ok(trace.see(
-                    "mlp.experts",
-                    x,
-                    experts.forward(x, &routed.ids, &routed.weights)?,
-                )?)
+                let mixed = experts.forward(x, &routed.ids, &routed.weights)?;
+                trace.see("mlp.experts", x, mixed)
             }
         }
     }
