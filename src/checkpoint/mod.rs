@@ -9,10 +9,12 @@ mod marlin;
 mod quality;
 mod report;
 mod safetensors;
+mod validate;
 mod write;
 
 pub use files::ModelFiles;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
+pub use validate::{Quantized, validate_checkpoint};
 pub use write::quantize_folder;

@@ -8,6 +8,7 @@ mod perplexity;
 mod progress;
 mod prompt;
 mod trace;
+mod validate;
 
 use clap::{ArgAction, Parser, Subcommand};
 use std::process::ExitCode;
@@ -24,8 +25,9 @@ Examples:
   mmfp4 generate -m zai-org/GLM-4.7-Flash --quantize mmfp4 -p \"Why is the sky blue?\"
   git diff | mmfp4 generate --system \"Write a commit message.\" --max-tokens 100
   mmfp4 perplexity book.txt -m path/to/model
+  mmfp4 validate path/to/bf16-model mmfp4
 
-Without --model everything runs on a small demo model that is part of this program and answers questions about Rust.
+Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
 `mmfp4 help COMMAND` tells more.";
 
 /// 4-bit floating-point (FP4) models: generate text, measure quality.
@@ -43,6 +45,7 @@ struct Arguments {
 enum Command {
     Generate(Box<generate::Arguments>),
     Perplexity(perplexity::Arguments),
+    Validate(validate::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
     let result = trace::init(arguments.verbose).and_then(|()| match arguments.command {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Perplexity(arguments) => perplexity::run(&arguments),
+        Command::Validate(arguments) => validate::run(&arguments),
     });
     let Err(error) = result else {
         return ExitCode::SUCCESS;
