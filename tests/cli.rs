@@ -234,6 +234,137 @@ fn a_floating_point_model_is_quantised_while_loading() {
 }
 
 #[test]
+fn layers_and_patterns_stay_in_floating_point() {
+    let folder = bf16_demo();
+    let load = [
+        "generate",
+        "-m",
+        folder.to_str().unwrap(),
+        "--quantize",
+        "mmfp4",
+        "--max-tokens",
+        "1",
+    ];
+    let told = |more: &[&str]| {
+        let output = run(&mut mmfp4(&[&load[..], more].concat()));
+        stdout(&output);
+        stderr(&output).to_string()
+    };
+    assert_eq!(told(&[]).lines().count(), 1);
+    let told = told(&[
+        "--skip-layers",
+        "-1,0",
+        "--keep",
+        "o_proj",
+        "--keep",
+        "no_such_layer",
+    ]);
+    for expected in [
+        "layer 5 is one of",
+        "layer 0 is one of",
+        "names it: o_proj",
+        "`no_such_layer` in keep matches no",
+    ] {
+        assert!(told.contains(expected), "{told}");
+    }
+    let mut command = mmfp4(&load);
+    let output = run(command.args(["--skip-layers", "6"]));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
+
+#[test]
+fn memory_is_logged() {
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--log-memory"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    for tag in ["start ", "model loaded ", "prompt computed ", "finished "] {
+        assert!(
+            stderr(&output).lines().any(|line| line.starts_with(tag)),
+            "{output:?}"
+        );
+    }
+}
+
+/// The demo model with NaN in one norm's weight.
+fn broken_model(folder: &Path) {
+    const NORM: &str = "model.layers.2.post_attention_layernorm.weight";
+    let mut found = false;
+    for entry in std::fs::read_dir(mmfp4_demo()).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        if path.extension().unwrap() == "safetensors" {
+            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let fields: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+            if let Some(start) = fields[NORM]["data_offsets"][0].as_u64() {
+                assert_eq!(fields[NORM]["dtype"], "BF16");
+                bytes[header + start as usize..][..2].copy_from_slice(&0x7fc0u16.to_le_bytes());
+                found = true;
+            }
+        }
+        std::fs::write(folder.join(path.file_name().unwrap()), bytes).unwrap();
+    }
+    assert!(found);
+}
+
+#[test]
+fn check_nan_names_the_layer_and_the_op() {
+    let folder = tempfile::tempdir().unwrap();
+    broken_model(folder.path());
+    let model = folder.path().to_str().unwrap();
+    let line = failure(&["generate", "-m", model], 1);
+    assert!(
+        line.starts_with("error: logits: expected finite numbers"),
+        "{line}"
+    );
+    let line = failure(&["generate", "-m", model, "--check-nan"], 1);
+    assert!(line.contains("layer 2, post_attention_layernorm"), "{line}");
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "some words of a text").unwrap();
+    let line = failure(&["perplexity", file.to_str().unwrap(), "-m", model], 1);
+    assert!(line.contains("found NaN"), "{line}");
+    // A sound model says what it always says.
+    let output = run(&mut mmfp4(&["generate", "--check-nan", "-p", QUESTION]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+}
+
+#[test]
+fn validate_puts_the_worst_first() {
+    let folder = bf16_demo();
+    let folder = folder.to_str().unwrap();
+    let errors = |more: &[&str]| -> Vec<(String, f64)> {
+        let found = json(&[&["validate", "--json", folder], more].concat());
+        let tensors = found["tensors"].as_array().unwrap().iter();
+        tensors
+            .map(|t| {
+                (
+                    t["name"].as_str().unwrap().to_string(),
+                    t["relative_rmse"].as_f64().unwrap(),
+                )
+            })
+            .collect()
+    };
+    let stored = errors(&[mmfp4_demo().to_str().unwrap()]);
+    assert_eq!(stored.len(), 168);
+    assert!(stored.is_sorted_by(|a, b| a.1 >= b.1));
+    // The folder was written with the quantiser that is simulated, and is the one in the program.
+    assert_eq!(errors(&["mmfp4"]), stored);
+    assert_eq!(errors(&[]), stored);
+    let worst = |errors: &[(String, f64)]| errors[0].1;
+    assert!(worst(&errors(&["nvfp4"])) < worst(&stored) && worst(&stored) < worst(&errors(&["mxfp4"])));
+
+    let output = run(&mut mmfp4(&["validate", folder, "--top", "3"]));
+    let lines: Vec<_> = stdout(&output).lines().collect();
+    assert_eq!(lines.len(), 6, "{lines:?}");
+    assert!(lines[1].starts_with(&stored[0].0), "{lines:?}");
+    assert!(lines[5].starts_with("168 tensors: "), "{lines:?}");
+
+    let packed = mmfp4_demo();
+    let packed = packed.to_str().unwrap();
+    assert!(failure(&["validate", packed, "nvfp4"], 1).contains("floating-point original"));
+    assert!(failure(&["validate", folder, folder], 1).contains("a format to simulate"));
+    assert!(failure(&["validate", folder, "./nowhere"], 1).contains("does not exist"));
+}
+
+#[test]
 fn mistakes_are_one_line_with_a_remedy() {
     let line = failure(&["generate", "-m", "./no/such/folder"], 1);
     assert!(line.contains("check the path"), "{line}");
