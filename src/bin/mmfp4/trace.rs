@@ -75,10 +75,10 @@ impl Spans {
             op.record("resident", mib(memory::resident()));
         }
         let is_last = site.op == "lm_head";
-        if site.op == "layer" || is_last {
-            if let Some(layer) = self.layer.take() {
-                layer.span.record("resident", mib(memory::resident()));
-            }
+        if (site.op == "layer" || is_last)
+            && let Some(layer) = self.layer.take()
+        {
+            layer.span.record("resident", mib(memory::resident()));
         }
         if is_last {
             return;
