@@ -19,9 +19,9 @@ use std::time::Instant;
 /// Generates text with a GLM-4.7-Flash model.
 #[derive(Parser)]
 struct Arguments {
-    /// The model's folder.
+    /// The model's folder, or a repository of the hub: `org/name` or `org/name@revision`.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model"))]
-    model: PathBuf,
+    model: String,
     /// What to say to the model.
     #[arg(long, default_value = "What does `Option::insert` do?")]
     prompt: String,
@@ -63,6 +63,45 @@ fn main() -> ExitCode {
     }
 }
 
+/// The folder that holds the model, fetched from the hub where it has to be.
+#[cfg(feature = "hub")]
+fn find(model: &str) -> anyhow::Result<PathBuf> {
+    use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource, Plan, Progress, machine_memory};
+
+    /// A line for what matters before the download, and one a file.
+    struct Lines;
+
+    impl Progress for Lines {
+        fn start(&mut self, plan: &Plan) -> candle_mmfp4::Result<()> {
+            let advice = machine_memory().and_then(|memory| plan.advice(memory));
+            for line in plan.warnings().into_iter().chain(advice) {
+                eprintln!("warning: {line}");
+            }
+            Ok(())
+        }
+
+        fn file(&mut self, name: &str, size: u64, present: u64) {
+            if present < size {
+                eprintln!("fetching {name}: {:.1} MiB", (size - present) as f64 / 1048576.0);
+            }
+        }
+
+        fn note(&mut self, message: &str) {
+            eprintln!("{message}");
+        }
+    }
+
+    Ok(match ModelSource::parse(model)? {
+        ModelSource::Folder(folder) => folder,
+        ModelSource::Repo(repo) => hub::fetch(&repo, &HubSettings::from_env()?, &mut Lines)?,
+    })
+}
+
+#[cfg(not(feature = "hub"))]
+fn find(model: &str) -> anyhow::Result<PathBuf> {
+    Ok(model.into())
+}
+
 fn run() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let device = match arguments.device {
@@ -71,12 +110,13 @@ fn run() -> anyhow::Result<()> {
         Where::Metal => bail!("there is no Metal on this system; use --device cpu"),
     };
 
+    let folder = find(&arguments.model)?;
     let start = Instant::now();
     let options = LoadOptions {
         quantize: arguments.quantize,
         ..LoadOptions::default()
     };
-    let (pipeline, report) = Pipeline::from_folder(&arguments.model, &options, &device)?;
+    let (pipeline, report) = Pipeline::from_folder(folder, &options, &device)?;
     let load = start.elapsed();
     for kept in &report.kept {
         eprintln!("{} stays in floating point: {}", kept.name, kept.reason);

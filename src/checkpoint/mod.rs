@@ -1,5 +1,6 @@
 //! Model folders: safetensors read where they lie, and written.
 
+mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod keep;
@@ -8,9 +9,12 @@ mod marlin;
 mod quality;
 mod report;
 mod safetensors;
+mod validate;
 mod write;
 
+pub use files::ModelFiles;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
+pub use validate::{Quantized, validate_checkpoint};
 pub use write::quantize_folder;

@@ -1,5 +1,6 @@
 //! One or many safetensors files, mapped.
 
+use super::files::ModelFiles;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
 use crate::{Error, Result};
 use ::safetensors::{Dtype, SafeTensors};
@@ -90,10 +91,17 @@ impl Checkpoint {
     /// [`Error::Io`] and [`Error::File`]: no such folder or file, a truncated or damaged file, an index that
     /// names files outside the folder or that are not there.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let indexed = match folder.join(INDEX) {
-            index if index.exists() => read_index(&index)?,
-            _ => BTreeMap::new(),
+        Self::from_files(&ModelFiles::folder(folder.as_ref()))
+    }
+
+    /// As [`open`](Self::open), of files that may be in memory.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_files(model: &ModelFiles) -> Result<Self> {
+        let indexed = match model.text_if_present(INDEX)? {
+            Some(text) => read_index(&text, &model.path(INDEX))?,
+            None => BTreeMap::new(),
         };
         let names: BTreeSet<&str> = match indexed.is_empty() {
             true => BTreeSet::from([SINGLE]),
@@ -102,24 +110,24 @@ impl Checkpoint {
         let mut tensors = BTreeMap::new();
         let mut files = Vec::new();
         for name in names {
-            let path = folder.join(name);
-            if !path.exists() {
-                return Err(missing_file(folder, &path, !indexed.is_empty()));
+            if !model.contains(name) {
+                return Err(missing_file(model, name, !indexed.is_empty()));
             }
-            for (tensor, stored) in read_file(&path)? {
+            let path = model.path(name);
+            for (tensor, stored) in read_file(&path, &model.map(name)?)? {
                 tensors.entry(tensor).or_insert(stored);
             }
             files.push(path);
         }
         Ok(Self {
-            folder: folder.to_path_buf(),
+            folder: model.root().to_path_buf(),
             files,
             tensors,
             indexed,
         })
     }
 
-    /// The folder.
+    /// The folder, or the name of what is in memory.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -163,11 +171,10 @@ impl Checkpoint {
     }
 }
 
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e, ""))?;
+fn read_index(text: &str, path: &Path) -> Result<BTreeMap<String, String>> {
     let again = "fetch the file again";
     let index: Index =
-        serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not an index: {e}"), again))?;
+        serde_json::from_str(text).map_err(|e| Error::file(path, format!("not an index: {e}"), again))?;
     if index.weight_map.is_empty() {
         return Err(Error::file(path, "weight_map is empty", again));
     }
@@ -182,33 +189,28 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index.weight_map)
 }
 
-fn missing_file(folder: &Path, path: &Path, by_index: bool) -> Error {
+fn missing_file(model: &ModelFiles, name: &str, by_index: bool) -> Error {
     if by_index {
-        return Error::file(path, "the index names this file, and it is not there", "fetch it");
+        let problem = "the index names this file, and it is not there";
+        return Error::file(model.path(name), problem, "fetch it");
     }
-    if !folder.is_dir() {
-        return Error::file(folder, "no such folder", "give the path of a model folder");
+    if let Err(error) = model.check() {
+        return error;
     }
-    let others: Vec<_> = std::fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .filter(|name| {
-            [".safetensors", ".gguf", ".bin", ".pth"]
-                .iter()
-                .any(|end| name.ends_with(end))
-        })
-        .collect();
+    let others = model.names_ending(&[".safetensors", ".gguf", ".bin", ".pth"]);
     let problem = match others.is_empty() {
         true => format!("neither {SINGLE} nor {INDEX} in it"),
         false => format!("neither {SINGLE} nor {INDEX} in it, only {}", others.join(", ")),
     };
-    Error::file(folder, problem, "give a folder with a safetensors checkpoint")
+    Error::file(
+        model.root(),
+        problem,
+        "give a folder with a safetensors checkpoint",
+    )
 }
 
-fn read_file(path: &Path) -> Result<Vec<(String, StoredTensor)>> {
-    let bytes = Bytes::map_file(path)?;
-    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
+fn read_file(path: &Path, bytes: &Bytes) -> Result<Vec<(String, StoredTensor)>> {
+    let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| {
         let problem = format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
         Error::file(path, problem, "it may be truncated; fetch it again")
     })?;

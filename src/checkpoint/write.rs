@@ -265,7 +265,7 @@ fn home<'a>(source: &'a Checkpoint, name: &str) -> Option<&'a Path> {
 }
 
 /// The linear layers of the decoder; everything else is small or sensitive.
-fn is_linear(module: &str) -> bool {
+pub(super) fn is_linear(module: &str) -> bool {
     module.starts_with("model.layers.") && module.ends_with("_proj")
         || module.ends_with(".kv_a_proj_with_mqa")
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::jinja;
+use crate::checkpoint::ModelFiles;
 use crate::{Error, Result};
 
 /// One message of a conversation, in the form of OpenAI's API.
@@ -162,20 +163,27 @@ impl ChatTemplate {
     /// [`Error::File`] where there is no template or the configuration is malformed, [`Error::Io`]
     /// where a file cannot be read, [`Error::Template`] where the template is no Jinja.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let path = folder.join("tokenizer_config.json");
+        Self::from_files(&ModelFiles::folder(folder.as_ref()))
+    }
+
+    /// As [`from_dir`](Self::from_dir), of files that may be in memory.
+    ///
+    /// # Errors
+    /// As [`from_dir`](Self::from_dir).
+    pub fn from_files(model: &ModelFiles) -> Result<Self> {
+        let path = model.path("tokenizer_config.json");
         let malformed = |problem: String| Error::file(&path, problem, "download the file again");
-        let config: Map<String, Value> = match read_if_present(&path)? {
+        let config: Map<String, Value> = match model.text_if_present("tokenizer_config.json")? {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|error| malformed(format!("expected a JSON object: {error}")))?,
             None => Map::new(),
         };
-        if let Some(source) = read_if_present(&folder.join("chat_template.jinja"))? {
+        if let Some(source) = model.text_if_present("chat_template.jinja")? {
             return Self::build(&source, None, &config);
         }
         match config.get("chat_template") {
             None | Some(Value::Null) => Err(Error::file(
-                folder,
+                model.root(),
                 "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json",
                 "give the prompt as plain text, or put the model's template there",
             )),
@@ -344,14 +352,6 @@ fn visible_call(call: &ToolCall) -> Result<Value, String> {
     let mut visible = json!(call);
     visible["function"]["arguments"] = arguments;
     Ok(visible)
-}
-
-fn read_if_present(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(path, error, "")),
-    }
 }
 
 fn failed(error: minijinja::Error) -> Error {

@@ -43,7 +43,12 @@ impl GenerationConfig {
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|source| Error::io(path, source, ""))?;
-        Self::parse(&bytes).map_err(|problem| {
+        Self::parse_file(&bytes, path)
+    }
+
+    /// Reads a file's contents; `path` names it in messages.
+    pub(super) fn parse_file(bytes: &[u8], path: &Path) -> Result<Self> {
+        Self::parse(bytes).map_err(|problem| {
             Error::file(
                 path,
                 problem,

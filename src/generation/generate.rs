@@ -3,9 +3,10 @@
 use super::pipeline::Pipeline;
 use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
 use crate::models::glm4_moe_lite::{Logits, Sequence};
-use crate::models::{Observer, check_finite};
+use crate::models::{Observer, Site, check_finite};
 use crate::nn::TokenCache;
 use crate::{Error, Result};
+use candle_core::Tensor;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -233,6 +234,7 @@ pub(super) struct Batch<'a> {
     options: Options,
     sequences: Vec<Active<'a>>,
     started: Instant,
+    observer: Option<Box<Observer<'a>>>,
 }
 
 impl<'a> Batch<'a> {
@@ -297,6 +299,7 @@ impl<'a> Batch<'a> {
             options: options.clone(),
             sequences,
             started: Instant::now(),
+            observer: None,
         })
     }
 
@@ -348,15 +351,22 @@ impl<'a> Batch<'a> {
         if inputs.is_empty() {
             return Ok(events);
         }
-        let mut check = check_finite;
-        let observer: Option<&mut Observer<'_>> = match self.options.check_finite {
-            true => Some(&mut check),
-            false => None,
+        let (check, observer) = (self.options.check_finite, &mut self.observer);
+        let watched = check || observer.is_some();
+        let mut watch = |site: Site, input: &Tensor, output: &Tensor| {
+            if let Some(observer) = observer {
+                observer(site, input, output)?;
+            }
+            match check {
+                true => check_finite(site, input, output),
+                false => Ok(()),
+            }
         };
-        let logits = self
-            .pipeline
-            .model()
-            .forward_batch(&mut inputs, Logits::Last, observer)?;
+        let watch: &mut Observer<'_> = &mut watch;
+        let logits =
+            self.pipeline
+                .model()
+                .forward_batch(&mut inputs, Logits::Last, watched.then_some(watch))?;
         drop(inputs);
         for (row, (index, n)) in chosen.into_iter().enumerate() {
             let sequence = &mut self.sequences[index];
@@ -462,6 +472,12 @@ impl<'a> Generation<'a> {
             ready: VecDeque::new(),
             ended: false,
         })
+    }
+
+    /// Lets `observer` see every op's result from now on; an error of it ends the generation.
+    pub fn observe(mut self, observer: impl FnMut(Site, &Tensor, &Tensor) -> Result<()> + 'a) -> Self {
+        self.batch.observer = Some(Box::new(observer));
+        self
     }
 }
 

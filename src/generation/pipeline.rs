@@ -2,11 +2,15 @@
 
 use super::generate::{Generation, Options, Session};
 use super::{ChatTemplate, GenerationConfig, Message, RenderOptions, Tokenizer};
-use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport};
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles};
 use crate::models::glm4_moe_lite::{Config, Model};
 use crate::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
+
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const DEFAULTS: &str = "generation_config.json";
 
 /// A model folder, loaded: text in, text out.
 ///
@@ -44,28 +48,32 @@ impl Pipeline {
         options: &LoadOptions,
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
-        let folder = folder.as_ref();
-        if !folder.is_dir() {
-            return Err(Error::file(
-                folder,
-                "no such folder",
-                "give the path of a model folder",
-            ));
-        }
+        Self::from_files(&ModelFiles::folder(folder.as_ref()), options, device)
+    }
+
+    /// As [`from_folder`](Self::from_folder), of files that may be in memory.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder).
+    pub fn from_files(
+        files: &ModelFiles,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        files.check()?;
         // Small files first: what is wrong with them should not wait for gigabytes.
-        let config = Config::from_file(folder.join("config.json"))?;
-        let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
-        let defaults = match folder.join("generation_config.json") {
-            path if path.exists() => GenerationConfig::from_file(path)?,
-            _ => GenerationConfig::default(),
+        let config = Config::parse(&files.read(CONFIG)?, &files.path(CONFIG))?;
+        let tokenizer = Tokenizer::parse_file(&files.read(TOKENIZER)?, &files.path(TOKENIZER))?;
+        let defaults = match files.contains(DEFAULTS) {
+            true => GenerationConfig::parse_file(&files.read(DEFAULTS)?, &files.path(DEFAULTS))?,
+            false => GenerationConfig::default(),
         };
-        let has_template =
-            folder.join("chat_template.jinja").exists() || folder.join("tokenizer_config.json").exists();
-        let template = match has_template {
-            true => Some(ChatTemplate::from_dir(folder)?),
+        let template = match files.contains("chat_template.jinja") || files.contains("tokenizer_config.json")
+        {
+            true => Some(ChatTemplate::from_files(files)?),
             false => None,
         };
-        let (model, report) = Model::load(config, &Checkpoint::open(folder)?, options, device)?;
+        let (model, report) = Model::load(config, &Checkpoint::from_files(files)?, options, device)?;
         Ok((Self::new(model, tokenizer, template, defaults), report))
     }
 

@@ -51,7 +51,12 @@ impl Tokenizer {
                 "a checkpoint needs its tokenizer.json beside its weights",
             )
         })?;
-        Self::parse(&bytes).map_err(|problem| {
+        Self::parse_file(&bytes, path)
+    }
+
+    /// Reads a file's contents; `path` names it in messages.
+    pub(super) fn parse_file(bytes: &[u8], path: &Path) -> Result<Self> {
+        Self::parse(bytes).map_err(|problem| {
             Error::file(
                 path,
                 problem,

@@ -79,9 +79,14 @@ impl Config {
     /// [`Error::Io`] and [`Error::File`] for the file, [`Error::Config`] for a field.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Error::io(path, e, "a model folder needs its config.json"))?;
-        let value: Value = serde_json::from_str(&text)
+        let bytes =
+            std::fs::read(path).map_err(|e| Error::io(path, e, "a model folder needs its config.json"))?;
+        Self::parse(&bytes, path)
+    }
+
+    /// Reads a file's contents; `path` names it in messages.
+    pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let value: Value = serde_json::from_slice(bytes)
             .map_err(|e| Error::file(path, format!("not JSON: {e}"), "fetch the file again"))?;
         Self::from_json(&value)
     }

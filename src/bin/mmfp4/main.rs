@@ -1,0 +1,70 @@
+//! `mmfp4`: generate text with 4-bit models, and measure what 4 bits cost.
+
+mod demo;
+mod generate;
+mod model;
+mod output;
+mod perplexity;
+mod progress;
+mod prompt;
+mod trace;
+mod validate;
+
+use clap::{ArgAction, Parser, Subcommand};
+use std::process::ExitCode;
+
+const FORMATS: &str = "\
+Formats (--quantize; a checkpoint that is in MMFP4 already needs none):
+  mmfp4  4.125 bits a weight. The one to choose: the smallest, and as exact as nvfp4.
+  nvfp4  4.5 bits a weight. As exact; for comparison with NVIDIA's checkpoints.
+  mxfp4  4.25 bits a weight. Loses about four times as much: only for what exists in it already.";
+
+const EXAMPLES: &str = "\
+Examples:
+  mmfp4 generate
+  mmfp4 generate -m zai-org/GLM-4.7-Flash --quantize mmfp4 -p \"Why is the sky blue?\"
+  git diff | mmfp4 generate --system \"Write a commit message.\" --max-tokens 100
+  mmfp4 perplexity book.txt -m path/to/model
+  mmfp4 validate path/to/bf16-model mmfp4
+
+Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
+`mmfp4 help COMMAND` tells more.";
+
+/// 4-bit floating-point (FP4) models: generate text, measure quality.
+#[derive(Parser)]
+#[command(version, after_help = format!("{FORMATS}\n\n{EXAMPLES}"), max_term_width = 110)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// Say how long each layer takes (-vv: each op) and how much memory; RUST_LOG chooses otherwise.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(Box<generate::Arguments>),
+    Perplexity(perplexity::Arguments),
+    Validate(validate::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = trace::init(arguments.verbose).and_then(|()| match arguments.command {
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Perplexity(arguments) => perplexity::run(&arguments),
+        Command::Validate(arguments) => validate::run(&arguments),
+    });
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    if output::is_closed_pipe(&error) {
+        // Whoever read has read enough (`| head`).
+        return ExitCode::SUCCESS;
+    }
+    output::say(format!("error: {error:#}"));
+    match error.is::<output::Usage>() {
+        true => ExitCode::from(2),
+        false => ExitCode::FAILURE,
+    }
+}

@@ -1,0 +1,115 @@
+//! Which model, and how it is loaded.
+
+use crate::demo;
+use crate::output::{mib, say};
+use crate::progress::DownloadBar;
+use anyhow::bail;
+use candle_core::Device;
+use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
+use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::fp4::Format;
+use candle_mmfp4::generation::Pipeline;
+use candle_mmfp4::memory;
+use clap::{Args, ValueEnum};
+use std::time::Instant;
+
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct Arguments {
+    /// A model's folder, or a repository of the hub: `org/name` or `org/name@revision` [default: the demo model].
+    #[arg(short, long, value_name = "FOLDER|REPO")]
+    model: Option<String>,
+    /// Ask the hub whether a repository that is in the cache has moved on.
+    #[arg(long)]
+    refresh: bool,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Where,
+    /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<Format>,
+    /// Layers to leave in floating point when quantising, -1 being the last: `0,-1`.
+    #[arg(
+        long,
+        value_name = "LAYERS",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        requires = "quantize"
+    )]
+    skip_layers: Vec<i64>,
+    /// Weights to leave in floating point when quantising, by a part of their names, or all of it with `*`; may be
+    /// given several times.
+    #[arg(long, value_name = "PATTERN", requires = "quantize")]
+    keep: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Where {
+    /// The CPU, until there are Metal kernels.
+    Auto,
+    Cpu,
+    Metal,
+}
+
+impl Arguments {
+    /// What messages call the model.
+    pub fn name(&self) -> &str {
+        self.model.as_deref().unwrap_or("demo model")
+    }
+
+    /// Fetches the model where it has to be, loads it, and says what the user should know.
+    pub fn load(&self) -> anyhow::Result<Pipeline> {
+        let device = self.device()?;
+        let files = match &self.model {
+            Some(model) => find(model, self.refresh)?,
+            None => demo::files()?,
+        };
+        let start = Instant::now();
+        let (pipeline, report) = Pipeline::from_files(&files, &self.load_options(), &device)?;
+        tracing::info!(
+            model = self.name(),
+            seconds = start.elapsed().as_secs_f32(),
+            resident = mib(memory::resident()),
+            "loaded {}",
+            report.to_string().lines().next().unwrap_or_default()
+        );
+        if self.quantize.is_some() && report.quantized.tensors == 0 {
+            say(
+                "note: --quantize found nothing to do: the weights are 4-bit already; give the floating-point original",
+            );
+        }
+        // The first line counts tensors; the others say what stays in floating point, and warn.
+        let report = report.to_string();
+        report.lines().skip(1).for_each(say);
+        Ok(pipeline)
+    }
+
+    fn load_options(&self) -> LoadOptions {
+        LoadOptions {
+            quantize: self.quantize,
+            skip_layers: self.skip_layers.clone(),
+            keep: self.keep.clone(),
+        }
+    }
+
+    pub fn device(&self) -> anyhow::Result<Device> {
+        match self.device {
+            Where::Auto | Where::Cpu => Ok(Device::Cpu),
+            Where::Metal if cfg!(target_os = "macos") => Ok(Device::new_metal(0)?),
+            Where::Metal => bail!("there is no Metal on this system; use --device cpu"),
+        }
+    }
+}
+
+/// The files of a folder, or of a repository, which are fetched into the hub's cache first.
+pub fn find(model: &str, refresh: bool) -> anyhow::Result<ModelFiles> {
+    let folder = match ModelSource::parse(model)? {
+        ModelSource::Folder(folder) => folder,
+        ModelSource::Repo(repo) => {
+            let mut settings = HubSettings::from_env()?;
+            settings.refresh = refresh;
+            hub::fetch(&repo, &settings, &mut DownloadBar::new(settings.progress_bars))?
+        }
+    };
+    Ok(ModelFiles::folder(folder))
+}

@@ -1,0 +1,612 @@
+//! The `mmfp4` program as its users run it.
+
+mod common;
+#[allow(dead_code, reason = "each test file uses a part")]
+#[path = "common/hub_server.rs"]
+mod hub_server;
+
+use common::{bf16_demo, mmfp4_demo};
+use hub_server::{Server, State};
+use serde_json::Value;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const QUESTION: &str = "What does `Ordering::is_eq` do?";
+const ANSWER: &str = "Returns true if the ordering is the Equal variant.";
+
+/// The program, with nothing of the environment that would change what it does, and nothing to read.
+fn mmfp4(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mmfp4"));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        let matters = [
+            "HF_",
+            "HUGGING",
+            "TRANSFORMERS_",
+            "XDG_CACHE",
+            "RUST_LOG",
+            "RUST_BACKTRACE",
+            "CLICOLOR",
+        ];
+        if matters.iter().any(|prefix| name.starts_with(prefix))
+            || name.to_ascii_lowercase().ends_with("_proxy")
+        {
+            command.env_remove(name);
+        }
+    }
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn run(command: &mut Command) -> Output {
+    command.output().unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    assert!(output.status.success(), "{output:?}");
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let output = run(&mut mmfp4(arguments));
+    serde_json::from_str(stdout(&output)).unwrap()
+}
+
+fn piped(arguments: &[&str], input: &[u8]) -> Output {
+    let mut child = mmfp4(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// Runs what must fail; gives its one line.
+fn failure(arguments: &[&str], code: i32) -> String {
+    let output = run(&mut mmfp4(arguments));
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let line = stderr(&output).trim_end().to_string();
+    assert!(line.starts_with("error: ") && !line.contains('\n'), "{line}");
+    line
+}
+
+#[test]
+fn the_embedded_model_is_the_folders() {
+    let embedded = run(&mut mmfp4(&["generate", "-p", QUESTION]));
+    assert_eq!(stdout(&embedded).trim_end(), ANSWER);
+    let folder = mmfp4_demo();
+    let given = run(&mut mmfp4(&[
+        "generate",
+        "-m",
+        folder.to_str().unwrap(),
+        "--prompt",
+        QUESTION,
+    ]));
+    assert_eq!(stdout(&given), stdout(&embedded));
+}
+
+#[test]
+fn results_go_to_stdout_and_all_else_to_stderr() {
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION]));
+    assert_eq!(stdout(&output), format!("{ANSWER}\n"));
+    let lines: Vec<_> = stderr(&output).lines().collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(
+        lines[0].contains("tokens/s") && lines[0].contains("peak memory"),
+        "{lines:?}"
+    );
+    assert!(!stderr(&output).contains('\x1b'));
+}
+
+#[test]
+fn a_prompt_may_be_piped_in() {
+    for arguments in [&["generate", "-p", "-"][..], &["generate"]] {
+        for ending in ["", "\n", "\r\n"] {
+            let output = piped(arguments, format!("{QUESTION}{ending}").as_bytes());
+            assert_eq!(stdout(&output).trim_end(), ANSWER, "{arguments:?} {ending:?}");
+        }
+    }
+    // What is on the command line goes before what is piped in.
+    let output = piped(&["generate", "-p", QUESTION], b"something else");
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    // Nothing said at all: the program's own question.
+    assert!(stdout(&run(&mut mmfp4(&["generate"]))).contains("option"));
+    assert!(failure(&["generate", "-p", "-"], 2).contains("standard input is empty"));
+    let output = piped(&["generate"], &[0xff, 0xfe]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("not UTF-8"), "{output:?}");
+}
+
+#[test]
+fn json_is_one_object_with_all_there_is() {
+    let found = json(&["generate", "--json", "--logprobs", "3", "-p", QUESTION]);
+    assert_eq!(found["text"], ANSWER);
+    assert_eq!(found["content"], ANSWER);
+    assert_eq!(found["reasoning"], "");
+    assert_eq!(found["tool_calls"], Value::Array(Vec::new()));
+    assert_eq!(found["reason"], "stop");
+    let tokens = found["tokens"].as_array().unwrap();
+    assert_eq!(found["statistics"]["generated_tokens"], tokens.len());
+    let logprobs = found["logprobs"].as_array().unwrap();
+    assert_eq!(logprobs.len(), tokens.len());
+    for (entry, token) in logprobs.iter().zip(tokens) {
+        // Greedy: the token is the most probable one.
+        assert_eq!(entry["id"], *token);
+        assert_eq!(entry["top"][0]["id"], *token);
+        assert_eq!(entry["top"].as_array().unwrap().len(), 3);
+        assert!(entry["logprob"].as_f64().unwrap() <= 0.0);
+    }
+    let said: String = logprobs
+        .iter()
+        .map(|entry| entry["token"].as_str().unwrap())
+        .collect();
+    assert_eq!(said, ANSWER);
+}
+
+#[test]
+fn thinking_is_told_from_the_answer() {
+    let found = json(&[
+        "generate",
+        "--json",
+        "--thinking",
+        "--max-tokens",
+        "20",
+        "-p",
+        QUESTION,
+    ]);
+    // The prompt ends with an open <think>: what comes before </think>, or all, is reasoning.
+    let (text, reasoning) = (
+        found["text"].as_str().unwrap(),
+        found["reasoning"].as_str().unwrap(),
+    );
+    assert!(!reasoning.is_empty());
+    assert_eq!(text.split("</think>").next().unwrap().trim(), reasoning);
+}
+
+#[test]
+fn options_reach_the_generation() {
+    let generate = |more: &[&str]| json(&[&["generate", "--json", "-p", QUESTION][..], more].concat());
+    let plain = generate(&[]);
+    assert_eq!(generate(&["--no-cache"])["tokens"], plain["tokens"]);
+
+    let short = generate(&["--max-tokens", "3"]);
+    assert_eq!(short["tokens"].as_array().unwrap().len(), 3);
+    assert_eq!(short["reason"], "length");
+
+    let stopped = generate(&["--stop", " the Eq"]);
+    assert_eq!(stopped["text"], "Returns true if the ordering is");
+    assert_eq!(stopped["reason"], "stop");
+
+    let hot = ["--temperature", "3", "--max-tokens", "16", "--seed"];
+    let seeded = |seed| generate(&[&hot[..], &[seed]].concat())["tokens"].clone();
+    assert_eq!(seeded("1"), seeded("1"));
+    assert_ne!(seeded("1"), seeded("2"));
+    // However hot, of one token the first is chosen.
+    for narrow in [["--top-k", "1"], ["--top-p", "0.0001"], ["--min-p", "1"]] {
+        let found = generate(&[&hot[..], &["1"], &narrow].concat());
+        let n = found["tokens"].as_array().unwrap().len();
+        assert_eq!(
+            found["tokens"].as_array().unwrap()[..n],
+            plain["tokens"].as_array().unwrap()[..n]
+        );
+    }
+    for penalty in [
+        "--repetition-penalty",
+        "--presence-penalty",
+        "--frequency-penalty",
+    ] {
+        assert_ne!(generate(&[penalty, "50"])["tokens"], plain["tokens"], "{penalty}");
+    }
+    assert_ne!(
+        generate(&["--system", "Answer in French."])["statistics"],
+        plain["statistics"]
+    );
+    let raw = generate(&["--raw", "--max-tokens", "4"]);
+    assert!(raw["statistics"]["prompt_tokens"].as_u64() < plain["statistics"]["prompt_tokens"].as_u64());
+}
+
+#[test]
+fn a_floating_point_model_is_quantised_while_loading() {
+    let folder = bf16_demo();
+    let folder = folder.to_str().unwrap();
+    let output = run(&mut mmfp4(&[
+        "generate",
+        "-v",
+        "-m",
+        folder,
+        "--quantize",
+        "nvfp4",
+        "-p",
+        QUESTION,
+    ]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    assert!(stderr(&output).contains("quantised while loading"), "{output:?}");
+    let output = run(&mut mmfp4(&["generate", "--quantize", "nvfp4", "-p", QUESTION]));
+    assert!(stderr(&output).contains("4-bit already"), "{output:?}");
+}
+
+#[test]
+fn layers_and_patterns_stay_in_floating_point() {
+    let folder = bf16_demo();
+    let load = [
+        "generate",
+        "-m",
+        folder.to_str().unwrap(),
+        "--quantize",
+        "mmfp4",
+        "--max-tokens",
+        "1",
+    ];
+    let told = |more: &[&str]| {
+        let output = run(&mut mmfp4(&[&load[..], more].concat()));
+        stdout(&output);
+        stderr(&output).to_string()
+    };
+    assert_eq!(told(&[]).lines().count(), 1);
+    let told = told(&[
+        "--skip-layers",
+        "-1,0",
+        "--keep",
+        "o_proj",
+        "--keep",
+        "no_such_layer",
+    ]);
+    for expected in [
+        "layer 5 is one of",
+        "layer 0 is one of",
+        "names it: o_proj",
+        "`no_such_layer` in keep matches no",
+    ] {
+        assert!(told.contains(expected), "{told}");
+    }
+    let mut command = mmfp4(&load);
+    let output = run(command.args(["--skip-layers", "6"]));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
+
+#[test]
+fn memory_is_logged() {
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--log-memory"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    for tag in ["start ", "model loaded ", "prompt computed ", "finished "] {
+        assert!(
+            stderr(&output).lines().any(|line| line.starts_with(tag)),
+            "{output:?}"
+        );
+    }
+}
+
+/// The demo model with NaN in one norm's weight.
+fn broken_model(folder: &Path) {
+    const NORM: &str = "model.layers.2.post_attention_layernorm.weight";
+    let mut found = false;
+    for entry in std::fs::read_dir(mmfp4_demo()).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        if path.extension().unwrap() == "safetensors" {
+            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let fields: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+            if let Some(start) = fields[NORM]["data_offsets"][0].as_u64() {
+                assert_eq!(fields[NORM]["dtype"], "BF16");
+                bytes[header + start as usize..][..2].copy_from_slice(&0x7fc0u16.to_le_bytes());
+                found = true;
+            }
+        }
+        std::fs::write(folder.join(path.file_name().unwrap()), bytes).unwrap();
+    }
+    assert!(found);
+}
+
+#[test]
+fn check_nan_names_the_layer_and_the_op() {
+    let folder = tempfile::tempdir().unwrap();
+    broken_model(folder.path());
+    let model = folder.path().to_str().unwrap();
+    let line = failure(&["generate", "-m", model], 1);
+    assert!(
+        line.starts_with("error: logits: expected finite numbers"),
+        "{line}"
+    );
+    let line = failure(&["generate", "-m", model, "--check-nan"], 1);
+    assert!(line.contains("layer 2, post_attention_layernorm"), "{line}");
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "some words of a text").unwrap();
+    let line = failure(&["perplexity", file.to_str().unwrap(), "-m", model], 1);
+    assert!(line.contains("found NaN"), "{line}");
+    // A sound model says what it always says.
+    let output = run(&mut mmfp4(&["generate", "--check-nan", "-p", QUESTION]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+}
+
+#[test]
+fn validate_puts_the_worst_first() {
+    let folder = bf16_demo();
+    let folder = folder.to_str().unwrap();
+    let errors = |more: &[&str]| -> Vec<(String, f64)> {
+        let found = json(&[&["validate", "--json", folder], more].concat());
+        let tensors = found["tensors"].as_array().unwrap().iter();
+        tensors
+            .map(|t| {
+                (
+                    t["name"].as_str().unwrap().to_string(),
+                    t["relative_rmse"].as_f64().unwrap(),
+                )
+            })
+            .collect()
+    };
+    let stored = errors(&[mmfp4_demo().to_str().unwrap()]);
+    assert_eq!(stored.len(), 168);
+    assert!(stored.is_sorted_by(|a, b| a.1 >= b.1));
+    // The folder was written with the quantiser that is simulated, and is the one in the program.
+    assert_eq!(errors(&["mmfp4"]), stored);
+    assert_eq!(errors(&[]), stored);
+    let worst = |errors: &[(String, f64)]| errors[0].1;
+    assert!(worst(&errors(&["nvfp4"])) < worst(&stored) && worst(&stored) < worst(&errors(&["mxfp4"])));
+
+    let output = run(&mut mmfp4(&["validate", folder, "--top", "3"]));
+    let lines: Vec<_> = stdout(&output).lines().collect();
+    assert_eq!(lines.len(), 6, "{lines:?}");
+    assert!(lines[1].starts_with(&stored[0].0), "{lines:?}");
+    assert!(lines[5].starts_with("168 tensors: "), "{lines:?}");
+
+    let packed = mmfp4_demo();
+    let packed = packed.to_str().unwrap();
+    assert!(failure(&["validate", packed, "nvfp4"], 1).contains("floating-point original"));
+    assert!(failure(&["validate", folder, folder], 1).contains("a format to simulate"));
+    assert!(failure(&["validate", folder, "./nowhere"], 1).contains("does not exist"));
+}
+
+#[test]
+fn mistakes_are_one_line_with_a_remedy() {
+    let line = failure(&["generate", "-m", "./no/such/folder"], 1);
+    assert!(line.contains("check the path"), "{line}");
+    let folder = tempfile::tempdir().unwrap();
+    let line = failure(&["generate", "-m", folder.path().to_str().unwrap()], 1);
+    assert!(
+        line.contains("config.json") && line.contains("the model needs its"),
+        "{line}"
+    );
+    let line = failure(&["generate", "--temperature=-1"], 2);
+    assert!(line.contains("temperature"), "{line}");
+    let line = failure(&["perplexity", "no/such/file"], 1);
+    assert!(line.contains("no/such/file"), "{line}");
+    let line = failure(&["generate", "--raw", "-p", ""], 1);
+    assert!(line.contains("the prompt is empty"), "{line}");
+    #[cfg(not(target_os = "macos"))]
+    assert!(failure(&["generate", "--device", "metal"], 1).contains("use --device cpu"));
+    // What clap sees, it says in its own words.
+    for wrong in [
+        &["generate", "--no-such-flag"][..],
+        &["generate", "--max-tokens", "many"],
+        &["generate", "--quantize", "int4"],
+        &["generate", "--raw", "--system", "x"],
+        &["generate", "--logprobs", "1"],
+        &["perplexity"],
+        &["no-such-command"],
+        &[],
+    ] {
+        let output = run(&mut mmfp4(wrong));
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(output.stdout.is_empty(), "{wrong:?}");
+    }
+    let mut command = mmfp4(&["generate"]);
+    let output = run(command.env("RUST_LOG", "x=y=z"));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("RUST_LOG=mmfp4=debug"), "{output:?}");
+}
+
+#[test]
+fn verbose_tells_layers_then_ops() {
+    let told = |flags: &[&str]| {
+        let output = run(&mut mmfp4(&[&["generate", "--max-tokens", "1"], flags].concat()));
+        stdout(&output);
+        stderr(&output).to_string()
+    };
+    assert!(!told(&[]).contains("layer"));
+    let layers = told(&["-v"]);
+    for index in ["0", "5", "head"] {
+        assert!(
+            layers.contains(&format!("layer{{index={index} resident=")),
+            "{layers}"
+        );
+    }
+    assert!(!layers.contains("q_a_proj"));
+    let ops = told(&["-vv"]);
+    assert!(
+        ops.contains("layer{index=1}:op{name=\"mlp.experts\" shape=[") && ops.contains("time.busy="),
+        "{ops}"
+    );
+    let mut command = mmfp4(&["generate", "--max-tokens", "1"]);
+    let by_variable = run(command.env("RUST_LOG", "mmfp4=debug"));
+    assert!(stderr(&by_variable).contains("q_a_proj"));
+}
+
+#[test]
+fn no_escape_codes_without_a_terminal_or_with_no_color() {
+    for (arguments, color) in [
+        (&["generate", "-vv", "--max-tokens", "1"][..], None),
+        (&["generate", "-vv", "--max-tokens", "1"], Some(("NO_COLOR", "1"))),
+        (&["--help"], Some(("NO_COLOR", "1"))),
+        (&["generate", "--wrong"], Some(("NO_COLOR", "1"))),
+    ] {
+        let mut command = mmfp4(arguments);
+        command.envs(color);
+        let output = run(&mut command);
+        assert!(
+            !output.stdout.contains(&0x1b) && !output.stderr.contains(&0x1b),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn help_shows_examples_and_formats() {
+    for (arguments, shown) in [
+        (&["--help"][..], &["Examples:", "mxfp4", "The one to choose"][..]),
+        (
+            &["generate", "--help"],
+            &["Examples:", "--top-p", "The one to choose"],
+        ),
+        (&["help", "perplexity"], &["Examples:", "--stride", "mean loss"]),
+        (&["--version"], &[env!("CARGO_PKG_VERSION")]),
+    ] {
+        let output = run(&mut mmfp4(arguments));
+        for text in shown {
+            assert!(stdout(&output).contains(text), "{arguments:?} {text}");
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut child = mmfp4(&["generate", "-p", QUESTION])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+fn perplexity(folder: &Path, name: &str, contents: &str, more: &[&str]) -> Value {
+    let file = folder.join(name);
+    std::fs::write(&file, contents).unwrap();
+    json(&[&["perplexity", "--json", file.to_str().unwrap()], more].concat())
+}
+
+#[test]
+fn perplexity_of_texts_and_lists() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let (a, b) = (
+        "A vector is a contiguous growable array type, written as Vec and pronounced vector.",
+        "[An iterator] yields the elements of a collection one after the other.",
+    );
+    let alone: Vec<Value> = [a, b]
+        .iter()
+        .map(|text| perplexity(folder, "one.txt", text, &[]))
+        .collect();
+    for (name, list) in [
+        ("strings.json", serde_json::json!([a, b])),
+        (
+            "objects.json",
+            serde_json::json!([{ "text": a, "source": "x" }, { "text": b }]),
+        ),
+        ("mixed", serde_json::json!([a, { "text": b }])),
+    ] {
+        let found = perplexity(folder, name, &list.to_string(), &[]);
+        assert_eq!(found["documents"], 2);
+        assert_eq!(found["windows"], 2);
+        let of = |value: &Value, field: &str| value[field].as_f64().unwrap();
+        let tokens: f64 = alone.iter().map(|one| of(one, "tokens")).sum();
+        assert_eq!(of(&found, "tokens"), tokens);
+        let loss: f64 = alone
+            .iter()
+            .map(|one| of(one, "mean_loss") * of(one, "tokens"))
+            .sum();
+        assert!(
+            (of(&found, "perplexity").ln() - loss / tokens).abs() < 1e-6,
+            "{name}"
+        );
+    }
+    // More context, a better prediction: and each token counts once.
+    let tokens = alone[0]["tokens"].as_u64().unwrap() + 1;
+    let overlapping = perplexity(folder, "one.txt", a, &["--window", "6", "--stride", "2"]);
+    assert_eq!(overlapping["tokens"], tokens - 1);
+    let disjoint = perplexity(folder, "one.txt", a, &["--window", "6"]);
+    assert_eq!(
+        disjoint["windows"],
+        tokens.div_ceil(6) - u64::from(tokens % 6 == 1)
+    );
+    assert!(overlapping["perplexity"].as_f64() < disjoint["perplexity"].as_f64());
+    assert_ne!(overlapping["perplexity"], alone[0]["perplexity"]);
+
+    let file = folder.join("one.txt");
+    let output = run(&mut mmfp4(&["perplexity", file.to_str().unwrap()]));
+    let value = alone[0]["perplexity"].as_f64().unwrap();
+    assert!(
+        stdout(&output).starts_with(&format!("perplexity {value:.4} (")),
+        "{output:?}"
+    );
+    let output = piped(&["perplexity", "-"], a.as_bytes());
+    assert!(
+        stdout(&output).starts_with(&format!("perplexity {value:.4} (")),
+        "{output:?}"
+    );
+
+    let bad = folder.join("bad.json");
+    for (contents, named) in [
+        ("{\"text\": 1}", "not a JSON list"),
+        ("[\"a\", 1]", "item 1"),
+        ("[]", "two tokens"),
+    ] {
+        std::fs::write(&bad, contents).unwrap();
+        let code = if contents == "[]" { 1 } else { 2 };
+        let line = failure(&["perplexity", bad.to_str().unwrap()], code);
+        assert!(line.contains(named), "{line}");
+    }
+    let line = failure(&["perplexity", file.to_str().unwrap(), "--window", "1"], 1);
+    assert!(line.contains("window"), "{line}");
+}
+
+#[test]
+fn a_model_comes_from_the_hub_by_its_name() {
+    let files = std::fs::read_dir(mmfp4_demo()).unwrap().map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        (name, std::fs::read(path).unwrap())
+    });
+    let server = Server::start(State {
+        repo: "org/demo".into(),
+        commit: "0123456789abcdef0123456789abcdef01234567".into(),
+        revisions: ["main".to_string()].into(),
+        files: files.collect(),
+        ..State::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    let command = |more: &[&str]| {
+        let mut command = mmfp4(&[&["generate", "-m", "org/demo", "-p", QUESTION], more].concat());
+        command
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address);
+        command
+    };
+    let first = run(&mut command(&[]));
+    assert_eq!(stdout(&first), format!("{ANSWER}\n"));
+    assert!(stderr(&first).contains("fetching 9.8"), "{first:?}");
+    // No terminal, no bar.
+    assert!(
+        !stderr(&first).contains('\r') && !stderr(&first).contains('\x1b'),
+        "{first:?}"
+    );
+
+    let requests = || std::mem::take(&mut server.state().requests).len();
+    assert!(requests() > 0);
+    assert_eq!(stdout(&run(&mut command(&[]))), stdout(&first));
+    assert_eq!(requests(), 0);
+    assert_eq!(stdout(&run(&mut command(&["--refresh"]))), stdout(&first));
+    assert!(requests() > 0);
+
+    let output = run(command(&[])
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HOME", home.path().join("empty")));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("unset HF_HUB_OFFLINE"), "{output:?}");
+    let mut missing = mmfp4(&["generate", "-m", "org/missing", "-p", QUESTION]);
+    let output = run(missing
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", &server.address));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).starts_with("error: org/missing: "), "{output:?}");
+    assert_eq!(stderr(&output).trim_end().lines().count(), 1, "{output:?}");
+}

@@ -1,0 +1,73 @@
+//! What 4 bits cost on the demo model: perplexity over the held-out text.
+
+mod common;
+
+use candle_core::Device;
+use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::fp4::Format;
+use candle_mmfp4::generation::{Perplexity, Pipeline, Windows};
+use common::{bf16_demo, mmfp4_demo};
+use serde::Deserialize;
+use std::path::Path;
+
+/// transformers, weights in BF16, computed in float32.
+const BF16: f64 = 9.898;
+
+#[derive(Deserialize)]
+struct Document {
+    text: String,
+}
+
+fn held_out(folder: &Path, quantize: Option<Format>) -> Perplexity {
+    let text = std::fs::read_to_string(bf16_demo().join("heldout.json")).unwrap();
+    let documents: Vec<Document> = serde_json::from_str(&text).unwrap();
+    let documents: Vec<String> = documents.into_iter().map(|document| document.text).collect();
+    let options = LoadOptions {
+        quantize,
+        ..LoadOptions::default()
+    };
+    let (pipeline, _) = Pipeline::from_folder(folder, &options, &Device::Cpu).unwrap();
+    let mut calls = 0;
+    let result = pipeline
+        .perplexity(&documents, Windows::default(), |done, total| {
+            calls += 1;
+            assert!(done <= total);
+        })
+        .unwrap();
+    assert!(calls > 0);
+    assert_eq!((result.tokens, result.windows), (60_199, 147));
+    println!(
+        "{}, quantised to {quantize:?}: {:.4}",
+        folder.display(),
+        result.value()
+    );
+    result
+}
+
+fn assert_at_most(factor: f64, result: Perplexity) {
+    let value = result.value();
+    assert!(value <= factor * BF16, "{value} is {} times BF16's", value / BF16);
+    // Better than BF16 would mean that something else was measured.
+    assert!(value > BF16, "{value}");
+}
+
+#[test]
+fn bf16_is_the_references() {
+    let value = held_out(&bf16_demo(), None).value();
+    assert!((value - BF16).abs() < 0.002, "{value}");
+}
+
+#[test]
+fn mmfp4() {
+    assert_at_most(1.013, held_out(&mmfp4_demo(), None));
+}
+
+#[test]
+fn nvfp4() {
+    assert_at_most(1.013, held_out(&bf16_demo(), Some(Format::nvfp4())));
+}
+
+#[test]
+fn mxfp4() {
+    assert_at_most(1.042, held_out(&bf16_demo(), Some(Format::mxfp4())));
+}
