@@ -11,7 +11,7 @@ use candle_mmfp4::generation::{
 use candle_mmfp4::memory::{self, MemoryLog};
 use serde_json::{Map, Value, json};
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,9 +125,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let text = prompt::prompt(arguments.prompt.as_deref(), demo::QUESTION)?;
     let mut log = MemoryLog::new(&arguments.model.device()?);
     log.record("start");
-    let start = Instant::now();
-    let pipeline = arguments.model.load()?;
-    let load = start.elapsed();
+    let (pipeline, load) = arguments.model.load()?;
     log.record("model loaded");
 
     let prompt = tokens(arguments, &pipeline, &text)?;

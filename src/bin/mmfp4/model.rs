@@ -11,7 +11,7 @@ use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
 use clap::{Args, ValueEnum};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
@@ -57,8 +57,9 @@ impl Arguments {
         self.model.as_deref().unwrap_or("demo model")
     }
 
-    /// Fetches the model where it has to be, loads it, and says what the user should know.
-    pub fn load(&self) -> anyhow::Result<Pipeline> {
+    /// Fetches the model where it has to be, loads it, and says what the user should know; tells how long loading
+    /// took, without the download.
+    pub fn load(&self) -> anyhow::Result<(Pipeline, Duration)> {
         let device = self.device()?;
         let files = match &self.model {
             Some(model) => find(model, self.refresh)?,
@@ -66,9 +67,10 @@ impl Arguments {
         };
         let start = Instant::now();
         let (pipeline, report) = Pipeline::from_files(&files, &self.load_options(), &device)?;
+        let elapsed = start.elapsed();
         tracing::info!(
             model = self.name(),
-            seconds = start.elapsed().as_secs_f32(),
+            seconds = elapsed.as_secs_f32(),
             resident = mib(memory::resident()),
             "loaded {}",
             report.to_string().lines().next().unwrap_or_default()
@@ -81,7 +83,7 @@ impl Arguments {
         // The first line counts tensors; the others say what stays in floating point, and warn.
         let report = report.to_string();
         report.lines().skip(1).for_each(say);
-        Ok(pipeline)
+        Ok((pipeline, elapsed))
     }
 
     fn load_options(&self) -> LoadOptions {

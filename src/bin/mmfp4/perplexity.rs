@@ -46,7 +46,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         size: arguments.window,
         stride: arguments.stride.unwrap_or(arguments.window),
     };
-    let pipeline = arguments.model.load()?;
+    let (pipeline, _) = arguments.model.load()?;
     let bar = progress::counting("windows");
     let start = Instant::now();
     let result = pipeline.perplexity(&documents, windows, |done, total| {

@@ -41,10 +41,11 @@ impl Progress for DownloadBar {
     }
 
     fn file(&mut self, name: &str, size: u64, present: u64) {
-        self.0.set_message(name.to_string());
+        // Each of these may draw: the name comes last, so that it never stands beside another file's numbers.
+        self.0.reset();
         self.0.set_length(size);
         self.0.set_position(present);
-        self.0.reset_eta();
+        self.0.set_message(name.to_string());
     }
 
     fn advance(&mut self, bytes: u64) {
