@@ -34,7 +34,10 @@ fn facts() -> Vec<Fact> {
 
 /// Asks every question, greedily and without thinking, and requires the share of exact answers.
 fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
-    let load = LoadOptions { quantize };
+    let load = LoadOptions {
+        quantize,
+        ..LoadOptions::default()
+    };
     let (pipeline, report) = Pipeline::from_folder(folder, &load, &Device::Cpu).unwrap();
     assert_eq!(report.quantized.tensors > 0, quantize.is_some(), "{report}");
     assert_eq!(report.fp4.tensors > 0, quantize.is_none(), "{report}");
