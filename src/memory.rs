@@ -5,8 +5,8 @@ use std::fmt;
 
 /// The most memory that this process has had resident, in bytes; `None` where the system does not tell.
 ///
-/// Pages of mapped checkpoints count while they are resident. Known on Linux and macOS (written for it, neither
-/// compiled nor run there by the authors yet).
+/// Pages of mapped checkpoints count while they are resident. Known on Linux and on macOS (what is for macOS has
+/// neither been compiled nor run there by the authors yet).
 pub fn peak_resident() -> Option<u64> {
     system::peak_resident()
 }

@@ -115,14 +115,11 @@ fn write_json(folder: &Path, name: &str, value: &Value) {
 }
 
 fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model, LoadReport)> {
-    Model::from_folder(
-        folder,
-        &LoadOptions {
-            quantize,
-            ..LoadOptions::default()
-        },
-        &Device::Cpu,
-    )
+    let options = LoadOptions {
+        quantize,
+        ..LoadOptions::default()
+    };
+    Model::from_folder(folder, &options, &Device::Cpu)
 }
 
 fn logits(model: &Model) -> Vec<f32> {

@@ -29,7 +29,10 @@ impl<'a> Keep<'a> {
                 _ => Err(Error::argument(
                     "load",
                     "skip_layers",
-                    format!("-{layers} to {}, the model having {layers} layers", layers - 1),
+                    format!(
+                        "-{layers} to {}, the model having {layers} layers",
+                        layers.saturating_sub(1)
+                    ),
                     index.to_string(),
                 )),
             }

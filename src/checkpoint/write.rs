@@ -109,6 +109,9 @@ fn copy_side_files(from: &Path, to: &Path, format: Format) -> Result<()> {
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e, ""))?;
     let mut config: Value =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not JSON: {e}"), ""))?;
+    if !config.is_object() {
+        return Err(Error::file(&path, "not a JSON object", ""));
+    }
     config["quantization_config"] = json!({"quant_method": "mmfp4", "bits": 4, "group_size": format.group});
     write_json(&to.join("config.json"), &config)
 }

@@ -79,7 +79,7 @@ pub fn fused_moe(
     let hidden = pass(
         &groups,
         |g| g.expert.gate.shape().0,
-        |g, rows, out, scratch| {
+        |_, g, rows, out, scratch| {
             let m = g.slots.len();
             tile::rows(&g.expert.gate, rows.clone(), &g.x, m, out, scratch);
             let mut up = vec![0.0; out.len()];
@@ -95,7 +95,7 @@ pub fn fused_moe(
         .map(|(g, h)| tile::transpose(h, g.expert.gate.shape().0, g.slots.len()))
         .collect();
     let hidden = &hidden;
-    let down = pass_indexed(
+    let down = pass(
         &groups,
         |g| g.expert.down.shape().0,
         |index, g, rows, out, scratch| {
@@ -128,18 +128,9 @@ pub fn fused_moe(
     y
 }
 
-/// Runs `work` on every tile of rows of every group, in parallel; a group's result is `[rows, slots]`.
+/// Runs `work` on every tile of rows of every group, in parallel; a group's result is `[rows, slots]`. `work` takes
+/// the group's index and the group, the tile's rows, its part of the result, and scratch memory.
 fn pass<'a>(
-    groups: &[Group<'a>],
-    rows: impl Fn(&Group<'a>) -> usize,
-    work: impl Fn(&Group<'a>, std::ops::Range<usize>, &mut [f32], &mut Vec<f32>) + Sync,
-) -> Vec<Vec<f32>> {
-    pass_indexed(groups, rows, |_, group, range, out, scratch| {
-        work(group, range, out, scratch)
-    })
-}
-
-fn pass_indexed<'a>(
     groups: &[Group<'a>],
     rows: impl Fn(&Group<'a>) -> usize,
     work: impl Fn(usize, &Group<'a>, std::ops::Range<usize>, &mut [f32], &mut Vec<f32>) + Sync,

@@ -135,9 +135,9 @@ pub fn quantize(
         .for_each(|((block, codes), stored)| {
             let bits = choose_scale(block, kind, factor, rule);
             stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
-            let inverse = Inverse::of(kind.value(bits) * factor);
+            let divisor = Divisor::of(kind.value(bits) * factor);
             for (byte, pair) in codes.iter_mut().zip(block.chunks_exact(2)) {
-                *byte = inverse.encode(pair[0]) | inverse.encode(pair[1]) << 4;
+                *byte = divisor.encode(pair[0]) | divisor.encode(pair[1]) << 4;
             }
         });
     let parts = Parts {
@@ -169,11 +169,11 @@ fn power_of_two_factor(largest: f32) -> f32 {
 
 /// A scale to divide by. A block whose scale underflows to zero has only zero codes.
 #[derive(Clone, Copy)]
-struct Inverse {
+struct Divisor {
     scale: f32,
 }
 
-impl Inverse {
+impl Divisor {
     fn of(scale: f32) -> Self {
         Self { scale }
     }
@@ -230,10 +230,10 @@ fn choose_scale(block: &[f32], kind: ScaleKind, factor: f32, rule: ScaleRule) ->
 /// Fits the scale to its codes, `Σ v·q / Σ q²`, and chooses codes anew, while that lowers the error.
 fn refine(block: &[f32], kind: ScaleKind, factor: f32, best: &mut (f64, u16)) {
     for _ in 0..REFINEMENTS {
-        let inverse = Inverse::of(kind.value(best.1) * factor);
+        let divisor = Divisor::of(kind.value(best.1) * factor);
         let (mut products, mut squares) = (0f64, 0f64);
         for &value in block {
-            let q = f64::from(code::VALUES[usize::from(inverse.encode(value))]);
+            let q = f64::from(code::VALUES[usize::from(divisor.encode(value))]);
             products += f64::from(value) * q;
             squares += q * q;
         }
@@ -255,11 +255,11 @@ fn e8m0_floor(x: f32) -> u8 {
 }
 
 fn squared_error(block: &[f32], scale: f32) -> f64 {
-    let inverse = Inverse::of(scale);
+    let divisor = Divisor::of(scale);
     block
         .iter()
         .map(|&v| {
-            let rounded = code::VALUES[usize::from(inverse.encode(v))] * scale;
+            let rounded = code::VALUES[usize::from(divisor.encode(v))] * scale;
             f64::from(v - rounded).powi(2)
         })
         .sum()

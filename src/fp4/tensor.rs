@@ -82,9 +82,8 @@ impl Fp4Tensor {
                 "shape [{n}, {k}]; K must be a multiple of the group of {group}, neither be 0"
             ));
         }
-        let sizes = n
-            .checked_mul(k / 2)
-            .zip((n * (k / group)).checked_mul(kind.size()));
+        let scale_bytes = n.checked_mul(k / group).and_then(|s| s.checked_mul(kind.size()));
+        let sizes = n.checked_mul(k / 2).zip(scale_bytes);
         let Some((code_bytes, scale_bytes)) = sizes else {
             return refuse(format!("shape [{n}, {k}] is larger than memory"));
         };

@@ -109,6 +109,10 @@ impl Detokenizer {
     }
 
     /// Ends the sequence: what was held back, with U+FFFD for bytes that never became a character.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] where the tokenizer's own decoder fails, or rewrites text that was given out already;
+    /// never with byte-level BPE, GLM's.
     pub fn finish(&mut self) -> Result<String> {
         match &mut self.state {
             State::Bytes(stream) => Ok(stream.finish()),

@@ -132,10 +132,13 @@ impl TokenCache {
     }
 
     /// Writes the pass's rows `[tokens, width]` of a layer; gives a view of all of the layer's rows so far,
-    /// `[position + tokens, width]`.
+    /// `[position + tokens, width]`. The view shares the cache's memory: a later sequence overwrites it.
     ///
     /// # Errors
     /// Another shape than [`begin`](Self::begin) announced; those of the device.
+    ///
+    /// # Panics
+    /// If there is no such layer.
     pub fn append(&mut self, layer: usize, rows: &Tensor) -> Result<Tensor> {
         if rows.dims() != [self.pending, self.width] {
             let expected = format!("[{}, {}]", self.pending, self.width);
