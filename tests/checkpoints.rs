@@ -115,7 +115,7 @@ fn write_json(folder: &Path, name: &str, value: &Value) {
 }
 
 fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model, LoadReport)> {
-    Model::from_folder(folder, &LoadOptions { quantize }, &Device::Cpu)
+    Model::from_folder(folder, &LoadOptions { quantize, ..Default::default() }, &Device::Cpu)
 }
 
 fn logits(model: &Model) -> Vec<f32> {
