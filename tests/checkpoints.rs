@@ -115,7 +115,14 @@ fn write_json(folder: &Path, name: &str, value: &Value) {
 }
 
 fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model, LoadReport)> {
-    Model::from_folder(folder, &LoadOptions { quantize, ..Default::default() }, &Device::Cpu)
+    Model::from_folder(
+        folder,
+        &LoadOptions {
+            quantize,
+            ..Default::default()
+        },
+        &Device::Cpu,
+    )
 }
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -846,4 +853,21 @@ fn no_damage_to_a_header_makes_a_panic() {
             prop_assert!(changed);
         }
     });
+}
+
+#[test]
+fn quantising_never_removes_its_source() {
+    let folder = tempfile::tempdir().unwrap();
+    let partial = folder.path().join("model.partial");
+    std::fs::rename(Draft::plain().write().keep(), &partial).unwrap();
+    let source = Checkpoint::open(&partial).unwrap();
+    let target = folder.path().join("model");
+    let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("model.partial") && error.contains("choose another name"),
+        "{error}"
+    );
+    assert!(partial.join("model.safetensors").exists() && partial.join("config.json").exists());
 }

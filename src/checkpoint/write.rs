@@ -52,6 +52,11 @@ pub fn quantize_folder(
         .file_name()
         .ok_or_else(|| Error::file(target, "not a folder's name", ""))?;
     let partial = target.with_file_name(format!("{}.partial", name.to_string_lossy()));
+    let real = |path: &Path| path.canonicalize().ok();
+    if partial.exists() && real(&partial) == real(source.folder()) {
+        let problem = "the source, which has the name that the target has while it is written";
+        return Err(Error::file(partial, problem, "choose another name"));
+    }
     if partial.exists() {
         std::fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, e, "remove it"))?;
     }
