@@ -871,3 +871,20 @@ fn quantising_never_removes_its_source() {
     );
     assert!(partial.join("model.safetensors").exists() && partial.join("config.json").exists());
 }
+
+#[test]
+fn a_config_that_is_no_object_is_refused_by_the_writer_too() {
+    let folder = Draft::plain().write();
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let target = folder.path().join("packed");
+    for config in ["[]", "\"text\"", "7", "null"] {
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, Error::File { .. }) && text.contains("config.json") && text.contains("object"),
+            "{text}"
+        );
+        assert!(!target.exists());
+    }
+}

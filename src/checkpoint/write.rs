@@ -112,10 +112,16 @@ fn copy_side_files(from: &Path, to: &Path, format: Format) -> Result<()> {
     }
     let path = from.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e, ""))?;
-    let mut config: Value =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not JSON: {e}"), ""))?;
-    config["quantization_config"] = json!({"quant_method": "mmfp4", "bits": 4, "group_size": format.group});
-    write_json(&to.join("config.json"), &config)
+    let mut config: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
+        Error::file(
+            &path,
+            format!("expected a JSON object: {e}"),
+            "fetch the file again",
+        )
+    })?;
+    let note = json!({"quant_method": "mmfp4", "bits": 4, "group_size": format.group});
+    config.insert("quantization_config".into(), note);
+    write_json(&to.join("config.json"), &Value::Object(config))
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
