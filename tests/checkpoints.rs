@@ -888,3 +888,32 @@ fn a_config_that_is_no_object_is_refused_by_the_writer_too() {
         assert!(!target.exists());
     }
 }
+
+#[test]
+fn groups_that_no_tensor_can_have_are_refused_before_anything_is_done() {
+    let source = Checkpoint::open(tiny()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("packed");
+    for group in [0, 7, 8, 48, 256, usize::MAX] {
+        let format = Format {
+            group,
+            kind: ScaleKind::F16,
+        };
+        let written = quantize_folder(&source, &target, format, ScaleRule::Maximum);
+        for error in [written.unwrap_err(), load(&tiny(), Some(format)).err().unwrap()] {
+            let text = error.to_string();
+            assert!(
+                matches!(
+                    error,
+                    Error::Argument {
+                        argument: "format",
+                        ..
+                    }
+                ) && text.contains("16, 32, 64 or 128")
+                    && text.contains(&group.to_string()),
+                "{text}"
+            );
+        }
+        assert!(!target.exists());
+    }
+}

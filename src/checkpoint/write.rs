@@ -33,6 +33,7 @@ pub fn quantize_folder(
     rule: ScaleRule,
 ) -> Result<()> {
     let target = target.as_ref();
+    format.check("quantize_folder")?;
     if format.kind != ScaleKind::F16 {
         return Err(Error::argument(
             "quantize_folder",

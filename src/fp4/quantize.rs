@@ -38,6 +38,19 @@ impl Format {
         }
     }
 
+    /// Refuses a group that no tensor can have; `op` appears in the error.
+    pub(crate) fn check(self, op: &'static str) -> Result<()> {
+        match GROUPS.contains(&self.group) {
+            true => Ok(()),
+            false => Err(Error::argument(
+                op,
+                "format",
+                "a group of 16, 32, 64 or 128",
+                self.group.to_string(),
+            )),
+        }
+    }
+
     /// Bits a weight takes, scales included.
     pub fn bits_per_weight(self) -> f64 {
         4.0 + 8.0 * self.kind.size() as f64 / self.group as f64
