@@ -917,3 +917,20 @@ fn groups_that_no_tensor_can_have_are_refused_before_anything_is_done() {
         assert!(!target.exists());
     }
 }
+
+#[test]
+fn scales_beside_weights_in_floating_point_are_not_written_twice() {
+    let mut draft = Draft::plain();
+    let stray = draft.get("model.norm.weight").clone();
+    draft.tensors.insert(format!("{UP}.scales"), stray);
+    let folder = draft.write();
+    let target = folder.path().join("packed");
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum).unwrap_err();
+    let Error::Tensor { name, problem, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(*name, format!("{UP}.scales"));
+    assert!(problem.contains("floating point"), "{problem}");
+    assert!(!target.exists());
+}

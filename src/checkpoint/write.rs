@@ -75,7 +75,7 @@ fn write_folder(source: &Checkpoint, folder: &Path, format: Format, rule: ScaleR
     let mut weight_map = Map::new();
     let mut total = 0;
     for file in source.files() {
-        let plan = Plan::of_file(source, file, format);
+        let plan = Plan::of_file(source, file, format)?;
         let name = file.file_name().unwrap_or_default();
         for entry in &plan.entries {
             weight_map.insert(
@@ -150,7 +150,7 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn of_file(source: &'a Checkpoint, file: &Path, format: Format) -> Self {
+    fn of_file(source: &'a Checkpoint, file: &Path, format: Format) -> Result<Self> {
         let mut entries = Vec::new();
         for (name, stored) in source
             .tensors()
@@ -167,6 +167,11 @@ impl<'a> Plan<'a> {
                 entries.push(Entry::copy(name, stored));
                 continue;
             };
+            let scales = format!("{module}.scales");
+            if let Some(stray) = source.find(&scales) {
+                // Two tensors of one name would make a file that nobody can read.
+                return Err(stray.problem(&scales, format!("scales, but {name} is in floating point")));
+            }
             entries.push(Entry {
                 name: name.to_string(),
                 dtype: Dtype::U32,
@@ -175,7 +180,7 @@ impl<'a> Plan<'a> {
                 content: Content::Codes(name, stored),
             });
             entries.push(Entry {
-                name: format!("{module}.scales"),
+                name: scales,
                 dtype: Dtype::F16,
                 shape: vec![n, k / format.group],
                 size: n * (k / format.group) * 2,
@@ -185,7 +190,7 @@ impl<'a> Plan<'a> {
         // The format allows no holes between tensors: those of odd sizes go last, and all others stay aligned.
         // Within each part the names' order keeps a layer's experts, and a weight's codes and scales, together.
         entries.sort_by_key(|entry| !entry.is_aligned(format));
-        Self { entries }
+        Ok(Self { entries })
     }
 
     fn header(&self) -> Vec<u8> {
