@@ -7,7 +7,7 @@ use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::models::glm4_moe_lite::{Config, Logits, Model};
 use common::{bf16_demo, mmfp4_demo, repository, values};
 use proptest::prelude::*;
 use safetensors::Dtype;
@@ -933,4 +933,20 @@ fn scales_beside_weights_in_floating_point_are_not_written_twice() {
     assert_eq!(*name, format!("{UP}.scales"));
     assert!(problem.contains("floating point"), "{problem}");
     assert!(!target.exists());
+}
+
+#[test]
+fn counts_beyond_any_model_are_refused() {
+    let config = Draft::plain().config;
+    for field in ["num_nextn_predict_layers", "n_shared_experts"] {
+        for count in [1u64 << 40, u64::MAX] {
+            let mut config = config.clone();
+            config[field] = json!(count);
+            let error = Config::from_json(&config).unwrap_err();
+            assert!(
+                matches!(&error, Error::Config { field: named, .. } if named == field),
+                "{error}"
+            );
+        }
+    }
 }
