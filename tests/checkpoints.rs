@@ -950,3 +950,29 @@ fn counts_beyond_any_model_are_refused() {
         }
     }
 }
+
+#[test]
+fn of_a_tensor_in_two_files_the_indexed_one_counts() {
+    let draft = Draft::plain();
+    let folder = draft.write_split(|name| match name.starts_with("model.layers.1.") {
+        true => "b.safetensors",
+        false => "a.safetensors",
+    });
+    let name = format!("{UP}.weight");
+    let mut stale = draft.clone();
+    stale
+        .tensors
+        .retain(|tensor, _| !tensor.starts_with("model.layers.1.") || *tensor == name);
+    stale.get(&name).bytes.fill(0);
+    let stale = stale.write();
+    std::fs::copy(
+        stale.path().join("model.safetensors"),
+        folder.path().join("a.safetensors"),
+    )
+    .unwrap();
+    let opened = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(
+        &opened.get(&name).unwrap().bytes[..],
+        &draft.tensors[&name].bytes[..]
+    );
+}

@@ -107,7 +107,10 @@ impl Checkpoint {
                 return Err(missing_file(folder, &path, !indexed.is_empty()));
             }
             for (tensor, stored) in read_file(&path)? {
-                tensors.entry(tensor).or_insert(stored);
+                // Of several files that hold it the one that the index names counts.
+                if !tensors.contains_key(&tensor) || indexed.get(&tensor).is_some_and(|file| file == name) {
+                    tensors.insert(tensor, stored);
+                }
             }
             files.push(path);
         }
