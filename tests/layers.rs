@@ -34,6 +34,7 @@ use candle_mmfp4::fp4::{
     Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight,
     quantize,
 };
+use candle_mmfp4::nn::mask::{Mask, left_padded};
 use candle_mmfp4::nn::{Embedding, FusedMoe, MmfP4Linear, Router, linear, linear_no_bias};
 use candle_mmfp4::ops::{self, Orientation, PerHead, Route};
 use candle_nn::{VarBuilder, VarMap};
@@ -1021,4 +1022,19 @@ fn embeddings_decode_the_rows_asked_for() {
         embedding.forward(&[1, 10, 11], &CPU),
         &["token id 10", "index 1", "10"],
     );
+}
+
+#[test]
+fn masks_of_integers_are_refused() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        assert_error(
+            Mask::causal().tensor(0..3, 0..3, dtype, &CPU),
+            &["dtype", "float"],
+        );
+        let rows = left_padded(&[2, 3]);
+        assert_error(
+            Mask::causal().batch(&rows, &rows, dtype, &CPU),
+            &["dtype", "float"],
+        );
+    }
 }
