@@ -35,7 +35,7 @@ use candle_mmfp4::fp4::{
     quantize,
 };
 use candle_mmfp4::nn::mask::{Mask, left_padded};
-use candle_mmfp4::nn::{Embedding, FusedMoe, MmfP4Linear, Router, linear, linear_no_bias};
+use candle_mmfp4::nn::{Embedding, FusedMoe, MmfP4Linear, Router, TokenCache, linear, linear_no_bias};
 use candle_mmfp4::ops::{self, Orientation, PerHead, Route};
 use candle_nn::{VarBuilder, VarMap};
 use common::{assert_nmse, noise, values};
@@ -1037,4 +1037,13 @@ fn masks_of_integers_are_refused() {
             &["dtype", "float"],
         );
     }
+}
+
+#[test]
+fn a_cache_refuses_layers_that_it_does_not_have() {
+    let mut cache = TokenCache::new(2, 4, 16, DType::F32, &CPU);
+    cache.begin(0, 1).unwrap();
+    let rows = Tensor::ones((1, 4), DType::F32, &CPU).unwrap();
+    cache.append(1, &rows).unwrap();
+    assert_error(cache.append(2, &rows), &["`layer`", "below 2", "found 2"]);
 }

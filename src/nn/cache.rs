@@ -135,8 +135,13 @@ impl TokenCache {
     /// `[position + tokens, width]`.
     ///
     /// # Errors
-    /// Another shape than [`begin`](Self::begin) announced; those of the device.
+    /// [`Error::Argument`] for a layer that is not there, or another shape than [`begin`](Self::begin) announced;
+    /// those of the device.
     pub fn append(&mut self, layer: usize, rows: &Tensor) -> Result<Tensor> {
+        if layer >= self.layers.len() {
+            let expected = format!("below {}, the number of layers", self.layers.len());
+            return Err(Error::argument("append", "layer", expected, layer.to_string()));
+        }
         if rows.dims() != [self.pending, self.width] {
             let expected = format!("[{}, {}]", self.pending, self.width);
             return Err(Error::argument(
