@@ -1047,3 +1047,19 @@ fn a_cache_refuses_layers_that_it_does_not_have() {
     cache.append(1, &rows).unwrap();
     assert_error(cache.append(2, &rows), &["`layer`", "below 2", "found 2"]);
 }
+
+/// Without the checks these overflow, which a debug build notices.
+#[test]
+fn sizes_beyond_memory_are_refused() {
+    let parts = Parts {
+        shape: (usize::MAX, 32),
+        group: 16,
+        codes: Bytes::copy_from(&[]).unwrap(),
+        scales: Bytes::copy_from(&[]).unwrap(),
+        kind: ScaleKind::E8M0,
+        factor: Factor::None,
+    };
+    assert_error(Fp4Tensor::new("w", parts), &["`w`", "larger than memory"]);
+    let mut cache = TokenCache::new(1, 4, usize::MAX, DType::F32, &CPU);
+    cache.begin(0, usize::MAX).unwrap();
+}

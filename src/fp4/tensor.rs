@@ -84,7 +84,7 @@ impl Fp4Tensor {
         }
         let sizes = n
             .checked_mul(k / 2)
-            .zip((n * (k / group)).checked_mul(kind.size()));
+            .zip(n.checked_mul(k / group).and_then(|s| s.checked_mul(kind.size())));
         let Some((code_bytes, scale_bytes)) = sizes else {
             return refuse(format!("shape [{n}, {k}] is larger than memory"));
         };

@@ -107,8 +107,9 @@ impl TokenCache {
         self.pending = tokens;
         if total > self.capacity {
             // What is cached is moved layer by layer as it is appended to: see `append`.
-            let grown = (self.capacity + self.capacity / 4).max(total);
-            self.capacity = grown.next_multiple_of(BLOCK).min(self.limit);
+            let grown = self.capacity.saturating_add(self.capacity / 4).max(total);
+            let blocks = grown.checked_next_multiple_of(BLOCK);
+            self.capacity = blocks.unwrap_or(self.limit).min(self.limit);
         }
         Ok(())
     }
