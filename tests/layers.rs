@@ -1063,3 +1063,24 @@ fn sizes_beyond_memory_are_refused() {
     let mut cache = TokenCache::new(1, 4, usize::MAX, DType::F32, &CPU);
     cache.begin(0, usize::MAX).unwrap();
 }
+
+#[test]
+fn the_largest_floats_stay_finite_under_every_rule() {
+    for rule in [ScaleRule::Maximum, ScaleRule::SquaredError] {
+        for (group, kind) in [
+            (16, ScaleKind::E4M3),
+            (32, ScaleKind::BF16),
+            (32, ScaleKind::E8M0),
+        ] {
+            for value in [f32::MAX, f32::MAX * 0.99, -f32::MAX] {
+                let packed = quantize("w", &[value; 32], (1, 32), Format { group, kind }, rule).unwrap();
+                for back in packed.dequantize() {
+                    assert!(
+                        (back / value - 1.0).abs() < 0.34,
+                        "{rule:?} {kind:?}: {back} for {value}"
+                    );
+                }
+            }
+        }
+    }
+}
