@@ -1084,3 +1084,22 @@ fn the_largest_floats_stay_finite_under_every_rule() {
         }
     }
 }
+
+#[test]
+fn scales_that_no_half_holds_are_refused() {
+    let tensors = |scale: f32| {
+        let words = Tensor::zeros((2, 16), DType::U32, &CPU).unwrap();
+        let scales = Tensor::full(scale, (2, 1), &CPU).unwrap();
+        let tensors = [("weight".to_string(), words), ("scales".to_string(), scales)];
+        VarBuilder::from_tensors(tensors.into(), DType::F32, &CPU)
+    };
+    for scale in [0.1 + 1e-5, 1e-30 + 1e-34, f32::MAX] {
+        assert_error(
+            linear_no_bias(128, 2, tensors(scale)),
+            &["`scales`", "F16", "BF16"],
+        );
+    }
+    for scale in [0.5, 2f32.powi(100)] {
+        linear_no_bias(128, 2, tensors(scale)).unwrap();
+    }
+}
