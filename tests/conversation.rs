@@ -759,3 +759,20 @@ fn thinking_and_answer_are_told_apart() {
     assert_eq!(content, said.trim_start());
     assert!(!content.is_empty());
 }
+
+#[test]
+fn broken_tags_of_a_template_are_errors_or_text() {
+    for source in [
+        "{%}",
+        "{%}%}",
+        "a{%",
+        "{%%}",
+        "{%-}",
+        "{% generation",
+        "{%}{% generation %}",
+    ] {
+        if let Err(error) = ChatTemplate::new(source) {
+            assert!(matches!(error, Error::Template(_)), "{source}: {error}");
+        }
+    }
+}
