@@ -163,6 +163,17 @@ impl ChatTemplate {
     /// where a file cannot be read, [`Error::Template`] where the template is no Jinja.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
+        Self::find(folder)?.ok_or_else(|| {
+            Error::file(
+                folder,
+                "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json",
+                "give the prompt as plain text, or put the model's template there",
+            )
+        })
+    }
+
+    /// As [`from_dir`](Self::from_dir), but `None` where there is no template.
+    pub(super) fn find(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("tokenizer_config.json");
         let malformed = |problem: String| Error::file(&path, problem, "download the file again");
         let config: Map<String, Value> = match read_if_present(&path)? {
@@ -171,15 +182,11 @@ impl ChatTemplate {
             None => Map::new(),
         };
         if let Some(source) = read_if_present(&folder.join("chat_template.jinja"))? {
-            return Self::build(&source, None, &config);
+            return Self::build(&source, None, &config).map(Some);
         }
         match config.get("chat_template") {
-            None | Some(Value::Null) => Err(Error::file(
-                folder,
-                "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json",
-                "give the prompt as plain text, or put the model's template there",
-            )),
-            Some(Value::String(source)) => Self::build(source, None, &config),
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(source)) => Self::build(source, None, &config).map(Some),
             Some(Value::Array(templates)) => {
                 let named = |name: &str| {
                     templates
@@ -194,7 +201,7 @@ impl ChatTemplate {
                         names.join(", ")
                     ))
                 })?;
-                Self::build(default, named(TOOL_USE), &config)
+                Self::build(default, named(TOOL_USE), &config).map(Some)
             }
             Some(other) => Err(malformed(format!(
                 "`chat_template`: expected a string or a list of named templates, found {other}"

@@ -59,12 +59,7 @@ impl Pipeline {
             path if path.exists() => GenerationConfig::from_file(path)?,
             _ => GenerationConfig::default(),
         };
-        let has_template =
-            folder.join("chat_template.jinja").exists() || folder.join("tokenizer_config.json").exists();
-        let template = match has_template {
-            true => Some(ChatTemplate::from_dir(folder)?),
-            false => None,
-        };
+        let template = ChatTemplate::find(folder)?;
         let (model, report) = Model::load(config, &Checkpoint::open(folder)?, options, device)?;
         Ok((Self::new(model, tokenizer, template, defaults), report))
     }
