@@ -7,7 +7,7 @@ use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::models::glm4_moe_lite::{Config, Logits, Model};
 use common::{bf16_demo, mmfp4_demo, repository, values};
 use proptest::prelude::*;
 use safetensors::Dtype;
@@ -850,4 +850,126 @@ fn no_damage_to_a_header_makes_a_panic() {
             prop_assert!(changed);
         }
     });
+}
+
+#[test]
+fn quantising_never_removes_its_source() {
+    let folder = tempfile::tempdir().unwrap();
+    let partial = folder.path().join("model.partial");
+    std::fs::rename(Draft::plain().write().keep(), &partial).unwrap();
+    let source = Checkpoint::open(&partial).unwrap();
+    let target = folder.path().join("model");
+    let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("model.partial") && error.contains("choose another name"),
+        "{error}"
+    );
+    assert!(partial.join("model.safetensors").exists() && partial.join("config.json").exists());
+}
+
+#[test]
+fn a_config_that_is_no_object_is_refused_by_the_writer_too() {
+    let folder = Draft::plain().write();
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let target = folder.path().join("packed");
+    for config in ["[]", "\"text\"", "7", "null"] {
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, Error::File { .. }) && text.contains("config.json") && text.contains("object"),
+            "{text}"
+        );
+        assert!(!target.exists());
+    }
+}
+
+#[test]
+fn groups_that_no_tensor_can_have_are_refused_before_anything_is_done() {
+    let source = Checkpoint::open(tiny()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("packed");
+    for group in [0, 7, 8, 48, 256, usize::MAX] {
+        let format = Format {
+            group,
+            kind: ScaleKind::F16,
+        };
+        let written = quantize_folder(&source, &target, format, ScaleRule::Maximum);
+        for error in [written.unwrap_err(), load(&tiny(), Some(format)).err().unwrap()] {
+            let text = error.to_string();
+            assert!(
+                matches!(
+                    error,
+                    Error::Argument {
+                        argument: "format",
+                        ..
+                    }
+                ) && text.contains("16, 32, 64 or 128")
+                    && text.contains(&group.to_string()),
+                "{text}"
+            );
+        }
+        assert!(!target.exists());
+    }
+}
+
+#[test]
+fn scales_beside_weights_in_floating_point_are_not_written_twice() {
+    let mut draft = Draft::plain();
+    let stray = draft.get("model.norm.weight").clone();
+    draft.tensors.insert(format!("{UP}.scales"), stray);
+    let folder = draft.write();
+    let target = folder.path().join("packed");
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let error = quantize_folder(&source, &target, GROUP_64, ScaleRule::Maximum).unwrap_err();
+    let Error::Tensor { name, problem, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(*name, format!("{UP}.scales"));
+    assert!(problem.contains("floating point"), "{problem}");
+    assert!(!target.exists());
+}
+
+#[test]
+fn counts_beyond_any_model_are_refused() {
+    let config = Draft::plain().config;
+    for field in ["num_nextn_predict_layers", "n_shared_experts"] {
+        for count in [1u64 << 40, u64::MAX] {
+            let mut config = config.clone();
+            config[field] = json!(count);
+            let error = Config::from_json(&config).unwrap_err();
+            assert!(
+                matches!(&error, Error::Config { field: named, .. } if named == field),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn of_a_tensor_in_two_files_the_indexed_one_counts() {
+    let draft = Draft::plain();
+    let folder = draft.write_split(|name| match name.starts_with("model.layers.1.") {
+        true => "b.safetensors",
+        false => "a.safetensors",
+    });
+    let name = format!("{UP}.weight");
+    let mut stale = draft.clone();
+    stale
+        .tensors
+        .retain(|tensor, _| !tensor.starts_with("model.layers.1.") || *tensor == name);
+    stale.get(&name).bytes.fill(0);
+    let stale = stale.write();
+    std::fs::copy(
+        stale.path().join("model.safetensors"),
+        folder.path().join("a.safetensors"),
+    )
+    .unwrap();
+    let opened = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(
+        &opened.get(&name).unwrap().bytes[..],
+        &draft.tensors[&name].bytes[..]
+    );
 }

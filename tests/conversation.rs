@@ -759,3 +759,50 @@ fn thinking_and_answer_are_told_apart() {
     assert_eq!(content, said.trim_start());
     assert!(!content.is_empty());
 }
+
+#[test]
+fn broken_tags_of_a_template_are_errors_or_text() {
+    for source in [
+        "{%}",
+        "{%}%}",
+        "a{%",
+        "{%%}",
+        "{%-}",
+        "{% generation",
+        "{%}{% generation %}",
+    ] {
+        if let Err(error) = ChatTemplate::new(source) {
+            assert!(matches!(error, Error::Template(_)), "{source}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_base_model_with_a_tokenizer_config_needs_no_template() {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(mmfp4_demo()).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap();
+        if name != "chat_template.jinja" {
+            std::fs::copy(&path, folder.path().join(name)).unwrap();
+        }
+    }
+    std::fs::write(
+        folder.path().join("tokenizer_config.json"),
+        "{\"bos_token\": null}",
+    )
+    .unwrap();
+    let load = || Pipeline::from_folder(folder.path(), &Default::default(), &Device::Cpu);
+    let (pipeline, _) = load().unwrap();
+    let error = pipeline
+        .chat_prompt(&[Message::new("user", "Hello")], &RenderOptions::default())
+        .unwrap_err();
+    assert!(matches!(error, Error::Template(_)), "{error}");
+    // What is malformed is still told.
+    std::fs::write(
+        folder.path().join("tokenizer_config.json"),
+        "{\"chat_template\": 7}",
+    )
+    .unwrap();
+    assert!(matches!(load().unwrap_err(), Error::File { .. }));
+}

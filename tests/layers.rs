@@ -34,7 +34,8 @@ use candle_mmfp4::fp4::{
     Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight,
     quantize,
 };
-use candle_mmfp4::nn::{Embedding, FusedMoe, MmfP4Linear, Router, linear, linear_no_bias};
+use candle_mmfp4::nn::mask::{Mask, left_padded};
+use candle_mmfp4::nn::{Embedding, FusedMoe, MmfP4Linear, Router, TokenCache, linear, linear_no_bias};
 use candle_mmfp4::ops::{self, Orientation, PerHead, Route};
 use candle_nn::{VarBuilder, VarMap};
 use common::{assert_nmse, noise, values};
@@ -1021,4 +1022,84 @@ fn embeddings_decode_the_rows_asked_for() {
         embedding.forward(&[1, 10, 11], &CPU),
         &["token id 10", "index 1", "10"],
     );
+}
+
+#[test]
+fn masks_of_integers_are_refused() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        assert_error(
+            Mask::causal().tensor(0..3, 0..3, dtype, &CPU),
+            &["dtype", "float"],
+        );
+        let rows = left_padded(&[2, 3]);
+        assert_error(
+            Mask::causal().batch(&rows, &rows, dtype, &CPU),
+            &["dtype", "float"],
+        );
+    }
+}
+
+#[test]
+fn a_cache_refuses_layers_that_it_does_not_have() {
+    let mut cache = TokenCache::new(2, 4, 16, DType::F32, &CPU);
+    cache.begin(0, 1).unwrap();
+    let rows = Tensor::ones((1, 4), DType::F32, &CPU).unwrap();
+    cache.append(1, &rows).unwrap();
+    assert_error(cache.append(2, &rows), &["`layer`", "below 2", "found 2"]);
+}
+
+/// Without the checks these overflow, which a debug build notices.
+#[test]
+fn sizes_beyond_memory_are_refused() {
+    let parts = Parts {
+        shape: (usize::MAX, 32),
+        group: 16,
+        codes: Bytes::copy_from(&[]).unwrap(),
+        scales: Bytes::copy_from(&[]).unwrap(),
+        kind: ScaleKind::E8M0,
+        factor: Factor::None,
+    };
+    assert_error(Fp4Tensor::new("w", parts), &["`w`", "larger than memory"]);
+    let mut cache = TokenCache::new(1, 4, usize::MAX, DType::F32, &CPU);
+    cache.begin(0, usize::MAX).unwrap();
+}
+
+#[test]
+fn the_largest_floats_stay_finite_under_every_rule() {
+    for rule in [ScaleRule::Maximum, ScaleRule::SquaredError] {
+        for (group, kind) in [
+            (16, ScaleKind::E4M3),
+            (32, ScaleKind::BF16),
+            (32, ScaleKind::E8M0),
+        ] {
+            for value in [f32::MAX, f32::MAX * 0.99, -f32::MAX] {
+                let packed = quantize("w", &[value; 32], (1, 32), Format { group, kind }, rule).unwrap();
+                for back in packed.dequantize() {
+                    assert!(
+                        (back / value - 1.0).abs() < 0.34,
+                        "{rule:?} {kind:?}: {back} for {value}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scales_that_no_half_holds_are_refused() {
+    let tensors = |scale: f32| {
+        let words = Tensor::zeros((2, 16), DType::U32, &CPU).unwrap();
+        let scales = Tensor::full(scale, (2, 1), &CPU).unwrap();
+        let tensors = [("weight".to_string(), words), ("scales".to_string(), scales)];
+        VarBuilder::from_tensors(tensors.into(), DType::F32, &CPU)
+    };
+    for scale in [0.1 + 1e-5, 1e-30 + 1e-34, f32::MAX] {
+        assert_error(
+            linear_no_bias(128, 2, tensors(scale)),
+            &["`scales`", "F16", "BF16"],
+        );
+    }
+    for scale in [0.5, 2f32.powi(100)] {
+        linear_no_bias(128, 2, tensors(scale)).unwrap();
+    }
 }

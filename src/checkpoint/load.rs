@@ -45,13 +45,16 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for options that make no sense: a layer that is not there,
-    /// an empty pattern.
+    /// an empty pattern, a group that no tensor can have.
     pub fn new(
         checkpoint: &'a Checkpoint,
         options: &'a LoadOptions,
         device: &'a Device,
         layers: usize,
     ) -> Result<Self> {
+        if let Some(format) = options.quantize {
+            format.check("load")?;
+        }
         Ok(Self {
             checkpoint,
             options,

@@ -90,7 +90,13 @@ impl fmt::Display for LoadReport {
             write!(f, "; {} tensors of unused layers ignored", self.ignored)?;
         }
         if !self.unused.is_empty() {
-            write!(f, "; unknown tensors: {}", self.unused.join(", "))?;
+            let named = &self.unused[..self.unused.len().min(5)];
+            write!(f, "; {} unknown tensors ({}", self.unused.len(), named.join(", "))?;
+            f.write_str(if named.len() < self.unused.len() {
+                ", …)"
+            } else {
+                ")"
+            })?;
         }
         for (first, count) in self.kept_by_reason() {
             match count {

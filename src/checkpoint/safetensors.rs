@@ -115,7 +115,10 @@ impl Checkpoint {
             }
             let path = model.path(name);
             for (tensor, stored) in read_file(&path, &model.map(name)?)? {
-                tensors.entry(tensor).or_insert(stored);
+                // Of several files that hold it the one that the index names counts.
+                if !tensors.contains_key(&tensor) || indexed.get(&tensor).is_some_and(|file| file == name) {
+                    tensors.insert(tensor, stored);
+                }
             }
             files.push(path);
         }

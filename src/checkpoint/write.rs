@@ -33,6 +33,7 @@ pub fn quantize_folder(
     rule: ScaleRule,
 ) -> Result<()> {
     let target = target.as_ref();
+    format.check("quantize_folder")?;
     if format.kind != ScaleKind::F16 {
         return Err(Error::argument(
             "quantize_folder",
@@ -52,6 +53,11 @@ pub fn quantize_folder(
         .file_name()
         .ok_or_else(|| Error::file(target, "not a folder's name", ""))?;
     let partial = target.with_file_name(format!("{}.partial", name.to_string_lossy()));
+    let real = |path: &Path| path.canonicalize().ok();
+    if partial.exists() && real(&partial) == real(source.folder()) {
+        let problem = "the source, which has the name that the target has while it is written";
+        return Err(Error::file(partial, problem, "choose another name"));
+    }
     if partial.exists() {
         std::fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, e, "remove it"))?;
     }
@@ -69,7 +75,7 @@ fn write_folder(source: &Checkpoint, folder: &Path, format: Format, rule: ScaleR
     let mut weight_map = Map::new();
     let mut total = 0;
     for file in source.files() {
-        let plan = Plan::of_file(source, file, format);
+        let plan = Plan::of_file(source, file, format)?;
         let name = file.file_name().unwrap_or_default();
         for entry in &plan.entries {
             weight_map.insert(
@@ -107,13 +113,16 @@ fn copy_side_files(from: &Path, to: &Path, format: Format) -> Result<()> {
     }
     let path = from.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e, ""))?;
-    let mut config: Value =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not JSON: {e}"), ""))?;
-    if !config.is_object() {
-        return Err(Error::file(&path, "not a JSON object", ""));
-    }
-    config["quantization_config"] = json!({"quant_method": "mmfp4", "bits": 4, "group_size": format.group});
-    write_json(&to.join("config.json"), &config)
+    let mut config: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
+        Error::file(
+            &path,
+            format!("expected a JSON object: {e}"),
+            "fetch the file again",
+        )
+    })?;
+    let note = json!({"quant_method": "mmfp4", "bits": 4, "group_size": format.group});
+    config.insert("quantization_config".into(), note);
+    write_json(&to.join("config.json"), &Value::Object(config))
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
@@ -141,7 +150,7 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn of_file(source: &'a Checkpoint, file: &Path, format: Format) -> Self {
+    fn of_file(source: &'a Checkpoint, file: &Path, format: Format) -> Result<Self> {
         let mut entries = Vec::new();
         for (name, stored) in source
             .tensors()
@@ -158,6 +167,11 @@ impl<'a> Plan<'a> {
                 entries.push(Entry::copy(name, stored));
                 continue;
             };
+            let scales = format!("{module}.scales");
+            if let Some(stray) = source.find(&scales) {
+                // Two tensors of one name would make a file that nobody can read.
+                return Err(stray.problem(&scales, format!("scales, but {name} is in floating point")));
+            }
             entries.push(Entry {
                 name: name.to_string(),
                 dtype: Dtype::U32,
@@ -166,7 +180,7 @@ impl<'a> Plan<'a> {
                 content: Content::Codes(name, stored),
             });
             entries.push(Entry {
-                name: format!("{module}.scales"),
+                name: scales,
                 dtype: Dtype::F16,
                 shape: vec![n, k / format.group],
                 size: n * (k / format.group) * 2,
@@ -176,7 +190,7 @@ impl<'a> Plan<'a> {
         // The format allows no holes between tensors: those of odd sizes go last, and all others stay aligned.
         // Within each part the names' order keeps a layer's experts, and a weight's codes and scales, together.
         entries.sort_by_key(|entry| !entry.is_aligned(format));
-        Self { entries }
+        Ok(Self { entries })
     }
 
     fn header(&self) -> Vec<u8> {

@@ -38,6 +38,19 @@ impl Format {
         }
     }
 
+    /// Refuses a group that no tensor can have; `op` appears in the error.
+    pub(crate) fn check(self, op: &'static str) -> Result<()> {
+        match GROUPS.contains(&self.group) {
+            true => Ok(()),
+            false => Err(Error::argument(
+                op,
+                "format",
+                "a group of 16, 32, 64 or 128",
+                self.group.to_string(),
+            )),
+        }
+    }
+
     /// Bits a weight takes, scales included.
     pub fn bits_per_weight(self) -> f64 {
         4.0 + 8.0 * self.kind.size() as f64 / self.group as f64
@@ -198,7 +211,11 @@ fn choose_scale(block: &[f32], kind: ScaleKind, factor: f32, rule: ScaleRule) ->
     let by_maximum = match kind {
         // OCP MX 1.0, 6.3: the largest power of two not above the maximum, over that of E2M1, 4.
         ScaleKind::E8M0 => u16::from(e8m0_floor(max)).saturating_sub(2),
-        _ => kind.encode(ideal),
+        _ => match kind.encode(ideal) {
+            // Rounded up, the scale of the largest floats makes the largest code infinite.
+            bits if (code::MAX * (kind.value(bits) * factor)).is_infinite() => bits - 1,
+            bits => bits,
+        },
     };
     if rule == ScaleRule::Maximum {
         return by_maximum;

@@ -171,6 +171,17 @@ impl ChatTemplate {
     /// # Errors
     /// As [`from_dir`](Self::from_dir).
     pub fn from_files(model: &ModelFiles) -> Result<Self> {
+        Self::find(model)?.ok_or_else(|| {
+            Error::file(
+                model.root(),
+                "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json",
+                "give the prompt as plain text, or put the model's template there",
+            )
+        })
+    }
+
+    /// As [`from_files`](Self::from_files), but `None` where there is no template.
+    pub(super) fn find(model: &ModelFiles) -> Result<Option<Self>> {
         let path = model.path("tokenizer_config.json");
         let malformed = |problem: String| Error::file(&path, problem, "download the file again");
         let config: Map<String, Value> = match model.text_if_present("tokenizer_config.json")? {
@@ -179,15 +190,11 @@ impl ChatTemplate {
             None => Map::new(),
         };
         if let Some(source) = model.text_if_present("chat_template.jinja")? {
-            return Self::build(&source, None, &config);
+            return Self::build(&source, None, &config).map(Some);
         }
         match config.get("chat_template") {
-            None | Some(Value::Null) => Err(Error::file(
-                model.root(),
-                "no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json",
-                "give the prompt as plain text, or put the model's template there",
-            )),
-            Some(Value::String(source)) => Self::build(source, None, &config),
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(source)) => Self::build(source, None, &config).map(Some),
             Some(Value::Array(templates)) => {
                 let named = |name: &str| {
                     templates
@@ -202,7 +209,7 @@ impl ChatTemplate {
                         names.join(", ")
                     ))
                 })?;
-                Self::build(default, named(TOOL_USE), &config)
+                Self::build(default, named(TOOL_USE), &config).map(Some)
             }
             Some(other) => Err(malformed(format!(
                 "`chat_template`: expected a string or a list of named templates, found {other}"

@@ -81,15 +81,16 @@ impl GenerationConfig {
 
     /// How to sample where the user says nothing.
     ///
-    /// As transformers does: greedy unless `do_sample` is true, even where a temperature is written;
-    /// a temperature of 1 where it is true and none is written; the repetition penalty in both cases.
-    /// Unlike transformers, an absent `top_k` cuts nothing (there it is 50).
+    /// Sampled where `do_sample` is true, or where it is absent and a temperature is written (vLLM takes the
+    /// temperature too; transformers would be greedy then); a temperature of 1 where it is true and none is
+    /// written; greedy else. The repetition penalty holds in all cases. Unlike transformers, an absent `top_k`
+    /// cuts nothing (there it is 50).
     pub fn sampling(&self) -> Sampling {
         let greedy = Sampling {
             repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
             ..Sampling::default()
         };
-        if self.do_sample != Some(true) {
+        if !self.do_sample.unwrap_or(self.temperature.is_some()) {
             return greedy;
         }
         Sampling {
@@ -179,7 +180,15 @@ mod tests {
             repetition_penalty: 1.1,
             ..Sampling::default()
         };
-        assert_eq!(parse(&format!("{{{written}}}")).sampling(), greedy);
+        assert_eq!(
+            parse(r#"{"top_p": 0.95, "repetition_penalty": 1.1}"#).sampling(),
+            greedy
+        );
+        let absent = parse(&format!("{{{written}}}")).sampling();
+        assert_eq!(
+            absent,
+            parse(&format!("{{\"do_sample\": true, {written}}}")).sampling()
+        );
         assert_eq!(
             parse(&format!("{{\"do_sample\": false, {written}}}")).sampling(),
             greedy

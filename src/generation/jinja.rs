@@ -37,7 +37,10 @@ pub(super) fn without_generation_tags(source: &str) -> String {
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
         let (before, block) = rest.split_at(start);
-        let Some(end) = block.find("%}") else { break };
+        // Not in the opening itself: `{%}` closes nothing.
+        let Some(end) = block[2..].find("%}").map(|end| end + 2) else {
+            break;
+        };
         result.push_str(before);
         let block = &block[..end + 2];
         let name = block[2..end].trim_matches(['-', '+']).trim();

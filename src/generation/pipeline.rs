@@ -68,11 +68,7 @@ impl Pipeline {
             true => GenerationConfig::parse_file(&files.read(DEFAULTS)?, &files.path(DEFAULTS))?,
             false => GenerationConfig::default(),
         };
-        let template = match files.contains("chat_template.jinja") || files.contains("tokenizer_config.json")
-        {
-            true => Some(ChatTemplate::from_files(files)?),
-            false => None,
-        };
+        let template = ChatTemplate::find(files)?;
         let (model, report) = Model::load(config, &Checkpoint::from_files(files)?, options, device)?;
         Ok((Self::new(model, tokenizer, template, defaults), report))
     }

@@ -107,8 +107,9 @@ impl TokenCache {
         self.pending = tokens;
         if total > self.capacity {
             // What is cached is moved layer by layer as it is appended to: see `append`.
-            let grown = (self.capacity + self.capacity / 4).max(total);
-            self.capacity = grown.next_multiple_of(BLOCK).min(self.limit);
+            let grown = self.capacity.saturating_add(self.capacity / 4).max(total);
+            let blocks = grown.checked_next_multiple_of(BLOCK);
+            self.capacity = blocks.unwrap_or(self.limit).min(self.limit);
         }
         Ok(())
     }
@@ -135,11 +136,13 @@ impl TokenCache {
     /// `[position + tokens, width]`. The view shares the cache's memory: a later sequence overwrites it.
     ///
     /// # Errors
-    /// Another shape than [`begin`](Self::begin) announced; those of the device.
-    ///
-    /// # Panics
-    /// If there is no such layer.
+    /// [`Error::Argument`] for a layer that is not there, or another shape than [`begin`](Self::begin) announced;
+    /// those of the device.
     pub fn append(&mut self, layer: usize, rows: &Tensor) -> Result<Tensor> {
+        if layer >= self.layers.len() {
+            let expected = format!("below {}, the number of layers", self.layers.len());
+            return Err(Error::argument("append", "layer", expected, layer.to_string()));
+        }
         if rows.dims() != [self.pending, self.width] {
             let expected = format!("[{}, {}]", self.pending, self.width);
             return Err(Error::argument(

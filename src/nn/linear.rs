@@ -114,7 +114,11 @@ impl MmfP4Linear {
                 return Err(Error::tensor(name("scales"), None, problem));
             };
             let words = words.flatten_all()?.to_vec1::<u32>()?;
-            let (kind, scales) = half_scales(&scales.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?);
+            let scales = scales.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+            let Some((kind, scales)) = half_scales(&scales) else {
+                let problem = "values that neither F16 nor BF16 holds; expected F16 or BF16 scales";
+                return Err(Error::tensor(name("scales"), None, problem));
+            };
             let parts = Parts {
                 shape: (n, k),
                 group,
@@ -198,15 +202,16 @@ pub(super) fn quantize_tensor(name: &str, tensor: &Tensor, format: Format) -> Re
     quantize(name, &values, shape, format, ScaleRule::default())
 }
 
-/// Scales as F16 or, where that would change any, as BF16; a `VarBuilder` does not tell which they were.
-fn half_scales(scales: &[f32]) -> (ScaleKind, Vec<u8>) {
-    let exact = |scale: &f32| scale.is_nan() || f16::from_f32(*scale).to_f32() == *scale;
-    if scales.iter().all(exact) {
+/// Scales as F16 or, where that would change any, as BF16; a `VarBuilder` does not tell which they were. `None`
+/// where they were neither.
+fn half_scales(scales: &[f32]) -> Option<(ScaleKind, Vec<u8>)> {
+    let all = |round: fn(f32) -> f32| scales.iter().all(|s| s.is_nan() || round(*s) == *s);
+    if all(|s| f16::from_f32(s).to_f32()) {
         let bytes = scales.iter().flat_map(|s| f16::from_f32(*s).to_le_bytes());
-        return (ScaleKind::F16, bytes.collect());
+        return Some((ScaleKind::F16, bytes.collect()));
     }
     let bytes = scales.iter().flat_map(|s| bf16::from_f32(*s).to_le_bytes());
-    (ScaleKind::BF16, bytes.collect())
+    all(|s| bf16::from_f32(s).to_f32()).then(|| (ScaleKind::BF16, bytes.collect()))
 }
 
 #[cfg(test)]

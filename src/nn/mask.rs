@@ -52,6 +52,7 @@ impl Mask {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
+        expect_float(dtype)?;
         let queries: Vec<_> = queries.into_iter().map(Some).collect();
         let keys: Vec<_> = keys.into_iter().map(Some).collect();
         let values = self.rows(&queries, &keys);
@@ -74,7 +75,8 @@ impl Mask {
     /// ```
     ///
     /// # Errors
-    /// Rows of different lengths, or as many query as key rows missing; those of the device.
+    /// Rows of different lengths, or as many query as key rows missing; those of the device, or a dtype that is
+    /// not a float.
     pub fn batch(
         &self,
         queries: &[Vec<Option<usize>>],
@@ -82,6 +84,7 @@ impl Mask {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
+        expect_float(dtype)?;
         let (q, k) = (
             queries.first().map_or(0, Vec::len),
             keys.first().map_or(0, Vec::len),
@@ -113,6 +116,16 @@ impl Mask {
             .iter()
             .flat_map(|query| keys.iter().map(move |key| value(sees(query, key))))
             .collect()
+    }
+}
+
+/// -∞ as an integer is 0, which hides nothing.
+fn expect_float(dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 | DType::F64 => Ok(()),
+        other => {
+            candle_core::bail!("mask: expected a dtype of F32, F16, BF16 or F64, a float, found {other:?}")
+        }
     }
 }
 

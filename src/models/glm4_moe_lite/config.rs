@@ -161,6 +161,9 @@ impl Config {
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
             ("n_routed_experts", self.n_routed_experts),
+            // None of these is as good as one.
+            ("n_shared_experts", self.n_shared_experts.max(1)),
+            ("num_nextn_predict_layers", self.num_nextn_predict_layers.max(1)),
             ("max_position_embeddings", self.max_position_embeddings),
             ("num_hidden_layers", self.layers.len()),
         ];
@@ -302,7 +305,7 @@ impl Fields<'_> {
                     "only 1 is implemented",
                 ));
             }
-            theta = rope.get("rope_theta").or(theta);
+            theta = rope.get("rope_theta").filter(|theta| !theta.is_null()).or(theta);
         }
         let Some(value) = theta else {
             return Err(refuse(
