@@ -101,7 +101,8 @@ impl fmt::Display for MemoryLog {
                 .then_some(column)
         });
         let widest = self.entries.iter().map(|entry| entry.tag.chars().count()).max();
-        let width = widest.unwrap_or(0).max("memory".len());
+        // A width is no more than 16 bits; nobody reads a table that wide.
+        let width = widest.unwrap_or(0).clamp("memory".len(), 80);
         write!(f, "{:width$}", "memory")?;
         for (name, _) in columns.iter().flatten() {
             write!(f, "  {name:>12}")?;
@@ -196,6 +197,13 @@ mod tests {
         assert!(with.resident.unwrap() > held);
         assert!(with.peak.unwrap() > held && after.peak.unwrap() > held);
         assert_eq!(with.device, None);
+    }
+
+    #[test]
+    fn a_tag_of_any_length_is_shown() {
+        let mut log = MemoryLog::new(&Device::Cpu);
+        log.record("x".repeat(70_000));
+        assert!(log.to_string().contains(&"x".repeat(70_000)));
     }
 
     #[test]

@@ -863,3 +863,12 @@ fn two_at_once_download_once() {
         }
     }
 }
+
+#[test]
+fn the_longest_timeout_is_no_overflow() {
+    let bench = Bench::new(demo());
+    let seconds = u64::MAX.to_string();
+    bench
+        .fetch_as(REPO, &[("HF_HUB_DOWNLOAD_TIMEOUT", seconds.as_str())])
+        .unwrap();
+}

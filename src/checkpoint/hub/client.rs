@@ -16,6 +16,7 @@ use crate::{Error, Result};
 const MAX_REDIRECTS: usize = 5;
 /// No pause between two tries is longer, whatever the server asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The largest description of a repository that is read; the hub's longest are a few megabytes.
 const INFO_LIMIT: u64 = 64 << 20;
 const CHUNK: usize = 256 << 10;
@@ -48,6 +49,8 @@ pub(super) struct Client<'a> {
 
 impl<'a> Client<'a> {
     pub(super) fn new(repo: &'a RepoId, settings: &'a HubSettings) -> Self {
+        // Added to the present, a longer one than this could overflow.
+        let timeout = settings.timeout.min(LONGEST_TIMEOUT);
         let agent = Agent::config_builder()
             .user_agent(concat!(
                 env!("CARGO_PKG_NAME"),
@@ -60,9 +63,9 @@ impl<'a> Client<'a> {
             .http_status_as_error(false)
             // Redirects are followed by `send`, which knows who may see the token.
             .max_redirects(0)
-            .timeout_resolve(Some(settings.timeout))
-            .timeout_connect(Some(settings.timeout))
-            .timeout_per_read(Some(settings.timeout))
+            .timeout_resolve(Some(timeout))
+            .timeout_connect(Some(timeout))
+            .timeout_per_read(Some(timeout))
             .build()
             .into();
         Self {

@@ -40,12 +40,15 @@ pub struct PlannedFile {
 impl Plan {
     /// The bytes of all files.
     pub fn total(&self) -> u64 {
-        self.files.iter().map(|file| file.size).sum()
+        sum(self.files.iter().map(|file| file.size))
     }
 
     /// The bytes that are still to be fetched.
     pub fn remaining(&self) -> u64 {
-        self.files.iter().map(|file| file.size - file.cached).sum()
+        sum(self
+            .files
+            .iter()
+            .map(|file| file.size.saturating_sub(file.cached)))
     }
 
     /// What the user should know although it does not stand in the way; one line each.
@@ -70,7 +73,7 @@ impl Plan {
     /// The estimate: MMFP4 with groups of 128 takes 4 + 16/128 bits a weight; the embeddings and the output head keep
     /// their type; one shard is mapped at a time while it is being quantised.
     pub fn advice(&self, memory: u64) -> Option<String> {
-        let weights: u64 = self.shards().map(|file| file.size).sum();
+        let weights = sum(self.shards().map(|file| file.size));
         let largest = self.shards().map(|file| file.size).max().unwrap_or(0);
         if weights <= memory {
             return None;
@@ -96,7 +99,7 @@ impl Plan {
         }
         let kept = self.embedding_weights().saturating_mul(bits / 8).min(weights);
         let quantised = kept + ((weights - kept) as f64 * 4.125 / bits as f64) as u64;
-        let peak = quantised + largest;
+        let peak = quantised.saturating_add(largest);
         let opening = opening(if bits == 32 { "F32 " } else { "BF16 " });
         if peak > memory {
             return Some(format!(
@@ -164,6 +167,11 @@ impl Plan {
     }
 }
 
+/// A sum of sizes that a server states: one that overflows must not look small.
+fn sum(sizes: impl Iterator<Item = u64>) -> u64 {
+    sizes.fold(0, u64::saturating_add)
+}
+
 /// The memory of this machine in bytes: `MemTotal` of /proc/meminfo on Linux, `hw.memsize` on macOS; None elsewhere.
 pub fn machine_memory() -> Option<u64> {
     if cfg!(target_os = "macos") {
@@ -222,6 +230,16 @@ mod tests {
     }
 
     const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn sizes_that_overflow_fit_no_disk() {
+        let absurd = plan(Value::Null, 2, u64::MAX);
+        assert_eq!((absurd.total(), absurd.remaining()), (u64::MAX, u64::MAX));
+        let settings = HubSettings::from_lookup(|name| (name == "HOME").then(|| "/h".into())).unwrap();
+        let error = absurd.check_space(&settings).unwrap_err().to_string();
+        assert!(error.contains("the disk has"), "{error}");
+        assert!(absurd.advice(24 * GIB).is_some());
+    }
 
     #[test]
     fn an_original_on_a_small_machine() {
