@@ -669,6 +669,24 @@ fn mpt() {
     );
 }
 
+/// As mpt: 32 layers of 4096, all with the same weights.
+#[test]
+fn yi() {
+    let yi = case(
+        "yi",
+        models::YI,
+        Reference::OneByOne,
+        released::cache_and_additive_mask,
+    );
+    check(
+        &[f32_only(Case {
+            schedules: &[Whole, Chunked, Stale],
+            ..yi
+        })],
+        &SEQUENCE[..4],
+    );
+}
+
 /// A reset cache holds nothing, which only a refused position can show.
 #[test]
 fn llama_cache_is_reset() -> Result<()> {

@@ -319,6 +319,13 @@ pub const MPT: Build = |dtype| {
     )
 };
 
+/// As MPT, but it takes a position.
+pub const YI: Build = |dtype| {
+    static WEIGHTS: LazyLock<Weights> = LazyLock::new(Weights::shared);
+    let model = m::yi::Model::new(&m::yi::Config::config_6b(), WEIGHTS.var_builder(dtype))?;
+    decoder(model, |model, tokens, position| model.forward(tokens, position))
+};
+
 fn mixformer() -> m::mixformer::Config {
     config(json!({
         "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_inner": null, "n_head": 4, "rotary_dim": 4,
