@@ -118,11 +118,9 @@ fn run() -> anyhow::Result<()> {
     };
     let (pipeline, report) = Pipeline::from_folder(folder, &options, &device)?;
     let load = start.elapsed();
-    for kept in &report.kept {
-        eprintln!("{} stays in floating point: {}", kept.name, kept.reason);
-    }
-    for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+    // The first line counts what was loaded; what follows is what the user should know.
+    for line in report.to_string().lines().skip(1) {
+        eprintln!("{line}");
     }
 
     let prompt = match arguments.raw {

@@ -19,12 +19,13 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 
     /// A file or folder could not be read or written.
-    #[error("{}: {source}{}", path.display(), remedy_suffix(remedy))]
+    #[error("{}: {cause}{}", path.display(), remedy_suffix(remedy))]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system answered.
-        source: std::io::Error,
+        /// What the system answered. It is part of the message, and therefore no `source()` of this error:
+        /// whoever prints the chain would print it twice.
+        cause: std::io::Error,
         /// What to do about it; empty where the message says it all.
         remedy: String,
     },
@@ -203,10 +204,10 @@ impl Error {
     }
 
     /// Shorthand for [`Error::Io`].
-    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error, remedy: impl Into<String>) -> Self {
+    pub(crate) fn io(path: impl Into<PathBuf>, cause: std::io::Error, remedy: impl Into<String>) -> Self {
         Self::Io {
             path: path.into(),
-            source,
+            cause,
             remedy: remedy.into(),
         }
     }
