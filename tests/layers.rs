@@ -29,7 +29,7 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_mmfp4::cpu::{Expert, HeadRows, Routing, reference};
+use candle_mmfp4::cpu::{Arithmetic, Expert, HeadRows, Routing, reference};
 use candle_mmfp4::fp4::{
     Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight,
     quantize,
@@ -115,7 +115,7 @@ fn linear_takes_any_shape_layout_and_dtype() {
     for (dtype, bound) in DTYPES {
         for (what, x) in layouts(&[k], dtype) {
             let m = x.elem_count() / k;
-            let mut expected = reference::linear(&weight, &values(&x), m);
+            let mut expected = reference::linear(&weight, &values(&x), m, Arithmetic::W4A8);
             let mut dims = x.dims().to_vec();
             *dims.last_mut().unwrap() = n;
             for (layer, biased) in [(&without, false), (&with_bias, true)] {
@@ -157,7 +157,7 @@ fn every_group_and_scale_at_every_alignment() {
                     let weight = Weight::from(Fp4Tensor::new("w", parts).unwrap());
                     let layer = MmfP4Linear::new(weight.clone(), None).unwrap();
                     let x = tensor((3, k), 9);
-                    let expected = reference::linear(&weight, &values(&x), 3);
+                    let expected = reference::linear(&weight, &values(&x), 3, Arithmetic::W4A8);
                     let what = format!("{group} {kind:?} {factor:?}, N = {n}");
                     assert_nmse(&values(&layer.forward(&x).unwrap()), &expected, 1e-9, &what);
                 }
@@ -415,7 +415,9 @@ fn per_head_products_in_both_orientations() {
                         for (layout, x) in layouts(&[heads, from], dtype) {
                             let m = x.elem_count() / (heads * from);
                             let expected = match orientation {
-                                Orientation::Ordinary => reference::per_head(&weight, rows, &values(&x), m),
+                                Orientation::Ordinary => {
+                                    reference::per_head(&weight, rows, &values(&x), m, Arithmetic::W4A8)
+                                }
                                 Orientation::Transposed => {
                                     reference::per_head_transposed(&weight, rows, &values(&x), m)
                                 }
@@ -507,6 +509,7 @@ fn moe_reference(moe: &FusedMoe, x: &Tensor, ids: &Tensor, weights: &Tensor) -> 
         &ids,
         &values(weights),
         top_k,
+        moe.arithmetic(),
     )
 }
 
@@ -644,7 +647,15 @@ fn experts_keep_their_own_tensor_factors() {
     // The reference reads the weights as they were, before the op gathered them.
     let (x, ids, weights) = (tensor((6, 64), 30), ids(6, 2, 4), tensor((6, 2), 31));
     let flat: Vec<u32> = ids.flatten_all().unwrap().to_vec1().unwrap();
-    let expected = reference::fused_moe(&all, &[], &values(&x), &flat, &values(&weights), 2);
+    let expected = reference::fused_moe(
+        &all,
+        &[],
+        &values(&x),
+        &flat,
+        &values(&weights),
+        2,
+        Arithmetic::W4A8,
+    );
     let moe = FusedMoe::new(all, vec![]).unwrap();
     assert_nmse(
         &values(&moe.forward(&x, &ids, &weights).unwrap()),
@@ -659,7 +670,15 @@ fn experts_in_one_map_are_not_copied_and_others_once() {
     let scattered = experts(3, 32, 64, Format::mxfp4());
     let (x, ids, weights) = (tensor((4, 64), 32), ids(4, 2, 3), tensor((4, 2), 33));
     let flat: Vec<u32> = ids.flatten_all().unwrap().to_vec1().unwrap();
-    let expected = reference::fused_moe(&scattered, &[], &values(&x), &flat, &values(&weights), 2);
+    let expected = reference::fused_moe(
+        &scattered,
+        &[],
+        &values(&x),
+        &flat,
+        &values(&weights),
+        2,
+        Arithmetic::W4A8,
+    );
 
     let copied = FusedMoe::new(scattered.clone(), vec![]).unwrap();
     let size: usize = scattered
@@ -727,7 +746,15 @@ fn experts_in_mixed_formats_and_from_dense_stacks() {
     ];
     let (x, ids, weights) = (tensor((7, 64), 47), ids(7, 2, 3), tensor((7, 2), 48));
     let flat: Vec<u32> = ids.flatten_all().unwrap().to_vec1().unwrap();
-    let expected = reference::fused_moe(&mixed, &[], &values(&x), &flat, &values(&weights), 2);
+    let expected = reference::fused_moe(
+        &mixed,
+        &[],
+        &values(&x),
+        &flat,
+        &values(&weights),
+        2,
+        Arithmetic::W4A8,
+    );
     let moe = FusedMoe::new(mixed, vec![]).unwrap();
     assert_nmse(
         &values(&moe.forward(&x, &ids, &weights).unwrap()),
@@ -986,7 +1013,7 @@ fn a_router_of_half_precision_inputs_scores_in_f32() {
         );
         assert_nmse(
             &values(&routed.logits),
-            &reference::linear(&weight, &values(&x), 5),
+            &reference::linear(&weight, &values(&x), 5, Arithmetic::W4A8),
             1e-9,
             "logits",
         );

@@ -6,6 +6,7 @@ use super::quality::Survey;
 use super::report::{Kept, LoadReport};
 use super::safetensors::Checkpoint;
 use crate::Result;
+use crate::cpu::Arithmetic;
 use crate::fp4::{Format, ScaleRule, Weight, quantize};
 use crate::nn::MmfP4Linear;
 use candle_core::{Device, Tensor};
@@ -27,6 +28,8 @@ pub struct LoadOptions {
     /// without matches a part of the name (`o_proj`). A pattern that matches nothing is among
     /// [`LoadReport::warnings`].
     pub keep: Vec<String>,
+    /// How activations meet FP4 weights on the CPU: rounded to eight bits, or exactly.
+    pub arithmetic: Arithmetic,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -79,7 +82,12 @@ impl<'a> Loader<'a> {
             )?),
             false => None,
         };
-        MmfP4Linear::new(weight, bias.as_ref())
+        Ok(MmfP4Linear::new(weight, bias.as_ref())?.with_arithmetic(self.arithmetic()))
+    }
+
+    /// How activations are to meet FP4 weights on the CPU.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.options.arithmetic
     }
 
     /// The weight `[N, K]` of the linear layer `module`, FP4 or floating point as the checkpoint has it,

@@ -1,8 +1,10 @@
 //! Products with a part of a weight a head: MLA's `kv_b`, whose rows hold keys and values of all heads.
 
-use super::tile;
+use super::activations::BLOCK;
+use super::simd::{Selection, sized};
+use super::tile::{self, Activations, SharedSlice};
+use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
-use rayon::prelude::*;
 
 /// Which rows of a weight belong to a head: head `h` owns `h · stride + start .. + len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,83 +41,112 @@ impl HeadRows {
 /// `y[i, h, r] = Σ_k x[i, h, k] · w[first(h) + r, k]`: `x` is `[m, heads, K]`, `y` `[m, heads, len]`.
 ///
 /// # Panics
-/// If the rows do not fit the weight or `x` is not `m · heads · K` long.
-pub fn per_head(weight: &Weight, rows: HeadRows, x: &[f32], m: usize) -> Vec<f32> {
+/// If the rows do not fit the weight, or `x` or `y` has another length.
+pub fn per_head(
+    executor: &Executor,
+    weight: &Weight,
+    rows: HeadRows,
+    x: &[f32],
+    arithmetic: Arithmetic,
+    y: &mut [f32],
+) {
     let (n, k) = weight.shape();
-    assert!(rows.fit(n) && x.len() == m * rows.heads * k, "per_head");
+    let HeadRows { heads, len, .. } = rows;
+    let m = x.len() / (heads * k);
+    assert!(
+        rows.fit(n) && x.len() == m * heads * k && y.len() == m * heads * len,
+        "per_head"
+    );
     if m == 0 {
-        return Vec::new();
+        return;
     }
-    let x = by_head(x, m, rows.heads, k);
-    let mut out = vec![0.0; rows.heads * rows.len * m];
-    let tiles = rows.len.div_ceil(tile::ROWS);
-    let mut chunks = Vec::with_capacity(rows.heads * tiles);
-    for head in out.chunks_exact_mut(rows.len * m) {
-        chunks.extend(head.chunks_mut(tile::ROWS * m));
-    }
-    chunks
-        .into_par_iter()
-        .enumerate()
-        .for_each_init(Vec::new, |scratch, (index, out)| {
-            let (h, start) = (
-                index / tiles,
-                rows.first(index / tiles) + index % tiles * tile::ROWS,
-            );
-            tile::rows(
+    let mut memory = tile::take_blocks(0);
+    let x = Activations {
+        values: x,
+        rounded: tile::rounds(weight, arithmetic).then(|| tile::round(executor, x, k, &mut memory)),
+    };
+    let y = SharedSlice::new(y);
+    let tiles = tile::count(len);
+    executor.run(heads * tiles, |index| {
+        let (h, tile) = (index / tiles, tile::range(len, index % tiles));
+        let weight_rows = rows.first(h) + tile.start..rows.first(h) + tile.end;
+        let selection = head(h, heads, m);
+        tile::with_scratch(|scratch| {
+            tile::placed(
+                executor,
                 weight,
-                start..start + out.len() / m,
-                &x[h * m * k..][..m * k],
-                m,
-                out,
+                weight_rows,
+                x,
+                selection,
                 scratch,
+                |i, values| {
+                    let start = (i * heads + h) * len + tile.start;
+                    // SAFETY: row i, head h, this tile's columns: no other task's.
+                    unsafe { y.part(start..start + values.len()) }.copy_from_slice(values);
+                },
             );
         });
-    tile::transpose(out, rows.heads * rows.len, m)
+    });
+    tile::give_blocks(0, memory);
 }
 
 /// `y[i, h, k] = Σ_r x[i, h, r] · w[first(h) + r, k]`, the sum over output features, with scales along K:
-/// `x` is `[m, heads, len]`, `y` `[m, heads, K]`. With one head this is `x · W`.
+/// `x` is `[m, heads, len]`, `y` `[m, heads, K]`. With one head this is `x · W`. Activations are f32 in any
+/// arithmetic: what could be rounded together here does not share a scale.
 ///
 /// # Panics
-/// If the rows do not fit the weight or `x` is not `m · heads · len` long.
-pub fn per_head_transposed(weight: &Weight, rows: HeadRows, x: &[f32], m: usize) -> Vec<f32> {
+/// If the rows do not fit the weight, or `x` or `y` has another length.
+pub fn per_head_transposed(executor: &Executor, weight: &Weight, rows: HeadRows, x: &[f32], y: &mut [f32]) {
     let (n, k) = weight.shape();
+    let HeadRows { heads, len, .. } = rows;
+    let m = x.len() / (heads * len);
     assert!(
-        rows.fit(n) && x.len() == m * rows.heads * rows.len,
+        rows.fit(n) && x.len() == m * heads * len && y.len() == m * heads * k,
         "per_head_transposed"
     );
     if m == 0 {
-        return Vec::new();
+        return;
     }
-    let x = by_head(x, m, rows.heads, rows.len);
-    let mut out = vec![0.0; rows.heads * k * m];
-    let tiles = k.div_ceil(tile::COLUMNS);
-    let mut chunks = Vec::with_capacity(rows.heads * tiles);
-    for head in out.chunks_exact_mut(k * m) {
-        chunks.extend(head.chunks_mut(tile::COLUMNS * m));
-    }
-    chunks
-        .into_par_iter()
-        .enumerate()
-        .for_each_init(Vec::new, |scratch, (index, out)| {
-            let (h, first) = (index / tiles, rows.first(index / tiles));
-            let start = index % tiles * tile::COLUMNS;
-            let columns = start..start + out.len() / m;
-            let x = &x[h * m * rows.len..][..m * rows.len];
-            tile::columns(weight, first..first + rows.len, columns, x, m, out, scratch);
+    let y = SharedSlice::new(y);
+    let columns = executor.kernels().columns;
+    let tiles = k.div_ceil(BLOCK);
+    executor.run(heads * tiles, |index| {
+        let (h, start) = (index / tiles, index % tiles * BLOCK);
+        let range = start..(start + BLOCK).min(k);
+        let weight_rows = rows.first(h)..rows.first(h) + len;
+        tile::with_scratch(|scratch| {
+            let mut tile = std::mem::take(&mut scratch.tile);
+            let out = sized(&mut tile, m * BLOCK);
+            // SAFETY: the executor has checked the instructions.
+            unsafe {
+                columns(
+                    weight,
+                    weight_rows,
+                    range.clone(),
+                    x,
+                    head(h, heads, m),
+                    out,
+                    scratch,
+                )
+            };
+            for (i, values) in out.chunks_exact(BLOCK).enumerate() {
+                let start = (i * heads + h) * k + range.start;
+                // SAFETY: row i, head h, these columns: no other task's.
+                let place = unsafe { y.part(start..start + range.len()) };
+                place.copy_from_slice(&values[..range.len()]);
+            }
+            scratch.tile = tile;
         });
-    tile::transpose(out, rows.heads * k, m)
+    });
 }
 
-/// `[m, heads, width]` to `[heads, m, width]`.
-fn by_head(x: &[f32], m: usize, heads: usize, width: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(x.len());
-    for h in 0..heads {
-        for i in 0..m {
-            out.extend_from_slice(&x[(i * heads + h) * width..][..width]);
-        }
+/// The rows of head `h` among `[m, heads]` of them.
+fn head(h: usize, heads: usize, m: usize) -> Selection<'static> {
+    Selection::Every {
+        first: h,
+        step: heads,
+        count: m,
     }
-    out
 }
 
 #[cfg(test)]
@@ -150,25 +181,49 @@ mod tests {
         },
     ];
 
+    fn ordinary(
+        executor: &Executor,
+        weight: &Weight,
+        rows: HeadRows,
+        x: &[f32],
+        arithmetic: Arithmetic,
+    ) -> Vec<f32> {
+        let m = x.len() / (rows.heads * weight.shape().1);
+        let mut y = vec![f32::NAN; m * rows.heads * rows.len];
+        per_head(executor, weight, rows, x, arithmetic, &mut y);
+        y
+    }
+
+    fn transposed(executor: &Executor, weight: &Weight, rows: HeadRows, x: &[f32]) -> Vec<f32> {
+        let m = x.len() / (rows.heads * rows.len);
+        let mut y = vec![f32::NAN; m * rows.heads * weight.shape().1];
+        per_head_transposed(executor, weight, rows, x, &mut y);
+        y
+    }
+
     #[test]
     fn both_orientations_agree_with_the_reference() {
-        for weight in weights(&[192], &[128, 384]) {
+        for weight in weights(&[192], &[128, 336]) {
             let k = weight.shape().1;
             for rows in LAYOUTS {
                 for m in ROWS {
                     let what = format!("{weight:?}, {rows:?}, m = {m}");
                     let x = noise(m * rows.heads * k, m as u64);
-                    assert_close(
-                        &per_head(&weight, rows, &x, m),
-                        &reference::per_head(&weight, rows, &x, m),
-                        &what,
-                    );
+                    for arithmetic in ARITHMETICS {
+                        let expected = reference::per_head(&weight, rows, &x, m, arithmetic);
+                        for executor in executors() {
+                            assert_close(
+                                &ordinary(&executor, &weight, rows, &x, arithmetic),
+                                &expected,
+                                &what,
+                            );
+                        }
+                    }
                     let x = noise(m * rows.heads * rows.len, m as u64);
-                    assert_close(
-                        &per_head_transposed(&weight, rows, &x, m),
-                        &reference::per_head_transposed(&weight, rows, &x, m),
-                        &what,
-                    );
+                    let expected = reference::per_head_transposed(&weight, rows, &x, m);
+                    for executor in executors() {
+                        assert_close(&transposed(&executor, &weight, rows, &x), &expected, &what);
+                    }
                 }
             }
         }
@@ -179,9 +234,11 @@ mod tests {
         for weight in weights(&[192], &[384]) {
             for m in [1, 9] {
                 let x = noise(m * 4 * 384, 2);
-                assert_same_bits_for_any_threads(|| per_head(&weight, LAYOUTS[0], &x, m));
+                for arithmetic in ARITHMETICS {
+                    assert_same_bits_for_any_threads(|e| ordinary(e, &weight, LAYOUTS[0], &x, arithmetic));
+                }
                 let x = noise(m * 192, 2);
-                assert_same_bits_for_any_threads(|| per_head_transposed(&weight, LAYOUTS[2], &x, m));
+                assert_same_bits_for_any_threads(|e| transposed(e, &weight, LAYOUTS[2], &x));
             }
         }
     }

@@ -1,20 +1,43 @@
 //! CPU kernels on plain slices: they know weights and f32 rows, nothing of Candle or of models.
 //!
-//! Activations and accumulators are f32. Every kernel reads each weight once a call, spreads its work over
-//! rayon's threads in tiles whose size does not depend on the number of threads, and therefore gives the
-//! same bits for any number of them. [`mod@reference`] is the plain implementation that each is compared with.
+//! Every kernel reads each weight once a call, as it lies, and spreads its work over the threads of an
+//! [`Executor`] in tiles whose size does not depend on their number: any number gives the same bits. Inner loops are
+//! written for several instruction sets ([`Isa`]). [`mod@reference`] is the plain implementation that each is compared
+//! with.
+//!
+//! # Two arithmetics
+//!
+//! [`Arithmetic::W4A8`] rounds activations to eight bits, 128 consecutive elements of a row sharing a scale, and adds up
+//! whole numbers within a block: codes doubled are whole (0, 1, 2, 3, 4, 6, 8, 12), so that the only rounding beside
+//! f32's is the activations'. [`Arithmetic::Exact`] multiplies decoded weights with the activations as they are, in f32.
 
+mod activations;
+mod executor;
 mod heads;
 mod linear;
 mod moe;
+mod pool;
 pub mod reference;
 mod router;
+mod simd;
 mod tile;
 
+pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};
 pub use linear::linear;
 pub use moe::{Expert, fused_moe};
+pub use pool::ThreadPool;
 pub use router::{Routing, route};
+
+/// How activations meet FP4 weights. Floating-point weights meet them exactly in either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Arithmetic {
+    /// Activations rounded to eight bits, blocks of 128; integer dot products.
+    #[default]
+    W4A8,
+    /// Activations in f32.
+    Exact,
+}
 
 #[cfg(test)]
 pub(crate) mod testing;

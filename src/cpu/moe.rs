@@ -1,13 +1,17 @@
-//! Mixture of experts, all slots of all tokens in two parallel passes.
+//! Mixture of experts, all slots of all tokens in two parallel regions.
 //!
-//! Tokens are grouped by expert, so that a call reads each expert in use once. Pass one computes
-//! `silu(gate x) · up x` for every (expert, tile of rows), pass two `down` of it; both spread all experts'
+//! Tokens are grouped by expert, so that a call reads each expert in use once. Region one computes
+//! `silu(gate x) · up x` for every (expert, tile of rows), region two `down` of it; both spread all experts'
 //! tiles over the threads together, which matters in decoding, where each expert has one token. The slots
 //! of a token are then added in their order, shared experts last: no result depends on the threads.
 
-use super::{reference::swiglu, tile};
+use super::activations::{self, Block, Rounded};
+use super::simd::{Selection, TILE, sized};
+use super::tile::{self, Activations, SharedSlice};
+use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
-use rayon::prelude::*;
+use std::cell::RefCell;
+use std::ops::Range;
 
 /// One expert: `gate` and `up` are `[I, D]`, `down` is `[D, I]`.
 #[derive(Debug, Clone)]
@@ -20,144 +24,311 @@ pub struct Expert {
     pub down: Weight,
 }
 
-/// One expert's share of a call.
-struct Group<'a> {
-    expert: &'a Expert,
-    /// Positions in the list of all slots, `token · slots + slot`, ascending.
-    slots: Vec<usize>,
-    /// The tokens' activations, `[slots, D]`.
-    x: Vec<f32>,
+impl Expert {
+    /// I, its width.
+    fn width(&self) -> usize {
+        self.gate.shape().0
+    }
 }
+
+/// One expert's share of a call.
+#[derive(Debug, Clone, Copy, Default)]
+struct Group {
+    /// Its index among the routed experts and then the shared ones.
+    expert: usize,
+    /// Its slots, in the order of tokens: a range of [`Memory::tokens`].
+    first: usize,
+    count: usize,
+    /// Where its rows begin in [`Memory::hidden`], and their blocks among the rounded ones.
+    hidden: usize,
+    blocks: usize,
+    /// Tiles of the groups before, of gate and of down.
+    tiles: [usize; 2],
+}
+
+impl Group {
+    fn slots(&self) -> Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// What a caller keeps from one call to the next.
+#[derive(Debug, Default)]
+struct Memory {
+    groups: Vec<Group>,
+    /// The token of each slot, by group.
+    tokens: Vec<u32>,
+    /// Where in `tokens` each slot went, by token and slot.
+    places: Vec<usize>,
+    /// Where each expert's next slot goes.
+    next: Vec<usize>,
+    /// `silu(gate x) · up x` of each slot, by group.
+    hidden: Vec<f32>,
+    /// `down` of that.
+    down: Vec<f32>,
+}
+
+thread_local! {
+    static MEMORY: RefCell<Memory> = RefCell::default();
+}
+
+/// From so many elements on, adding up slots is work for all threads.
+const ADD_TOGETHER: usize = 1 << 14;
 
 /// `y[t] = Σ_slot w[t, slot] · down_e(silu(gate_e x[t]) · up_e x[t])`, `e = ids[t, slot]`, plus every
 /// expert of `shared` with weight 1 (their width may differ).
 ///
-/// `x` is `[T, D]`, `ids` and `weights` `[T, top_k]`, the result `[T, D]`.
+/// `x` is `[T, D]`, `ids` and `weights` `[T, top_k]`, `y` `[T, D]`. Without routed experts `top_k` is 0, and this is a
+/// gated MLP.
 ///
 /// # Panics
 /// If lengths disagree or an id names no expert; the op checks both before.
+#[expect(clippy::too_many_arguments, reason = "a mixture has as many parts")]
 pub fn fused_moe(
+    executor: &Executor,
     experts: &[Expert],
     shared: &[Expert],
     x: &[f32],
     ids: &[u32],
     weights: &[f32],
     top_k: usize,
-) -> Vec<f32> {
-    let d = experts[0].gate.shape().1;
+    arithmetic: Arithmetic,
+    y: &mut [f32],
+) {
+    let expert = |index: usize| match index.checked_sub(experts.len()) {
+        None => &experts[index],
+        Some(index) => &shared[index],
+    };
+    let d = expert(0).gate.shape().1;
     let tokens = x.len() / d;
     let per_token = top_k + shared.len();
     assert!(
-        x.len() == tokens * d && ids.len() == tokens * top_k && weights.len() == ids.len(),
+        x.len() == tokens * d
+            && y.len() == x.len()
+            && ids.len() == tokens * top_k
+            && weights.len() == ids.len(),
         "fused_moe"
     );
-
-    let mut slots: Vec<Vec<usize>> = vec![Vec::new(); experts.len() + shared.len()];
-    for t in 0..tokens {
-        for slot in 0..top_k {
-            slots[ids[t * top_k + slot] as usize].push(t * per_token + slot);
-        }
-        for slot in 0..shared.len() {
-            slots[experts.len() + slot].push(t * per_token + top_k + slot);
-        }
+    if tokens == 0 {
+        return;
     }
-    let groups: Vec<Group<'_>> = experts
-        .iter()
-        .chain(shared)
-        .zip(slots)
-        .filter(|(_, slots)| !slots.is_empty())
-        .map(|(expert, slots)| {
-            let x = slots
-                .iter()
-                .flat_map(|slot| &x[slot / per_token * d..][..d])
-                .copied()
-                .collect();
-            Group { expert, slots, x }
-        })
-        .collect();
+    // A nested call, of a task, has memory of its own.
+    let mut memory = MEMORY.take();
+    let (mut x_blocks, mut hidden_blocks) = (tile::take_blocks(0), tile::take_blocks(1));
+    let slots = tokens * per_token;
+    let (hidden_len, blocks_len) = memory.group(expert, experts.len(), shared.len(), ids, top_k, tokens);
+    let Memory {
+        groups,
+        tokens: rows,
+        places,
+        hidden,
+        down,
+        ..
+    } = &mut memory;
+    let (groups, rows) = (&groups[..], &rows[..slots]);
+    let rounds = |weight: fn(&Expert) -> &Weight| {
+        groups
+            .iter()
+            .any(|group| tile::rounds(weight(expert(group.expert)), arithmetic))
+    };
 
-    let hidden = pass(
-        &groups,
-        |g| g.expert.gate.shape().0,
-        |_, g, rows, out, scratch| {
-            let m = g.slots.len();
-            tile::rows(&g.expert.gate, rows.clone(), &g.x, m, out, scratch);
-            let mut up = vec![0.0; out.len()];
-            tile::rows(&g.expert.up, rows, &g.x, m, &mut up, scratch);
-            for (gate, up) in out.iter_mut().zip(up) {
-                *gate = swiglu(*gate, up);
-            }
+    let x = Activations {
+        values: x,
+        rounded: (rounds(|e| &e.gate) || rounds(|e| &e.up))
+            .then(|| tile::round(executor, x, d, &mut x_blocks)),
+    };
+    let hidden = sized(hidden, hidden_len);
+    let place = SharedSlice::new(hidden);
+    let swiglu = executor.kernels().swiglu;
+    each_tile(
+        executor,
+        groups,
+        0,
+        |g| expert(g.expert).width(),
+        |group, index| {
+            let expert = expert(group.expert);
+            let (width, tile) = (expert.width(), tile::range(expert.width(), index));
+            let selection = Selection::Rows(&rows[group.slots()]);
+            tile::with_scratch(|scratch| {
+                let mut up = std::mem::take(&mut scratch.other_tile);
+                let up_tile = sized(&mut up, group.count * TILE);
+                tile::rows(executor, &expert.up, tile.clone(), x, selection, up_tile, scratch);
+                tile::placed(
+                    executor,
+                    &expert.gate,
+                    tile.clone(),
+                    x,
+                    selection,
+                    scratch,
+                    |i, gate| {
+                        let start = group.hidden + i * width + tile.start;
+                        // SAFETY: this group's row i, this tile's columns: no other task's.
+                        let place = unsafe { place.part(start..start + gate.len()) };
+                        place.copy_from_slice(gate);
+                        // SAFETY: the executor has checked the instructions.
+                        unsafe { swiglu(place, &up_tile[i * TILE..][..gate.len()]) };
+                    },
+                );
+                scratch.other_tile = up;
+            });
         },
     );
-    let hidden: Vec<Vec<f32>> = groups
-        .iter()
-        .zip(hidden)
-        .map(|(g, h)| tile::transpose(h, g.expert.gate.shape().0, g.slots.len()))
-        .collect();
-    let hidden = &hidden;
-    let down = pass(
-        &groups,
-        |g| g.expert.down.shape().0,
-        |index, g, rows, out, scratch| {
-            tile::rows(&g.expert.down, rows, &hidden[index], g.slots.len(), out, scratch);
-        },
-    );
 
-    // Where each slot's result lies: its group's [D, slots] and its column there.
-    let mut places = vec![(0, 0); tokens * per_token];
-    for (index, group) in groups.iter().enumerate() {
-        for (column, slot) in group.slots.iter().enumerate() {
-            places[*slot] = (index, column);
+    let hidden = &hidden[..];
+    let rounded = rounds(|e| &e.down);
+    if rounded {
+        if hidden_blocks.len() < blocks_len {
+            hidden_blocks.resize(blocks_len, Block::ZERO);
+        }
+        let place = SharedSlice::new(&mut hidden_blocks[..]);
+        let round = executor.kernels().round;
+        let row = |slot: usize| {
+            let group = &groups[groups.partition_point(|group| group.first <= slot) - 1];
+            let (row, width) = (slot - group.first, expert(group.expert).width());
+            let x = &hidden[group.hidden + row * width..][..width];
+            // SAFETY: the executor has checked the instructions; the group's blocks begin there, and no other row writes
+            // this one's.
+            unsafe { round(x, row, group.count, place.as_ptr().add(group.blocks)) };
+        };
+        match hidden.len() < tile::ROUND_TOGETHER {
+            true => (0..slots).for_each(row),
+            false => executor.run(slots, row),
         }
     }
-    let mut y = vec![0.0; tokens * d];
-    y.par_chunks_exact_mut(d).enumerate().for_each(|(t, y)| {
-        for slot in 0..per_token {
-            let weight = if slot < top_k {
-                weights[t * top_k + slot]
-            } else {
-                1.0
+    let down = sized(down, slots * d);
+    let place = SharedSlice::new(down);
+    each_tile(
+        executor,
+        groups,
+        1,
+        |_| d,
+        |group, index| {
+            let expert = expert(group.expert);
+            let (width, tile) = (expert.width(), tile::range(d, index));
+            let x = Activations {
+                values: &hidden[group.hidden..][..group.count * width],
+                rounded: rounded.then(|| Rounded {
+                    blocks: &hidden_blocks[group.blocks..][..group.count * activations::blocks(width)],
+                    rows: group.count,
+                }),
             };
-            let (index, column) = places[t * per_token + slot];
-            let stride = groups[index].slots.len();
-            for (y, value) in y.iter_mut().zip(down[index].iter().skip(column).step_by(stride)) {
+            let all = Selection::Every {
+                first: 0,
+                step: 1,
+                count: group.count,
+            };
+            tile::with_scratch(|scratch| {
+                tile::placed(
+                    executor,
+                    &expert.down,
+                    tile.clone(),
+                    x,
+                    all,
+                    scratch,
+                    |i, values| {
+                        let start = (group.first + i) * d + tile.start;
+                        // SAFETY: this slot's row, this tile's columns: no other task's.
+                        let place = unsafe { place.part(start..start + values.len()) };
+                        place.copy_from_slice(values);
+                    },
+                );
+            });
+        },
+    );
+
+    let (down, places) = (&down[..], &places[..slots]);
+    let place = SharedSlice::new(y);
+    let add = |t: usize| {
+        // SAFETY: token t's row: no other task's.
+        let y = unsafe { place.part(t * d..(t + 1) * d) };
+        y.fill(0.0);
+        for slot in 0..per_token {
+            let weight = match slot < top_k {
+                true => weights[t * top_k + slot],
+                false => 1.0,
+            };
+            let values = &down[places[t * per_token + slot] * d..][..d];
+            for (y, value) in y.iter_mut().zip(values) {
                 *y += weight * value;
             }
         }
-    });
-    y
+    };
+    match slots * d < ADD_TOGETHER {
+        true => (0..tokens).for_each(add),
+        false => executor.run(tokens, add),
+    }
+    tile::give_blocks(0, x_blocks);
+    tile::give_blocks(1, hidden_blocks);
+    MEMORY.set(memory);
 }
 
-/// Runs `work` on every tile of rows of every group, in parallel; a group's result is `[rows, slots]`. `work` takes
-/// the group's index and the group, the tile's rows, its part of the result, and scratch memory.
-fn pass<'a>(
-    groups: &[Group<'a>],
-    rows: impl Fn(&Group<'a>) -> usize,
-    work: impl Fn(usize, &Group<'a>, std::ops::Range<usize>, &mut [f32], &mut Vec<f32>) + Sync,
-) -> Vec<Vec<f32>> {
-    let mut results: Vec<Vec<f32>> = groups
-        .iter()
-        .map(|g| vec![0.0; rows(g) * g.slots.len()])
-        .collect();
-    let mut tiles = Vec::new();
-    for (index, (group, result)) in groups.iter().zip(&mut results).enumerate() {
-        for (number, out) in result.chunks_mut(tile::ROWS * group.slots.len()).enumerate() {
-            tiles.push((index, number * tile::ROWS, out));
+impl Memory {
+    /// Groups all slots by expert; gives the elements of `hidden`, and the blocks they round to.
+    fn group<'a>(
+        &mut self,
+        expert: impl Fn(usize) -> &'a Expert,
+        routed: usize,
+        shared: usize,
+        ids: &[u32],
+        top_k: usize,
+        tokens: usize,
+    ) -> (usize, usize) {
+        let per_token = top_k + shared;
+        let expert_of = |t: usize, slot: usize| match slot < top_k {
+            true => ids[t * top_k + slot] as usize,
+            false => routed + slot - top_k,
+        };
+        let next = sized(&mut self.next, routed + shared);
+        next.fill(0);
+        for t in 0..tokens {
+            for slot in 0..per_token {
+                next[expert_of(t, slot)] += 1;
+            }
         }
+        self.groups.clear();
+        let mut after = Group::default();
+        for (index, next) in next.iter_mut().enumerate().filter(|(_, count)| **count > 0) {
+            let count = std::mem::replace(next, after.first);
+            let (width, d) = expert(index).gate.shape();
+            self.groups.push(Group {
+                expert: index,
+                count,
+                ..after
+            });
+            after.first += count;
+            after.hidden += count * width;
+            after.blocks += count * activations::blocks(width);
+            after.tiles[0] += tile::count(width);
+            after.tiles[1] += tile::count(d);
+        }
+        let rows = sized(&mut self.tokens, tokens * per_token);
+        let places = sized(&mut self.places, tokens * per_token);
+        for t in 0..tokens {
+            for slot in 0..per_token {
+                let next = &mut next[expert_of(t, slot)];
+                rows[*next] = t as u32;
+                places[t * per_token + slot] = *next;
+                *next += 1;
+            }
+        }
+        (after.hidden, after.blocks)
     }
-    tiles
-        .into_par_iter()
-        .for_each_init(Vec::new, |scratch, (index, start, out)| {
-            let group = &groups[index];
-            work(
-                index,
-                group,
-                start..start + out.len() / group.slots.len(),
-                out,
-                scratch,
-            );
-        });
-    results
+}
+
+/// Runs `work` for every tile of every group's gate (`pass` 0) or down (1), with the tile's number.
+fn each_tile(
+    executor: &Executor,
+    groups: &[Group],
+    pass: usize,
+    rows: impl Fn(&Group) -> usize,
+    work: impl Fn(&Group, usize) + Sync,
+) {
+    let Some(last) = groups.last() else { return };
+    let tiles = last.tiles[pass] + tile::count(rows(last));
+    executor.run(tiles, |index| {
+        let group = &groups[groups.partition_point(|group| group.tiles[pass] <= index) - 1];
+        work(group, index - group.tiles[pass]);
+    });
 }
 
 #[cfg(test)]
@@ -184,14 +355,30 @@ mod tests {
         let x = noise(tokens * d, 1);
         let ids: Vec<u32> = (0..tokens * top_k).map(|i| ids(i / top_k, i % top_k)).collect();
         let weights = noise(tokens * top_k, 2);
-        let y = fused_moe(&experts, &shared, &x, &ids, &weights, top_k);
-        let expected = reference::fused_moe(&experts, &shared, &x, &ids, &weights, top_k);
-        assert_close(
-            &y,
-            &expected,
-            &format!("{tokens} tokens, top {top_k}, {} shared", shared.len()),
-        );
-        assert_same_bits_for_any_threads(|| fused_moe(&experts, &shared, &x, &ids, &weights, top_k));
+        for arithmetic in ARITHMETICS {
+            let run = |executor: &Executor| {
+                let mut y = vec![f32::NAN; x.len()];
+                fused_moe(
+                    executor, &experts, &shared, &x, &ids, &weights, top_k, arithmetic, &mut y,
+                );
+                y
+            };
+            let expected = reference::fused_moe(&experts, &shared, &x, &ids, &weights, top_k, arithmetic);
+            for executor in executors() {
+                let what = format!(
+                    "{tokens} tokens, top {top_k}, {} shared, {arithmetic:?}",
+                    shared.len()
+                );
+                // An activation between two steps may go either way after another order of summation.
+                let bound = if arithmetic == Arithmetic::Exact {
+                    1e-9
+                } else {
+                    1e-6
+                };
+                assert_within(&run(&executor), &expected, bound, &what);
+            }
+            assert_same_bits_for_any_threads(run);
+        }
     }
 
     #[test]
@@ -220,6 +407,18 @@ mod tests {
     #[test]
     fn no_tokens_give_no_rows() {
         let experts = [expert(128, 128, 0)];
-        assert!(fused_moe(&experts, &[], &[], &[], &[], 2).is_empty());
+        for executor in executors() {
+            fused_moe(
+                &executor,
+                &experts,
+                &[],
+                &[],
+                &[],
+                &[],
+                2,
+                Arithmetic::W4A8,
+                &mut [],
+            );
+        }
     }
 }

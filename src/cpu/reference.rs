@@ -2,8 +2,9 @@
 //!
 //! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
 
-use super::{Expert, HeadRows, Routing};
+use super::{Arithmetic, Expert, HeadRows, Routing};
 use crate::fp4::Weight;
+use std::borrow::Cow;
 
 fn dequantize(weight: &Weight) -> Vec<f32> {
     let (n, k) = weight.shape();
@@ -18,19 +19,57 @@ fn dot(a: impl Iterator<Item = f32>, b: impl Iterator<Item = f32>) -> f32 {
     a.zip(b).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
 }
 
+/// Rows of `k` activations as [`Arithmetic::W4A8`] takes them: in each block of 128 elements (fewer at a row's end) of
+/// largest magnitude `a` the nearest multiple of `a / 127`, ties to even; NaN throughout a block with NaN or infinity.
+pub fn round(x: &[f32], k: usize) -> Vec<f32> {
+    let round = |block: &[f32]| -> Vec<f32> {
+        let largest = block.iter().fold(0f32, |largest, v| match v.is_nan() {
+            true => f32::NAN,
+            false => {
+                if largest.is_nan() {
+                    largest
+                } else {
+                    largest.max(v.abs())
+                }
+            }
+        });
+        // In f32, as the definition: between two steps another precision would go the other way.
+        let step = largest / 127.0;
+        let value = |v: &f32| match largest {
+            0.0 => 0.0,
+            _ if !largest.is_finite() => f32::NAN,
+            _ => (v / step).round_ties_even().clamp(-127.0, 127.0) * step,
+        };
+        block.iter().map(value).collect()
+    };
+    x.chunks(k)
+        .flat_map(|row| row.chunks(128))
+        .flat_map(round)
+        .collect()
+}
+
+/// What a product with this weight makes of its activations.
+fn taken<'a>(weight: &Weight, x: &'a [f32], arithmetic: Arithmetic) -> Cow<'a, [f32]> {
+    match (weight, arithmetic) {
+        (Weight::Fp4(tensor), Arithmetic::W4A8) => round(x, tensor.shape().1).into(),
+        _ => x.into(),
+    }
+}
+
 /// `y[i, n] = Σ_k x[i, k] · w[n, k]`; see [`cpu::linear`](super::linear).
-pub fn linear(weight: &Weight, x: &[f32], m: usize) -> Vec<f32> {
+pub fn linear(weight: &Weight, x: &[f32], m: usize, arithmetic: Arithmetic) -> Vec<f32> {
     let rows = HeadRows {
         heads: 1,
         stride: weight.shape().0,
         start: 0,
         len: weight.shape().0,
     };
-    per_head(weight, rows, x, m)
+    per_head(weight, rows, x, m, arithmetic)
 }
 
 /// `y[i, h, r] = Σ_k x[i, h, k] · w[first(h) + r, k]`; see [`cpu::per_head`](super::per_head).
-pub fn per_head(weight: &Weight, rows: HeadRows, x: &[f32], m: usize) -> Vec<f32> {
+pub fn per_head(weight: &Weight, rows: HeadRows, x: &[f32], m: usize, arithmetic: Arithmetic) -> Vec<f32> {
+    let x = taken(weight, x, arithmetic);
     let (w, k) = (dequantize(weight), weight.shape().1);
     let mut y = Vec::with_capacity(m * rows.heads * rows.len);
     for i in 0..m {
@@ -76,6 +115,7 @@ pub fn fused_moe(
     ids: &[u32],
     weights: &[f32],
     top_k: usize,
+    arithmetic: Arithmetic,
 ) -> Vec<f32> {
     let d = experts[0].gate.shape().1;
     let mut y = Vec::with_capacity(x.len());
@@ -84,9 +124,10 @@ pub fn fused_moe(
         let routed = slots.map(|slot| (&experts[ids[slot] as usize], weights[slot]));
         let mut sum = vec![0f64; experts[0].down.shape().0];
         for (expert, weight) in routed.chain(shared.iter().map(|expert| (expert, 1.0))) {
-            let (gate, up) = (linear(&expert.gate, x, 1), linear(&expert.up, x, 1));
+            let gate = linear(&expert.gate, x, 1, arithmetic);
+            let up = linear(&expert.up, x, 1, arithmetic);
             let hidden: Vec<f32> = gate.into_iter().zip(up).map(|(g, u)| swiglu(g, u)).collect();
-            for (sum, value) in sum.iter_mut().zip(linear(&expert.down, &hidden, 1)) {
+            for (sum, value) in sum.iter_mut().zip(linear(&expert.down, &hidden, 1, arithmetic)) {
                 *sum += f64::from(weight) * f64::from(value);
             }
         }

@@ -1,8 +1,10 @@
 //! What the kernels' tests share: inputs, the grid of shapes, the measure.
 
+use super::{Arithmetic, Executor, Isa};
 use crate::fp4::{
     Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize,
 };
+use std::sync::{Arc, LazyLock};
 
 /// Rows of activations of the test grid.
 pub const ROWS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65];
@@ -81,9 +83,20 @@ fn moved(tensor: &Fp4Tensor, offset: usize) -> Fp4Tensor {
     Fp4Tensor::new("w", parts).unwrap()
 }
 
-/// Normalised mean-square error of at most 1e-9: nothing but the order of summation may differ.
-pub fn assert_close(actual: &[f32], expected: &[f32], what: &str) {
-    assert_eq!(actual.len(), expected.len(), "{what}");
+pub const ARITHMETICS: [Arithmetic; 2] = [Arithmetic::W4A8, Arithmetic::Exact];
+
+/// One for each instruction set of this machine, two threads each.
+pub fn executors() -> &'static [Arc<Executor>] {
+    static ALL: LazyLock<Vec<Arc<Executor>>> = LazyLock::new(|| {
+        let executor = |isa| Executor::new(isa, 2).unwrap();
+        Isa::available().into_iter().map(executor).collect()
+    });
+    &ALL
+}
+
+/// `Σ (a - e)² / Σ e²`.
+pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
     let square = |v: f64| v * v;
     let error: f64 = actual
         .iter()
@@ -91,27 +104,35 @@ pub fn assert_close(actual: &[f32], expected: &[f32], what: &str) {
         .map(|(a, e)| square(f64::from(*a) - f64::from(*e)))
         .sum();
     let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
+    if error == 0.0 { 0.0 } else { error / norm }
+}
+
+/// Normalised mean-square error of at most 1e-9: nothing but the order of summation may differ.
+pub fn assert_close(actual: &[f32], expected: &[f32], what: &str) {
+    assert_within(actual, expected, 1e-9, what);
+}
+
+pub fn assert_within(actual: &[f32], expected: &[f32], bound: f64, what: &str) {
+    let error = nmse(actual, expected);
     let largest = actual
         .iter()
         .zip(expected)
         .map(|(a, e)| (a - e).abs())
         .fold(0f32, f32::max);
     assert!(
-        error <= 1e-9 * norm,
-        "{what}: NMSE {:e}, largest difference {largest:e}",
-        error / norm
+        error <= bound,
+        "{what}: NMSE {error:e}, largest difference {largest:e}"
     );
 }
 
-pub fn assert_same_bits_for_any_threads(run: impl Fn() -> Vec<f32> + Sync) {
-    let with = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
-        pool.install(|| run().into_iter().map(f32::to_bits).collect::<Vec<_>>())
-    };
-    let one = with(1);
-    assert_eq!(one, with(2));
-    assert_eq!(one, with(5));
+pub fn assert_same_bits_for_any_threads(run: impl Fn(&Executor) -> Vec<f32>) {
+    for isa in Isa::available() {
+        let with = |threads| {
+            let executor = Executor::new(isa, threads).unwrap();
+            run(&executor).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let one = with(1);
+        assert_eq!(one, with(2), "{isa:?}");
+        assert_eq!(one, with(5), "{isa:?}");
+    }
 }

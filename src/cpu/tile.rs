@@ -1,175 +1,173 @@
-//! The two tile products that all kernels are made of.
-//!
-//! A tile's rows are decoded into f32 scratch once, then used for every row of activations: with few of
-//! them by dot products while the decoded row is in the first-level cache, with many by a matrix product
-//! over the decoded tile. Results are written transposed, `[output feature, activation row]`, so that the
-//! tiles of a parallel call write to disjoint, contiguous memory; [`transpose`] turns them round.
+//! What all matrix kernels share: tiles of a weight's rows, the activations they meet, where results go.
 
+use super::activations::{self, Block, Rounded};
+use super::simd::{Fp4Rows, Scratch, Selection, TILE, sized};
+use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
-use gemm::Parallelism;
-use rayon::prelude::*;
+use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Weight rows a tile has: decoded, 64 rows of K = 2048 take 512 KiB, which the second-level cache holds.
-pub(super) const ROWS: usize = 64;
-/// Columns a tile of a transposed product has: a multiple of every group.
-pub(super) const COLUMNS: usize = 128;
-/// From this many rows of activations on, a matrix product over the decoded tile is faster.
-const MANY: usize = 6;
-
-/// `out[r, i] = Σ_k x[i, k] · w[rows.start + r, k]` for the `m` rows of `x`.
-pub(super) fn rows(
-    weight: &Weight,
-    rows: Range<usize>,
-    x: &[f32],
-    m: usize,
-    out: &mut [f32],
-    scratch: &mut Vec<f32>,
-) {
-    let k = weight.shape().1;
-    debug_assert!(x.len() == m * k && out.len() == rows.len() * m);
-    if m < MANY {
-        scratch.resize(k, 0.0);
-        for (n, sums) in rows.zip(out.chunks_exact_mut(m)) {
-            weight.decode_row_part(n, 0, scratch);
-            for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
-                *sum = dot(scratch, x);
-            }
-        }
-        return;
-    }
-    let count = rows.len();
-    scratch.resize(count * k, 0.0);
-    for (n, row) in rows.zip(scratch.chunks_exact_mut(k)) {
-        weight.decode_row_part(n, 0, row);
-    }
-    product(
-        Matrix::rows(scratch, count, k),
-        Matrix::rows(x, m, k).transposed(),
-        out,
-    );
-}
-
-/// `out[c, i] = Σ_r x[i, r] · w[rows.start + r, columns.start + c]`: the sum runs over output features.
-pub(super) fn columns(
-    weight: &Weight,
-    rows: Range<usize>,
-    columns: Range<usize>,
-    x: &[f32],
-    m: usize,
-    out: &mut [f32],
-    scratch: &mut Vec<f32>,
-) {
-    let (count, width) = (rows.len(), columns.len());
-    debug_assert!(x.len() == m * count && out.len() == width * m);
-    scratch.resize(count * width, 0.0);
-    for (n, row) in rows.zip(scratch.chunks_exact_mut(width)) {
-        weight.decode_row_part(n, columns.start, row);
-    }
-    product(
-        Matrix::rows(scratch, count, width).transposed(),
-        Matrix::rows(x, m, count).transposed(),
-        out,
-    );
-}
-
-/// The sum over k of `a[k] · b[k]`, in sixteen partial sums that a compiler keeps in vector registers.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut sums = [0f32; LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = a_blocks
-        .remainder()
-        .iter()
-        .zip(b_blocks.remainder())
-        .map(|(a, b)| a * b)
-        .sum();
-    for (a, b) in a_blocks.zip(b_blocks) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
-        }
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
-        }
-        width /= 2;
-    }
-    sums[0] + rest
-}
-
-/// A view of a matrix; `transposed` swaps the strides.
+/// Rows of activations for products with FP4 or floating-point weights.
 #[derive(Clone, Copy)]
-struct Matrix<'a> {
-    data: &'a [f32],
-    shape: (usize, usize),
-    strides: (isize, isize),
+pub(super) struct Activations<'a> {
+    /// Rows of K elements.
+    pub values: &'a [f32],
+    /// The same, rounded, where a product wants them so.
+    pub rounded: Option<Rounded<'a>>,
 }
 
-impl<'a> Matrix<'a> {
-    fn rows(data: &'a [f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(data.len(), rows * columns);
+thread_local! {
+    /// What a thread needs for a tile.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// What the caller of a kernel keeps from one call to the next: rounded activations, two sets because a mixture of
+    /// experts rounds twice.
+    static ROUNDED: RefCell<[Vec<Block>; 2]> = RefCell::default();
+}
+
+/// Runs `f` with this thread's scratch memory.
+pub(super) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    SCRATCH.with_borrow_mut(f)
+}
+
+/// From so many elements on, rounding is work for all threads.
+pub(super) const ROUND_TOGETHER: usize = 1 << 15;
+
+/// Takes memory for rounded activations from the thread, or new where it is in use.
+pub(super) fn take_blocks(set: usize) -> Vec<Block> {
+    ROUNDED.with_borrow_mut(|sets| std::mem::take(&mut sets[set]))
+}
+
+/// Gives memory back to the thread.
+pub(super) fn give_blocks(set: usize, blocks: Vec<Block>) {
+    ROUNDED.with_borrow_mut(|sets| sets[set] = blocks);
+}
+
+/// Rounds rows of `k` elements into `memory`.
+pub(super) fn round<'a>(executor: &Executor, x: &[f32], k: usize, memory: &'a mut Vec<Block>) -> Rounded<'a> {
+    let rows = x.len() / k;
+    let len = rows * activations::blocks(k);
+    if memory.len() < len {
+        memory.resize(len, Block::ZERO);
+    }
+    let blocks = SharedSlice::new(&mut memory[..len]);
+    let round = executor.kernels().round;
+    let row = |row: usize| {
+        // SAFETY: the executor has checked the instructions; block b of a row lies at b · rows + row, which no other
+        // row writes, and is below rows · blocks.
+        unsafe { round(&x[row * k..][..k], row, rows, blocks.as_ptr()) }
+    };
+    match x.len() < ROUND_TOGETHER {
+        true => (0..rows).for_each(row),
+        false => executor.run(rows, row),
+    }
+    Rounded {
+        blocks: &memory[..len],
+        rows,
+    }
+}
+
+/// Whether a product of this weight takes rounded activations.
+pub(super) fn rounds(weight: &Weight, arithmetic: Arithmetic) -> bool {
+    arithmetic == Arithmetic::W4A8 && matches!(weight, Weight::Fp4(_))
+}
+
+/// `out[i · 64 + r] = Σ_k x[i, k] · w[rows.start + r, k]` for the selected rows of `x`, at most 64 rows of the weight.
+pub(super) fn rows(
+    executor: &Executor,
+    weight: &Weight,
+    rows: Range<usize>,
+    x: Activations<'_>,
+    selection: Selection<'_>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let kernels = executor.kernels();
+    match (weight, x.rounded) {
+        (Weight::Fp4(tensor), Some(rounded)) => {
+            let weights = Fp4Rows {
+                tensor,
+                first: rows.start,
+                rows: rows.len(),
+            };
+            // SAFETY: the executor has checked the instructions.
+            unsafe { (kernels.w4a8)(weights, rounded, selection, out, scratch) }
+        }
+        // SAFETY: as above.
+        _ => unsafe { (kernels.exact)(weight, rows, x.values, selection, out, scratch) },
+    }
+}
+
+/// Tiles that `rows` rows of a weight have.
+pub(super) fn count(rows: usize) -> usize {
+    rows.div_ceil(TILE)
+}
+
+/// The rows of tile `index` of `rows`.
+pub(super) fn range(rows: usize, index: usize) -> Range<usize> {
+    index * TILE..((index + 1) * TILE).min(rows)
+}
+
+/// Computes a tile in the scratch memory and hands it to `place` row by row of activations: index and values.
+#[expect(clippy::too_many_arguments, reason = "a product has as many parts")]
+pub(super) fn placed(
+    executor: &Executor,
+    weight: &Weight,
+    tile: Range<usize>,
+    x: Activations<'_>,
+    selection: Selection<'_>,
+    scratch: &mut Scratch,
+    mut place: impl FnMut(usize, &[f32]),
+) {
+    let (m, n) = (selection.len(), tile.len());
+    let mut out = std::mem::take(&mut scratch.tile);
+    rows(
+        executor,
+        weight,
+        tile,
+        x,
+        selection,
+        sized(&mut out, m * TILE),
+        scratch,
+    );
+    for i in 0..m {
+        place(i, &out[i * TILE..][..n]);
+    }
+    scratch.tile = out;
+}
+
+/// A slice that several threads write to, each its own part.
+pub(super) struct SharedSlice<'a, T> {
+    start: *mut T,
+    len: usize,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out parts only through `part`, whose callers promise that no two overlap.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
         Self {
-            data,
-            shape: (rows, columns),
-            strides: (columns as isize, 1),
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            _borrow: PhantomData,
         }
     }
 
-    fn transposed(self) -> Self {
-        Self {
-            data: self.data,
-            shape: (self.shape.1, self.shape.0),
-            strides: (self.strides.1, self.strides.0),
-        }
+    pub fn as_ptr(&self) -> *mut T {
+        self.start
     }
-}
 
-/// `out = a · b`, row-major, on this thread.
-fn product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32]) {
-    let ((m, k), (inner, n)) = (a.shape, b.shape);
-    assert!(k == inner && out.len() == m * n);
-    // SAFETY: `Matrix` is built over a slice of exactly rows · columns elements with the strides that reach
-    // each of them once, in either orientation; `out` was checked to hold m · n elements and is borrowed
-    // mutably, so that it overlaps neither operand. With `read_dst` false `out` is only written.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            n as isize,
-            false,
-            a.data.as_ptr(),
-            a.strides.1,
-            a.strides.0,
-            b.data.as_ptr(),
-            b.strides.1,
-            b.strides.0,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
+    /// # Safety
+    /// No part that overlaps this one may be in use.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "that parts are disjoint is the caller's promise"
+    )]
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: within the slice, which this borrows mutably; disjoint from other parts by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
-}
-
-/// `[rows, columns]` to `[columns, rows]`.
-pub(super) fn transpose(values: Vec<f32>, rows: usize, columns: usize) -> Vec<f32> {
-    if rows == 1 || columns == 1 {
-        return values;
-    }
-    let mut out = vec![0.0; values.len()];
-    out.par_chunks_exact_mut(rows)
-        .enumerate()
-        .for_each(|(column, line)| {
-            for (value, row) in line.iter_mut().zip(values.chunks_exact(columns)) {
-                *value = row[column];
-            }
-        });
-    out
 }

@@ -1,5 +1,6 @@
 //! The linear layer.
 
+use crate::cpu::Arithmetic;
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, ScaleRule, Weight, quantize};
 use crate::ops::{Comparison, Kernel};
 use crate::{Error, Result, ops};
@@ -140,6 +141,19 @@ impl MmfP4Linear {
         };
         let bias = has_bias.then(|| get("bias", &[n], vb.dtype())).transpose()?;
         Self::new(weight, bias.as_ref())
+    }
+
+    /// The same layer in this arithmetic, on the CPU; the default is
+    /// [`Arithmetic::W4A8`](crate::cpu::Arithmetic::W4A8).
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        Self {
+            op: self.op.with_arithmetic(arithmetic),
+        }
+    }
+
+    /// The op behind it.
+    pub fn op(&self) -> &ops::Linear {
+        &self.op
     }
 
     /// The weight.

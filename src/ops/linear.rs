@@ -1,17 +1,20 @@
 //! `y = x · Wᵀ + b`.
 
 use super::activations::{from_f32, to_f32};
+use crate::cpu::{self, Arithmetic, Executor};
 use crate::fp4::Weight;
-use crate::{Error, Result, cpu};
+use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Shape, Tensor};
 
 const OP: &str = "mmfp4-linear";
+const JOINED: &str = "mmfp4-joined-linear";
 
 /// The op behind [`MmfP4Linear`](crate::nn::MmfP4Linear): `x` is `[…, K]`, the result `[…, N]`.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Weight,
     bias: Option<Vec<f32>>,
+    arithmetic: Arithmetic,
 }
 
 impl Linear {
@@ -29,7 +32,21 @@ impl Linear {
                 bias.len().to_string(),
             ));
         }
-        Ok(Self { weight, bias })
+        Ok(Self {
+            weight,
+            bias,
+            arithmetic: Arithmetic::default(),
+        })
+    }
+
+    /// The same op in this arithmetic, on the CPU; the default is [`Arithmetic::W4A8`].
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
+    }
+
+    /// How activations meet FP4 weights on the CPU.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
     }
 
     /// The weight.
@@ -64,14 +81,15 @@ impl CustomOp1 for Linear {
             return Err(Error::argument(OP, "x", expected, format!("shape {dims:?}")).into());
         }
         let x = to_f32(OP, "x", storage, layout)?;
-        let mut y = cpu::linear(&self.weight, &x, x.len() / k);
-        if let Some(bias) = &self.bias {
-            for row in y.chunks_exact_mut(n) {
-                for (value, bias) in row.iter_mut().zip(bias) {
-                    *value += bias;
-                }
-            }
-        }
+        let mut y = vec![0.0; x.len() / k * n];
+        cpu::linear(
+            &*Executor::current()?,
+            &[&self.weight],
+            &x,
+            self.arithmetic,
+            &mut y,
+        );
+        add_bias(&mut y, n, 0, self.bias());
         if let Some(last) = dims.last_mut() {
             *last = n;
         }
@@ -80,5 +98,89 @@ impl CustomOp1 for Linear {
 
     fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
         super::no_metal(OP)
+    }
+}
+
+/// Adds a bias to its columns, `start..`, of rows of `n`.
+fn add_bias(y: &mut [f32], n: usize, start: usize, bias: Option<&[f32]>) {
+    let Some(bias) = bias else { return };
+    for row in y.chunks_exact_mut(n) {
+        for (value, bias) in row[start..].iter_mut().zip(bias) {
+            *value += bias;
+        }
+    }
+}
+
+/// Several linear ops of one input as one: `x` is `[…, K]`, the result `[…, N₀ + N₁ + …]`, their outputs side by
+/// side. They read `x` once and share a parallel region.
+#[derive(Debug, Clone)]
+pub struct JoinedLinear {
+    parts: Vec<Linear>,
+}
+
+impl JoinedLinear {
+    /// Joins ops of one K and one arithmetic.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] without parts, or where their K or arithmetics differ.
+    pub fn new(parts: Vec<Linear>) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            return Err(Error::argument(JOINED, "parts", "at least one", "none"));
+        };
+        let (k, arithmetic) = (first.weight.shape().1, first.arithmetic);
+        for part in &parts {
+            if part.weight.shape().1 != k || part.arithmetic != arithmetic {
+                let found = format!("K = {} in {:?}", part.weight.shape().1, part.arithmetic);
+                return Err(Error::argument(
+                    JOINED,
+                    "parts",
+                    format!("K = {k} in {arithmetic:?}"),
+                    found,
+                ));
+            }
+        }
+        Ok(Self { parts })
+    }
+
+    /// Applies the op to `x` `[…, K]` in F32, F16 or BF16.
+    ///
+    /// # Errors
+    /// Names the argument at fault where shape, dtype or device do not fit.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.apply_op1_no_bwd(self)
+    }
+}
+
+impl CustomOp1 for JoinedLinear {
+    fn name(&self) -> &'static str {
+        JOINED
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let k = self.parts[0].weight.shape().1;
+        let mut dims = layout.dims().to_vec();
+        if dims.last() != Some(&k) {
+            let expected = format!("a last dimension of {k}");
+            return Err(Error::argument(JOINED, "x", expected, format!("shape {dims:?}")).into());
+        }
+        let x = to_f32(JOINED, "x", storage, layout)?;
+        let weights: Vec<_> = self.parts.iter().map(Linear::weight).collect();
+        let n = weights.iter().map(|weight| weight.shape().0).sum();
+        let mut y = vec![0.0; x.len() / k * n];
+        let arithmetic = self.parts[0].arithmetic;
+        cpu::linear(&*Executor::current()?, &weights, &x, arithmetic, &mut y);
+        let mut start = 0;
+        for part in &self.parts {
+            add_bias(&mut y, n, start, part.bias());
+            start += part.weight.shape().0;
+        }
+        if let Some(last) = dims.last_mut() {
+            *last = n;
+        }
+        Ok((from_f32(y, storage), dims.into()))
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        super::no_metal(JOINED)
     }
 }

@@ -12,7 +12,7 @@ mod per_head;
 mod route;
 mod validate;
 
-pub use linear::Linear;
+pub use linear::{JoinedLinear, Linear};
 pub use moe::FusedMoe;
 pub use per_head::{Orientation, PerHead};
 pub use route::Route;

@@ -1,7 +1,7 @@
 //! The fused mixture of experts.
 
 use super::activations::{from_f32, to_f32, to_u32};
-use crate::cpu::{self, Expert};
+use crate::cpu::{self, Arithmetic, Executor, Expert};
 use crate::fp4::{Bytes, Weight};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp3, Layout, MetalStorage, Shape, Tensor};
@@ -18,6 +18,7 @@ pub struct FusedMoe {
     experts: Vec<Expert>,
     shared: Vec<Expert>,
     copied: usize,
+    arithmetic: Arithmetic,
 }
 
 impl FusedMoe {
@@ -41,7 +42,18 @@ impl FusedMoe {
             experts,
             shared,
             copied,
+            arithmetic: Arithmetic::default(),
         })
+    }
+
+    /// The same op in this arithmetic, on the CPU; the default is [`Arithmetic::W4A8`].
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
+    }
+
+    /// How activations meet FP4 weights on the CPU.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
     }
 
     /// The routed experts.
@@ -172,7 +184,18 @@ impl CustomOp3 for FusedMoe {
         let weights = to_f32(OP, "weights", weights, weights_layout)?;
         let activations = to_f32(OP, "x", x, x_layout)?;
         debug_assert_eq!(activations.len() % last, 0);
-        let y = cpu::fused_moe(&self.experts, &self.shared, &activations, &ids, &weights, top_k);
+        let mut y = vec![0.0; activations.len()];
+        cpu::fused_moe(
+            &*Executor::current()?,
+            &self.experts,
+            &self.shared,
+            &activations,
+            &ids,
+            &weights,
+            top_k,
+            self.arithmetic,
+            &mut y,
+        );
         Ok((from_f32(y, x), x_layout.shape().clone()))
     }
 

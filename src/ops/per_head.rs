@@ -1,7 +1,7 @@
 //! Products with a head's part of a weight, in both orientations.
 
 use super::activations::{from_f32, to_f32};
-use crate::cpu::{self, HeadRows};
+use crate::cpu::{self, Arithmetic, Executor, HeadRows};
 use crate::fp4::Weight;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Shape, Tensor};
@@ -25,6 +25,7 @@ pub struct PerHead {
     pub(super) weight: Weight,
     pub(super) rows: HeadRows,
     pub(super) orientation: Orientation,
+    pub(super) arithmetic: Arithmetic,
 }
 
 impl PerHead {
@@ -42,7 +43,14 @@ impl PerHead {
             weight,
             rows,
             orientation,
+            arithmetic: Arithmetic::default(),
         })
+    }
+
+    /// The same op in this arithmetic, on the CPU; the default is [`Arithmetic::W4A8`]. Transposed products are
+    /// exact in either.
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
     }
 
     /// Applies the op to `x` `[…, heads, K]` ([`Orientation::Ordinary`]) or `[…, heads, len]`
@@ -73,10 +81,15 @@ impl CustomOp1 for PerHead {
         }
         let x = to_f32(OP, "x", storage, layout)?;
         let m = x.len() / (heads * from);
-        let y = match self.orientation {
-            Orientation::Ordinary => cpu::per_head(&self.weight, self.rows, &x, m),
-            Orientation::Transposed => cpu::per_head_transposed(&self.weight, self.rows, &x, m),
-        };
+        let (executor, mut y) = (Executor::current()?, vec![0.0; m * heads * to]);
+        match self.orientation {
+            Orientation::Ordinary => {
+                cpu::per_head(&executor, &self.weight, self.rows, &x, self.arithmetic, &mut y)
+            }
+            Orientation::Transposed => {
+                cpu::per_head_transposed(&executor, &self.weight, self.rows, &x, &mut y)
+            }
+        }
         if let Some(last) = dims.last_mut() {
             *last = to;
         }

@@ -254,7 +254,7 @@ impl Kernel<&Tensor> for Linear {
         let result = self.forward(x)?;
         let (n, k) = self.weight().shape();
         let x = to_f32(x)?;
-        let mut y = reference::linear(self.weight(), &x, x.len() / k);
+        let mut y = reference::linear(self.weight(), &x, x.len() / k, self.arithmetic());
         for row in y.chunks_exact_mut(n) {
             for (value, bias) in row.iter_mut().zip(self.bias().unwrap_or_default()) {
                 *value += bias;
@@ -269,9 +269,13 @@ impl Kernel<&Tensor> for PerHead {
         let result = self.forward(x)?;
         let (x, k) = (to_f32(x)?, self.weight.shape().1);
         let y = match self.orientation {
-            Orientation::Ordinary => {
-                reference::per_head(&self.weight, self.rows, &x, x.len() / (self.rows.heads * k))
-            }
+            Orientation::Ordinary => reference::per_head(
+                &self.weight,
+                self.rows,
+                &x,
+                x.len() / (self.rows.heads * k),
+                self.arithmetic,
+            ),
             Orientation::Transposed => {
                 let m = x.len() / (self.rows.heads * self.rows.len);
                 reference::per_head_transposed(&self.weight, self.rows, &x, m)
@@ -287,7 +291,15 @@ impl Kernel<(&Tensor, &Tensor, &Tensor)> for FusedMoe {
         let top_k = ids.dims().last().copied().unwrap_or(1);
         let ids = ids.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
         let (x, weights) = (to_f32(x)?, to_f32(weights)?);
-        let y = reference::fused_moe(self.experts(), self.shared(), &x, &ids, &weights, top_k);
+        let y = reference::fused_moe(
+            self.experts(),
+            self.shared(),
+            &x,
+            &ids,
+            &weights,
+            top_k,
+            self.arithmetic(),
+        );
         compare(&result, y, Tolerance::of(result.dtype()))
     }
 }

@@ -7,6 +7,7 @@ use anyhow::bail;
 use candle_core::Device;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
 use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::cpu::{Arithmetic, Executor};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
@@ -41,6 +42,12 @@ pub struct Arguments {
     /// given several times.
     #[arg(long, value_name = "PATTERN", requires = "quantize")]
     keep: Vec<String>,
+    /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
+    #[arg(long)]
+    exact: bool,
+    /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -60,6 +67,7 @@ impl Arguments {
     /// Fetches the model where it has to be, loads it, and says what the user should know; tells how long loading
     /// took, without the download.
     pub fn load(&self) -> anyhow::Result<(Pipeline, Duration)> {
+        Executor::start(self.threads)?;
         let device = self.device()?;
         let files = match &self.model {
             Some(model) => find(model, self.refresh)?,
@@ -86,11 +94,19 @@ impl Arguments {
         Ok((pipeline, elapsed))
     }
 
+    fn arithmetic(&self) -> Arithmetic {
+        match self.exact {
+            true => Arithmetic::Exact,
+            false => Arithmetic::W4A8,
+        }
+    }
+
     fn load_options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
             skip_layers: self.skip_layers.clone(),
             keep: self.keep.clone(),
+            arithmetic: self.arithmetic(),
         }
     }
 

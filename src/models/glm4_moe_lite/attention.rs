@@ -17,7 +17,7 @@ use crate::cpu::HeadRows;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RotaryEmbedding};
-use crate::ops::{Orientation, PerHead};
+use crate::ops::{JoinedLinear, Orientation, PerHead};
 use candle_core::{D, Module, Tensor};
 use candle_nn::RmsNorm;
 
@@ -73,19 +73,16 @@ pub(super) struct Segment<'a> {
 }
 
 #[derive(Debug)]
-enum Query {
-    Direct(MmfP4Linear),
-    LowRank {
-        a: MmfP4Linear,
-        norm: RmsNorm,
-        b: MmfP4Linear,
-    },
+struct LowRankQuery {
+    norm: RmsNorm,
+    b: MmfP4Linear,
 }
 
 #[derive(Debug)]
 pub(super) struct Attention {
-    query: Query,
-    kv_a: MmfP4Linear,
+    /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
+    input: JoinedLinear,
+    low_rank: Option<LowRankQuery>,
     kv_norm: RmsNorm,
     kv_b: MmfP4Linear,
     absorb_query: PerHead,
@@ -113,14 +110,16 @@ impl Attention {
         );
         let (bias, name) = (config.attention_bias, |part: &str| format!("{prefix}.{part}"));
         let queries = heads * (nope + rope);
-        let query = match config.q_lora_rank {
-            None => Query::Direct(loader.linear(&name("q_proj"), queries, hidden, false)?),
-            Some(rank) => Query::LowRank {
-                a: loader.linear(&name("q_a_proj"), rank, hidden, bias)?,
-                norm: loader.rms_norm(&name("q_a_layernorm"), rank, INNER_EPS)?,
-                b: loader.linear(&name("q_b_proj"), queries, rank, false)?,
-            },
+        let (query, low_rank) = match config.q_lora_rank {
+            None => (loader.linear(&name("q_proj"), queries, hidden, false)?, None),
+            Some(rank) => {
+                let a = loader.linear(&name("q_a_proj"), rank, hidden, bias)?;
+                let norm = loader.rms_norm(&name("q_a_layernorm"), rank, INNER_EPS)?;
+                let b = loader.linear(&name("q_b_proj"), queries, rank, false)?;
+                (a, Some(LowRankQuery { norm, b }))
+            }
         };
+        let kv_a = loader.linear(&name("kv_a_proj_with_mqa"), latent + rope, hidden, bias)?;
         let kv_b = loader.linear(&name("kv_b_proj"), heads * (nope + value), latent, false)?;
         // A head's rows of kv_b: first those of its keys, then those of its values.
         let keys = HeadRows {
@@ -135,11 +134,13 @@ impl Attention {
             ..keys
         };
         Ok(Self {
-            query,
-            kv_a: loader.linear(&name("kv_a_proj_with_mqa"), latent + rope, hidden, bias)?,
+            input: JoinedLinear::new(vec![query.op().clone(), kv_a.op().clone()])?,
+            low_rank,
             kv_norm: loader.rms_norm(&name("kv_a_layernorm"), latent, INNER_EPS)?,
-            absorb_query: PerHead::new(kv_b.weight().clone(), keys, Orientation::Transposed)?,
-            expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?,
+            absorb_query: PerHead::new(kv_b.weight().clone(), keys, Orientation::Transposed)?
+                .with_arithmetic(loader.arithmetic()),
+            expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
+                .with_arithmetic(loader.arithmetic()),
             kv_b,
             output: loader.linear(&name("o_proj"), hidden, heads * value, bias)?,
             heads,
@@ -162,10 +163,14 @@ impl Attention {
         trace: &mut Trace<'_, '_>,
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
-        let query = match &self.query {
-            Query::Direct(projection) => trace.see("q_proj", x, projection.forward(x)?)?,
-            Query::LowRank { a, norm, b } => {
-                let low = trace.see("q_a_proj", x, a.forward(x)?)?;
+        let both = self.input.forward(x)?;
+        let kv_width = self.latent + self.rope;
+        let query_width = both.dim(1)? - kv_width;
+        let query = both.narrow(1, 0, query_width)?;
+        let query = match &self.low_rank {
+            None => trace.see("q_proj", x, query)?,
+            Some(LowRankQuery { norm, b }) => {
+                let low = trace.see("q_a_proj", x, query.contiguous()?)?;
                 let low = trace.see("q_a_layernorm", &low, norm.forward(&low)?)?;
                 trace.see("q_b_proj", &low, b.forward(&low)?)?
             }
@@ -174,7 +179,7 @@ impl Attention {
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;
         let query_rope = rotary.forward(&query.narrow(D::Minus1, self.nope, self.rope)?, angles)?;
 
-        let kv = trace.see("kv_a_proj_with_mqa", x, self.kv_a.forward(x)?)?;
+        let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
         let latent = kv.narrow(1, 0, self.latent)?.contiguous()?;
         let latent = trace.see("kv_a_layernorm", &latent, self.kv_norm.forward(&latent)?)?;
         let key_rope = kv.narrow(1, self.latent, self.rope)?.unsqueeze(1)?;

@@ -4,6 +4,7 @@ use super::attention::{Attention, AttentionPath, Segment};
 use super::config::Config;
 use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
+use crate::cpu::Executor;
 use crate::models::observe::{Observer, Trace};
 use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
 use crate::{Error, Result};
@@ -95,6 +96,8 @@ impl Model {
                 "a Metal device",
             ));
         }
+        // What the environment says of instructions and threads may be wrong; better to hear of it here.
+        Executor::current()?;
         let loader = Loader::new(checkpoint, options, device, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);

@@ -47,7 +47,7 @@ impl FeedForward {
             0 => Vec::new(),
             count => vec![expert(format!("{prefix}.shared_experts"), width * count)?],
         };
-        let experts = FusedMoe::new(routed, shared)?;
+        let experts = FusedMoe::new(routed, shared)?.with_arithmetic(loader.arithmetic());
         loader.note_copied(prefix, experts.copied_bytes());
 
         let routing = Routing {

@@ -1,0 +1,164 @@
+//! AVX-512 with VNNI: Intel from Ice Lake (servers), AMD from Zen 4.
+
+use super::Simd;
+use std::arch::x86_64::*;
+
+pub(super) fn available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+}
+
+pub(super) struct Avx512;
+
+/// Twice the value of each code, plus 12.
+const DOUBLED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+
+// SAFETY, for every function below: the instructions are the caller's promise, as is the memory behind pointers.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    const BIASED: bool = true;
+    type Int = __m512i;
+    type Float = __m512;
+    type Bytes = __m512i;
+
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, bytes: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), bytes) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_bytes(bytes: [i8; 4]) -> __m512i {
+        unsafe { _mm512_set1_epi32(i32::from_ne_bytes(bytes.map(|b| b as u8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn lookup(codes: __m512i) -> (__m512i, __m512i) {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(DOUBLED.as_ptr().cast()));
+            let low = _mm512_set1_epi8(15);
+            (
+                _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low)),
+                _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: __m512i, codes: __m512i, x: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sums, codes, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_int(from: *const i32) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn to_float(values: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(values) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, values: __m512) {
+        unsafe { _mm512_storeu_ps(to, values) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(values: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(values) }
+    }
+
+    /// Sixteen rows of sixteen words, in four rounds of two-register shuffles.
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
+        unsafe {
+            let mut a: [__m512i; 16] = std::array::from_fn(|r| _mm512_loadu_si512(rows[r].cast()));
+            let mut b = a;
+            for i in 0..8 {
+                b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            for i in 0..4 {
+                a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+                a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+            }
+            // a[4q + c] holds, in its 128-bit part p, word 4p + c of rows 4q to 4q + 3.
+            for c in 0..4 {
+                let low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+                let high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+                let low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+                let high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+                let words = [
+                    _mm512_shuffle_i32x4(low, low2, 0x88),
+                    _mm512_shuffle_i32x4(high, high2, 0x88),
+                    _mm512_shuffle_i32x4(low, low2, 0xdd),
+                    _mm512_shuffle_i32x4(high, high2, 0xdd),
+                ];
+                for (p, word) in words.into_iter().enumerate() {
+                    _mm512_storeu_si512(to.add(64 * (4 * p + c)).cast(), word);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn decode(codes: *const u8, scales: [f32; 2], to: *mut f32) {
+        unsafe {
+            let table = _mm512_loadu_ps(crate::fp4::code::VALUES.as_ptr());
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+            // A permutation takes the low four bits of each index.
+            let even = _mm512_permutexvar_ps(bytes, table);
+            let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+            let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            let low = _mm512_permutex2var_ps(even, first, odd);
+            let high = _mm512_permutex2var_ps(even, second, odd);
+            _mm512_storeu_ps(to, _mm512_mul_ps(low, _mm512_set1_ps(scales[0])));
+            _mm512_storeu_ps(to.add(16), _mm512_mul_ps(high, _mm512_set1_ps(scales[1])));
+        }
+    }
+}
+
+super::generic::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma");

@@ -1,0 +1,179 @@
+//! The kernels' inner loops, one set for each instruction set.
+//!
+//! [`generic`] holds each loop once, written over the few operations of [`Simd`]; an instruction set is an
+//! implementation of those and a [`Kernels`] table of the loops compiled for it.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod generic;
+mod portable;
+mod scales;
+
+use super::Isa;
+use super::activations::{Block, Rounded};
+use crate::fp4::{Fp4Tensor, Weight};
+use std::ops::Range;
+
+/// Rows of weights in a tile.
+pub(super) const TILE: usize = 64;
+
+/// Some rows of an FP4 matrix, as bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Fp4Rows<'a> {
+    pub tensor: &'a Fp4Tensor,
+    pub first: usize,
+    pub rows: usize,
+}
+
+/// Which rows of activations a product takes, in order.
+#[derive(Clone, Copy)]
+pub(super) enum Selection<'a> {
+    /// `first`, `first + step`, …
+    Every { first: usize, step: usize, count: usize },
+    /// These.
+    Rows(&'a [u32]),
+}
+
+impl Selection<'_> {
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Every { count, .. } => *count,
+            Self::Rows(rows) => rows.len(),
+        }
+    }
+
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> usize {
+        match self {
+            Self::Every { first, step, .. } => first + i * step,
+            Self::Rows(rows) => rows[i] as usize,
+        }
+    }
+}
+
+/// Memory that a thread keeps from one tile to the next.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// Decoded scales, f32 rows, gathered activations.
+    pub floats: Vec<f32>,
+    pub weights: Vec<f32>,
+    pub gathered: Vec<f32>,
+    /// A tile's result before it goes where it belongs.
+    pub tile: Vec<f32>,
+    pub other_tile: Vec<f32>,
+    /// A block of decoded codes.
+    pub codes: Box<CodeTile>,
+}
+
+/// 64 rows of 128 codes, doubled, as bytes, in the order in which a tile product reads them.
+#[repr(C, align(64))]
+pub(super) struct CodeTile(pub [u8; TILE * 128]);
+
+impl Default for CodeTile {
+    fn default() -> Self {
+        Self([0; TILE * 128])
+    }
+}
+
+/// The first `len` elements; the vector grows where it is too short, and never shrinks.
+#[inline(always)]
+pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    &mut memory[..len]
+}
+
+/// The loops of an instruction set.
+///
+/// All of them are `unsafe` for one reason: the processor must have the instructions, which [`Kernels::of`]
+/// checks before it hands out a table.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    /// Rounds a row of activations; see [`generic::round`].
+    pub round: unsafe fn(x: &[f32], row: usize, rows: usize, blocks: *mut Block),
+    /// FP4 weights times rounded activations; see [`generic::w4a8`].
+    pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
+    /// Any weights times f32 activations; see [`generic::exact`].
+    pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
+    /// The transposed product; see [`generic::columns`].
+    pub columns:
+        unsafe fn(&Weight, Range<usize>, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
+    /// `silu(gate) · up` in place of `gate`; see [`generic::swiglu`].
+    pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// Sums of 64-byte words; see [`generic::read`].
+    pub read: unsafe fn(&[u8]) -> u64,
+}
+
+impl Kernels {
+    /// The loops of an instruction set, if this machine can run it.
+    pub fn of(isa: Isa) -> Option<&'static Self> {
+        match isa {
+            Isa::Reference => Some(&portable::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if avx512::available() => Some(&avx512::KERNELS),
+            _ => None,
+        }
+    }
+}
+
+/// The operations that the loops are written in, on registers of [`LANES`](Self::LANES) 32-bit lanes.
+///
+/// # Safety
+/// Every function needs the instructions of its implementation; pointers are read and written for a whole
+/// register unless a function says otherwise, at any alignment.
+pub(super) trait Simd {
+    /// 32-bit lanes in a register: 4, 8 or 16.
+    const LANES: usize;
+    /// Whether doubled codes are bytes with 12 added (see [`Block::corrections`]).
+    const BIASED: bool;
+    /// A register of i32.
+    type Int: Copy;
+    /// A register of f32.
+    type Float: Copy;
+    /// A register of bytes.
+    type Bytes: Copy;
+
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    unsafe fn store_bytes(to: *mut u8, bytes: Self::Bytes);
+    /// The four bytes in each lane.
+    unsafe fn splat_bytes(bytes: [i8; 4]) -> Self::Bytes;
+    /// The doubled values of the low and of the high nibbles.
+    unsafe fn lookup(codes: Self::Bytes) -> (Self::Bytes, Self::Bytes);
+    /// Adds in each lane the products of four bytes: doubled codes times activations.
+    unsafe fn dot(sums: Self::Int, codes: Self::Bytes, x: Self::Bytes) -> Self::Int;
+
+    unsafe fn load_int(from: *const i32) -> Self::Int;
+    unsafe fn splat_int(value: i32) -> Self::Int;
+    unsafe fn to_float(values: Self::Int) -> Self::Float;
+
+    unsafe fn load(from: *const f32) -> Self::Float;
+    unsafe fn store(to: *mut f32, values: Self::Float);
+    unsafe fn splat(value: f32) -> Self::Float;
+    unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `a · b + c`.
+    unsafe fn fma(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// The sum of all lanes.
+    unsafe fn sum(values: Self::Float) -> f32;
+
+    /// Reads 64 bytes at each of `LANES` rows and writes their 32-bit words transposed: `to[word][row]`.
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
+        for (r, row) in rows.iter().enumerate() {
+            for word in 0..16 {
+                // SAFETY: the caller's promise: 64 bytes a row, `LANES` rows of 16 words at `to`.
+                unsafe {
+                    let value = row.cast::<u32>().add(word).read_unaligned();
+                    to.cast::<u32>()
+                        .add(word * Self::LANES + r)
+                        .write_unaligned(value);
+                }
+            }
+        }
+    }
+
+    /// Decodes 16 bytes of codes, of which each eight have a scale, to 32 values in their order.
+    unsafe fn decode(codes: *const u8, scales: [f32; 2], to: *mut f32);
+}
