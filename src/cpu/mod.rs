@@ -18,6 +18,7 @@ mod linear;
 mod moe;
 mod pool;
 pub mod reference;
+pub mod roofline;
 mod router;
 mod simd;
 mod tile;
