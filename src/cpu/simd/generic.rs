@@ -111,8 +111,8 @@ pub(super) unsafe fn round(x: &[f32], row: usize, rows: usize, blocks: *mut Bloc
 /// `out[i, r] = Σ_k x[i, k] · w[first + r, k]` for up to 64 rows of weights and the selected rows of rounded
 /// activations; a row of `out` is 64 long.
 ///
-/// One row of activations runs along the rows of weights as they lie, at the memory's speed. More run over blocks of
-/// 64 rows by 128 codes, decoded once into the first-level cache.
+/// Up to eight rows of activations go along the rows of weights as they lie, at the memory's speed. More run over
+/// blocks of 64 rows by 128 codes, decoded once into the first-level cache.
 #[inline(always)]
 pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     weights: Fp4Rows<'_>,
@@ -122,33 +122,32 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     scratch: &mut Scratch,
 ) {
     let k = weights.tensor.shape().1;
-    let blocks = k.div_ceil(BLOCK);
     let m = selection.len();
     assert!(
-        x.blocks.len() == blocks * x.rows
+        x.blocks.len() == k.div_ceil(BLOCK) * x.rows
             && (0..m).all(|i| selection.row(i) < x.rows)
-            && (m == 1 || weights.rows <= TILE)
-            && out.len() >= if m == 1 { weights.rows } else { m * TILE },
+            && weights.rows <= TILE
+            && out.len() >= m * TILE,
         "w4a8"
     );
-    unsafe {
-        if m == 1 {
-            one::<S>(weights, x, selection.row(0), out, scratch);
-        } else {
-            many::<S, NR, MR>(weights, x, selection, out, scratch);
-        }
+    macro_rules! few {
+        ($($m:literal)*) => {
+            match m {
+                $($m => unsafe { along_rows::<S, $m>(weights, x, selection, out, scratch) },)*
+                _ => unsafe { many::<S, NR, MR>(weights, x, selection, out, scratch) },
+            }
+        };
     }
+    few!(1 2 3 4 5 6 7 8);
 }
 
-/// Rows of weights that run side by side.
-const SIDE_BY_SIDE: usize = 4;
-
-/// Each row of weights along its codes, sums in the lanes of a register.
+/// Each row of weights along its codes, the one stream that memory serves best, with `M` rows of activations; sums
+/// in the lanes of a register each.
 #[inline(always)]
-unsafe fn one<S: Simd>(
+unsafe fn along_rows<S: Simd, const M: usize>(
     weights: Fp4Rows<'_>,
     x: Rounded<'_>,
-    row: usize,
+    selection: Selection<'_>,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
@@ -157,9 +156,8 @@ unsafe fn one<S: Simd>(
     let groups = k / tensor.group();
     let scales = sized(&mut scratch.floats, weights.rows * groups);
     scales::decode(tensor, weights.first * groups, scales);
-    let x = (&x.blocks[row..], x.rows);
     if tensor.group() == BLOCK {
-        return unsafe { each_row::<S, true>(codes, scales, x, &mut out[..weights.rows]) };
+        return unsafe { each_row::<S, M, true>(codes, scales, k, x, selection, out) };
     }
     // A scale a lane, so that the loop is the same for all smaller groups.
     let lanes = tensor.group() / 8;
@@ -171,98 +169,85 @@ unsafe fn one<S: Simd>(
         }
         by_lane[groups * lanes..].fill(0.0);
     }
-    unsafe { each_row::<S, false>(codes, by_lane, x, &mut out[..weights.rows]) }
+    unsafe { each_row::<S, M, false>(codes, by_lane, k, x, selection, out) }
 }
 
-/// A row of weights for each element of `out`. `WIDE`: a scale a block of 128, else one a lane. `x` is a row's first
-/// block, and how far apart its blocks lie.
+/// `WIDE`: a scale a block of 128, else one a lane.
 #[inline(always)]
-unsafe fn each_row<S: Simd, const WIDE: bool>(
+unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
     codes: &[u8],
     scales: &[f32],
-    x: (&[Block], usize),
+    k: usize,
+    x: Rounded<'_>,
+    selection: Selection<'_>,
     out: &mut [f32],
 ) {
-    let (row_bytes, per_row) = (codes.len() / out.len(), scales.len() / out.len());
-    let mut sets = out.chunks_exact_mut(SIDE_BY_SIDE);
-    let mut r = 0;
-    for out in &mut sets {
-        let codes = &codes[r * row_bytes..][..SIDE_BY_SIDE * row_bytes];
-        let scales = &scales[r * per_row..][..SIDE_BY_SIDE * per_row];
-        let sums = unsafe { side_by_side::<S, WIDE, SIDE_BY_SIDE>(codes, scales, x) };
-        out.copy_from_slice(&sums);
-        r += SIDE_BY_SIDE;
+    let blocks = k.div_ceil(BLOCK);
+    let per_row = if WIDE { blocks } else { blocks * BLOCK_LANES };
+    let (whole, rest) = (k / BLOCK, k % BLOCK / 2);
+    let mut first = [x.blocks.as_ptr(); M];
+    for i in 0..M {
+        first[i] = x.blocks[selection.row(i)..].as_ptr();
     }
-    for out in sets.into_remainder() {
-        let codes = &codes[r * row_bytes..][..row_bytes];
-        let scales = &scales[r * per_row..][..per_row];
-        [*out] = unsafe { side_by_side::<S, WIDE, 1>(codes, scales, x) };
-        r += 1;
-    }
-}
-
-/// The products of `R` rows with one row of activations.
-#[inline(always)]
-unsafe fn side_by_side<S: Simd, const WIDE: bool, const R: usize>(
-    codes: &[u8],
-    scales: &[f32],
-    (x, stride): (&[Block], usize),
-) -> [f32; R] {
-    let (row_bytes, per_row) = (codes.len() / R, scales.len() / R);
-    let (whole, rest) = (row_bytes / BLOCK_BYTES, row_bytes % BLOCK_BYTES);
-    unsafe {
-        let mut sums = [S::splat(0.0); R];
-        for b in 0..whole {
-            let at = if WIDE { b } else { b * BLOCK_LANES };
-            let codes = (codes.as_ptr().add(b * BLOCK_BYTES), row_bytes);
-            let scales = (scales.as_ptr().add(at), per_row);
-            block::<S, WIDE, R>(&mut sums, codes, scales, x.get_unchecked(b * stride));
-        }
-        if rest > 0 {
-            let mut padded = [[0u8; BLOCK_BYTES]; R];
-            for (r, padded) in padded.iter_mut().enumerate() {
-                padded[..rest].copy_from_slice(&codes[r * row_bytes + whole * BLOCK_BYTES..][..rest]);
+    for (r, (codes, scales)) in codes
+        .chunks_exact(k / 2)
+        .zip(scales.chunks_exact(per_row))
+        .enumerate()
+    {
+        // SAFETY: a row has `whole` blocks of codes and a rest, and the scales of all of them; block b of a row of
+        // activations lies b · x.rows after its first.
+        unsafe {
+            let mut sums = [S::splat(0.0); M];
+            for b in 0..whole {
+                let scales = scales.as_ptr().add(if WIDE { b } else { b * BLOCK_LANES });
+                block::<S, M, WIDE>(
+                    &mut sums,
+                    codes.as_ptr().add(b * BLOCK_BYTES),
+                    scales,
+                    &first,
+                    b * x.rows,
+                );
             }
-            let at = if WIDE { whole } else { whole * BLOCK_LANES };
-            let codes = (padded.as_ptr().cast(), BLOCK_BYTES);
-            let scales = (scales.as_ptr().add(at), per_row);
-            block::<S, WIDE, R>(&mut sums, codes, scales, &x[whole * stride]);
+            if rest > 0 {
+                let mut padded = [0u8; BLOCK_BYTES];
+                padded[..rest].copy_from_slice(&codes[whole * BLOCK_BYTES..]);
+                let scales = scales.as_ptr().add(whole * BLOCK_LANES);
+                block::<S, M, WIDE>(&mut sums, padded.as_ptr(), scales, &first, whole * x.rows);
+            }
+            for i in 0..M {
+                out[i * TILE + r] = S::sum(sums[i]);
+            }
         }
-        let mut out = [0.0; R];
-        for r in 0..R {
-            out[r] = S::sum(sums[r]);
-        }
-        out
     }
 }
 
-/// Adds the products with one block of 128. Codes and scales are a pointer to the first row's and what lies between
-/// one row's and the next.
+/// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
 #[inline(always)]
-unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
-    sums: &mut [S::Float; R],
-    codes: (*const u8, usize),
-    scales: (*const f32, usize),
-    x: &Block,
+unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
+    sums: &mut [S::Float; M],
+    codes: *const u8,
+    scales: *const f32,
+    x: &[*const Block; M],
+    offset: usize,
 ) {
     unsafe {
-        let step = S::splat(x.scale);
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
-            let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
-            let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-            let start = match S::BIASED {
-                true => S::load_int(x.corrections.as_ptr().add(lanes)),
-                false => S::splat_int(0),
+            let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
+            let scale = match WIDE {
+                true => S::splat(*scales),
+                false => S::load(scales.add(lanes)),
             };
-            for r in 0..R {
-                let (low, high) = S::lookup(S::load_bytes(codes.0.add(r * codes.1 + bytes)));
-                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                let scale = match WIDE {
-                    true => S::splat(*scales.0.add(r * scales.1)),
-                    false => S::load(scales.0.add(r * scales.1 + lanes)),
+            for i in 0..M {
+                let x = &*x[i].add(offset);
+                let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
+                let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
+                let start = match S::BIASED {
+                    true => S::load_int(x.corrections.as_ptr().add(lanes)),
+                    false => S::splat_int(0),
                 };
-                sums[r] = S::fma(whole, S::mul(scale, step), sums[r]);
+                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                sums[i] = S::fma(whole, S::mul(scale, S::splat(x.scale)), sums[i]);
             }
         }
     }
@@ -271,6 +256,9 @@ unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
 /// Rows of activations that meet a decoded block before the next one's turn: with their sums they fit the first-level
 /// cache beside it.
 const CHUNK: usize = 48;
+
+/// How many blocks ahead codes are asked for: 64 rows are more streams than a processor follows by itself.
+const AHEAD: usize = 3;
 
 /// Blocks of 64 rows by 128 codes, decoded once each, times all selected rows of activations.
 #[inline(always)]
@@ -309,6 +297,12 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
         for b in 0..blocks {
             let codes_of_block = &mut scratch.codes[b % kept].0;
             if chunk == 0 {
+                for row in codes.chunks_exact(row_bytes) {
+                    let ahead = (b + AHEAD) * BLOCK_BYTES;
+                    if ahead < row_bytes {
+                        unsafe { S::prefetch(row[ahead..].as_ptr()) };
+                    }
+                }
                 unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, codes_of_block) };
             }
             let scales = &by_row[b * BLOCK / group * TILE..];

@@ -163,6 +163,10 @@ pub(super) trait Simd {
     /// The sum of all lanes.
     unsafe fn sum(values: Self::Float) -> f32;
 
+    /// Asks for the line of the cache that holds this byte.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
     /// Reads 64 bytes at each of `LANES` rows and writes their 32-bit words transposed: `to[word][row]`.
     #[inline(always)]
     unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
