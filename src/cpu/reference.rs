@@ -2,7 +2,7 @@
 //!
 //! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
 
-use super::{Arithmetic, Expert, HeadRows, Routing};
+use super::{Arithmetic, Attention, Expert, HeadRows, Routing};
 use crate::fp4::Weight;
 use std::borrow::Cow;
 
@@ -132,6 +132,42 @@ pub fn fused_moe(
             }
         }
         y.extend(sum.into_iter().map(|v| v as f32));
+    }
+    y
+}
+
+/// `y[i, h] = Σ_t softmax_t(scale · q · k) · v` for `n` queries, over the keys each sees; see
+/// [`cpu::attend`](super::attend).
+pub fn attention(attention: Attention<'_>, n: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(n * attention.heads * attention.values.width);
+    for i in 0..n {
+        for h in 0..attention.heads {
+            let query: Vec<f32> = attention
+                .queries
+                .iter()
+                .flat_map(|part| part.get(i, h))
+                .copied()
+                .collect();
+            let score = |t: usize| {
+                let key = attention.keys.iter().flat_map(|part| part.get(t, h));
+                let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
+                products.sum::<f64>() * f64::from(attention.scale)
+            };
+            let visible = attention.visible(i);
+            let scores: Vec<f64> = visible.clone().map(score).collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for c in 0..attention.values.width {
+                let value = |t: usize| f64::from(attention.values.get(t, h)[c]);
+                let mixed: f64 = visible
+                    .clone()
+                    .zip(&weights)
+                    .map(|(t, w)| w / sum * value(t))
+                    .sum();
+                y.push(mixed as f32);
+            }
+        }
     }
     y
 }

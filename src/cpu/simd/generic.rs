@@ -22,8 +22,9 @@ const BLOCK_LANES: usize = BLOCK_BYTES / 4;
 macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
-            use super::super::{Fp4Rows, Kernels, Scratch, Selection, generic};
+            use super::super::{Fp4Rows, Kernels, Scratch, Selection, attention, generic};
             use crate::cpu::activations::{Block, Rounded};
+            use crate::cpu::attention::Task;
             use crate::fp4::Weight;
             use std::ops::Range;
 
@@ -78,11 +79,17 @@ macro_rules! kernels {
             }
 
             $(#[target_feature(enable = $features)])?
+            unsafe fn attend(task: &Task<'_>, out: &mut [f32], scratch: &mut Scratch) {
+                // SAFETY: as the caller promises.
+                unsafe { attention::attend::<super::$simd, $registers, $rows>(task, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
             unsafe fn read(bytes: &[u8]) -> u64 {
                 generic::read(bytes)
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, read };
+            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read };
         }
         pub(super) use kernels::KERNELS;
     };
@@ -543,7 +550,7 @@ pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
 /// e^x to within two units in the last place, in arithmetic that a compiler turns into vector instructions; x above
 /// 88 counts as 88, below -87 as -87.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     // 2^23 · 1.5: adding it leaves a whole number in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);

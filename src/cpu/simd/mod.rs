@@ -3,6 +3,7 @@
 //! [`generic`] holds each loop once, written over the few operations of [`Simd`]; an instruction set is an
 //! implementation of those and a [`Kernels`] table of the loops compiled for it.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod generic;
@@ -11,6 +12,7 @@ mod scales;
 
 use super::Isa;
 use super::activations::{Block, Rounded};
+use super::attention::Task;
 use crate::fp4::{Fp4Tensor, Weight};
 use std::ops::Range;
 
@@ -102,6 +104,8 @@ pub(super) struct Kernels {
         unsafe fn(&Weight, Range<usize>, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
     /// `silu(gate) · up` in place of `gate`; see [`generic::swiglu`].
     pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// Some rows of attention; see [`attention::attend`].
+    pub attend: unsafe fn(&Task<'_>, &mut [f32], &mut Scratch),
     /// Sums of 64-byte words; see [`generic::read`].
     pub read: unsafe fn(&[u8]) -> u64,
 }

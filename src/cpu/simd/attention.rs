@@ -1,0 +1,292 @@
+//! The inner loops of attention, once for all instruction sets.
+
+// SAFETY, for the whole file: the functions are unsafe because the operations of `Simd` are; their callers promise
+// the instructions. Memory is checked where pointers are made from slices.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+use super::generic::exp;
+use super::{Scratch, Simd, sized};
+use crate::cpu::attention::Task;
+
+/// Keys that are taken at a time.
+const KEYS: usize = 64;
+
+/// The rows of a task, `[rows, values.width]`.
+///
+/// For each block of keys: scores of all rows, then the softmax's numerators with the running maximum, then their
+/// product with the values, added to what the blocks before gave, rescaled to the same maximum.
+#[inline(always)]
+pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
+    task: &Task<'_>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let attention = &task.attention;
+    let (rows, width, value) = (task.len(), attention.width(), attention.values.width);
+    assert!(rows > 0 && out.len() == rows * value);
+    let queries = aligned(&mut scratch.floats, rows * width);
+    gather(task, width, queries);
+    let scores = aligned(&mut scratch.tile, rows * KEYS);
+    let keys = aligned(&mut scratch.weights, KEYS * width);
+    let (maxima, sums) = sized(&mut scratch.gathered, 2 * rows).split_at_mut(rows);
+    maxima.fill(f32::NEG_INFINITY);
+    sums.fill(0.0);
+    out.fill(0.0);
+
+    // Later rows see later keys.
+    let seen = attention.visible(task.row(0).0).start..attention.visible(task.row(rows - 1).0).end;
+    for first in seen.clone().step_by(KEYS) {
+        let count = (seen.end - first).min(KEYS);
+        unsafe {
+            pack::<S>(task, first, count, width, keys);
+            let (a, b) = (Rows::of(queries, width), Columns::packed::<S>(keys, width));
+            let columns = count.div_ceil(S::LANES) * S::LANES;
+            product::<S, NR, MR>(a, b, (rows, width, columns), (scores, KEYS), false);
+        }
+        for (index, scores) in scores.as_chunks_mut::<KEYS>().0.iter_mut().enumerate() {
+            let visible = attention.visible(task.row(index).0);
+            let end = visible.end.min(first + count);
+            let visible = visible.start.max(first) - first..end.max(first) - first;
+            if visible.is_empty() {
+                scores.fill(0.0);
+                continue;
+            }
+            scores[..visible.start].fill(f32::NEG_INFINITY);
+            scores[visible.end..].fill(f32::NEG_INFINITY);
+            let maximum = lanes(scores, f32::NEG_INFINITY, larger).max(maxima[index]);
+            scores.iter_mut().for_each(|score| *score = exp(*score - maximum));
+            // `exp` gives a tiny number, not zero, for what is hidden.
+            scores[..visible.start].fill(0.0);
+            scores[visible.end..].fill(0.0);
+            let before = exp(maxima[index] - maximum);
+            if maximum != maxima[index] {
+                out[index * value..][..value]
+                    .iter_mut()
+                    .for_each(|v| *v *= before);
+            }
+            sums[index] = sums[index] * before + lanes(scores, 0.0, |a, b| a + b);
+            maxima[index] = maximum;
+        }
+        unsafe {
+            let values = attention.values;
+            // The last element read is there: `get` would panic.
+            values.get(first + count - 1, task.head());
+            let b = Columns {
+                start: values.get(first, task.head()).as_ptr(),
+                row: values.row,
+                register: S::LANES,
+            };
+            product::<S, NR, MR>(
+                Rows::of(scores, KEYS),
+                b,
+                (rows, count, value),
+                (out, value),
+                true,
+            );
+        }
+    }
+    for (out, sum) in out.chunks_exact_mut(value).zip(sums) {
+        let factor = 1.0 / *sum;
+        out.iter_mut().for_each(|v| *v *= factor);
+    }
+}
+
+/// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
+#[inline(always)]
+fn aligned(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    let all = sized(memory, len + 15);
+    let skip = all.as_ptr().align_offset(64).min(15);
+    &mut all[skip..][..len]
+}
+
+/// The task's queries, their parts side by side, times the scale.
+#[inline(always)]
+fn gather(task: &Task<'_>, width: usize, queries: &mut [f32]) {
+    for (index, mut query) in queries.chunks_exact_mut(width).enumerate() {
+        let (i, h) = task.row(index);
+        for part in task.attention.queries {
+            let (place, rest) = query.split_at_mut(part.width);
+            for (place, value) in place.iter_mut().zip(part.get(i, h)) {
+                *place = value * task.attention.scale;
+            }
+            query = rest;
+        }
+    }
+}
+
+/// Transposes keys: sets of `LANES` of them, in a set an element of all keys after the other. What is missing to a whole
+/// set is the last key again.
+#[inline(always)]
+unsafe fn pack<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usize, to: &mut [f32]) {
+    let h = task.head();
+    let sets = to
+        .chunks_exact_mut(width * S::LANES)
+        .take(count.div_ceil(S::LANES));
+    for (set, mut to) in sets.enumerate() {
+        for part in task.attention.keys {
+            let mut keys = [part.get(first, h); 16];
+            for (lane, key) in keys[..S::LANES].iter_mut().enumerate() {
+                *key = part.get(first + (set * S::LANES + lane).min(count - 1), h);
+            }
+            let whole = part.width / 16 * 16;
+            let (place, rest) = to.split_at_mut(part.width * S::LANES);
+            let (wholes, tail) = place.split_at_mut(whole * S::LANES);
+            for (step, place) in wholes.chunks_exact_mut(16 * S::LANES).enumerate() {
+                let pointers = keys.map(|key| key[step * 16..][..16].as_ptr().cast());
+                unsafe { S::transpose(&pointers[..S::LANES], place.as_mut_ptr().cast()) };
+            }
+            for (k, place) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {
+                for (place, key) in place.iter_mut().zip(keys) {
+                    *place = key[k];
+                }
+            }
+            to = rest;
+        }
+    }
+}
+
+/// The left side of a product: rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows {
+    start: *const f32,
+    stride: usize,
+}
+
+impl Rows {
+    fn of(rows: &[f32], stride: usize) -> Self {
+        Self {
+            start: rows.as_ptr(),
+            stride,
+        }
+    }
+}
+
+/// The right side: rows of registers.
+#[derive(Clone, Copy)]
+struct Columns {
+    start: *const f32,
+    /// Elements from one row to the next.
+    row: usize,
+    /// Elements from one register of columns to the next.
+    register: usize,
+}
+
+impl Columns {
+    fn packed<S: Simd>(keys: &[f32], width: usize) -> Self {
+        Self {
+            start: keys.as_ptr(),
+            row: S::LANES,
+            register: width * S::LANES,
+        }
+    }
+
+    unsafe fn skip(self, registers: usize) -> Self {
+        Self {
+            start: unsafe { self.start.add(registers * self.register) },
+            ..self
+        }
+    }
+}
+
+/// `out[i, c] = Σ_k a[i, k] · b[k, c]`, or that added to `out`, for a shape of `(rows, inner, columns)`; rows of `out` lie
+/// a stride apart.
+#[inline(always)]
+unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
+    a: Rows,
+    b: Columns,
+    (rows, inner, columns): (usize, usize, usize),
+    (out, stride): (&mut [f32], usize),
+    add: bool,
+) {
+    assert!(columns <= stride && out.len() >= (rows - 1) * stride + columns);
+    let registers = columns / S::LANES;
+    let passes = rows.div_ceil(MR);
+    for pass in 0..passes {
+        // Passes of nearly equal size: one row left over would leave most of the processor idle.
+        let (from, to) = (pass * rows / passes, (pass + 1) * rows / passes);
+        let out = &mut out[from * stride..];
+        unsafe {
+            let a = Rows {
+                start: a.start.add(from * a.stride),
+                ..a
+            };
+            macro_rules! pass {
+                ($($rows:literal)*) => {
+                    match to - from {
+                        $($rows if $rows <= MR => {
+                            let whole = registers / NR * NR;
+                            for first in (0..whole).step_by(NR) {
+                                let out = out[first * S::LANES..].as_mut_ptr();
+                                micro::<S, NR, $rows>(a, b.skip(first), inner, (out, stride), add);
+                            }
+                            for first in whole..registers {
+                                let out = out[first * S::LANES..].as_mut_ptr();
+                                micro::<S, 1, $rows>(a, b.skip(first), inner, (out, stride), add);
+                            }
+                        })*
+                        _ => unreachable!("a pass has 1 to {MR} rows"),
+                    }
+                };
+            }
+            pass!(1 2 3 4 5 6);
+            // Columns short of a register, of heads of odd widths.
+            let b = b.skip(registers);
+            for (i, out) in out.chunks_mut(stride).take(to - from).enumerate() {
+                for (c, out) in out[registers * S::LANES..columns].iter_mut().enumerate() {
+                    let products =
+                        (0..inner).map(|k| *a.start.add(i * a.stride + k) * *b.start.add(k * b.row + c));
+                    *out = if add { *out } else { 0.0 } + products.sum::<f32>();
+                }
+            }
+        }
+    }
+}
+
+/// `MR` rows of `a` by `NR` registers of `b`, sums in registers.
+#[inline(always)]
+unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
+    a: Rows,
+    b: Columns,
+    inner: usize,
+    (out, stride): (*mut f32, usize),
+    add: bool,
+) {
+    unsafe {
+        let place = |i: usize, v: usize| out.add(i * stride + v * S::LANES);
+        let mut sums: [[_; NR]; MR] = std::array::from_fn(|i| {
+            std::array::from_fn(|v| if add { S::load(place(i, v)) } else { S::splat(0.0) })
+        });
+        for k in 0..inner {
+            let b: [_; NR] = std::array::from_fn(|v| S::load(b.start.add(k * b.row + v * b.register)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a = S::splat(*a.start.add(i * a.stride + k));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = S::fma(a, b, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                S::store(place(i, v), sum);
+            }
+        }
+    }
+}
+
+/// The larger one; what is NaN on the left is passed over, and shows in the sum.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// Folds a row of scores in sixteen lanes, in an order that a compiler turns into vector instructions.
+#[inline(always)]
+fn lanes(row: &[f32; KEYS], start: f32, fold: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; 16];
+    for part in row.as_chunks::<16>().0 {
+        for (lane, value) in lanes.iter_mut().zip(part) {
+            *lane = fold(*value, *lane);
+        }
+    }
+    lanes.into_iter().fold(start, |all, lane| fold(lane, all))
+}
