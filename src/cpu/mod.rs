@@ -17,8 +17,10 @@ mod executor;
 mod heads;
 mod linear;
 mod moe;
+mod norm;
 mod pool;
 pub mod reference;
+mod rope;
 mod router;
 mod simd;
 mod tile;
@@ -28,7 +30,9 @@ pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};
 pub use linear::linear;
 pub use moe::{Expert, fused_moe};
+pub use norm::rms_norm;
 pub use pool::ThreadPool;
+pub use rope::{Pairing, rope};
 pub use router::{Routing, route};
 
 /// How activations meet FP4 weights. Floating-point weights meet them exactly in either.
