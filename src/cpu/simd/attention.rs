@@ -10,6 +10,8 @@ use crate::cpu::attention::Task;
 
 /// Keys that are taken at a time.
 const KEYS: usize = 64;
+/// Up to so many rows, transposing keys costs more than adding up the lanes of dot products.
+const FEW: usize = 16;
 
 /// The rows of a task, `[rows, values.width]`.
 ///
@@ -27,7 +29,7 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     let queries = aligned(&mut scratch.floats, rows * width);
     gather(task, width, queries);
     let scores = aligned(&mut scratch.tile, rows * KEYS);
-    let keys = aligned(&mut scratch.weights, KEYS * width);
+    let keys = aligned(&mut scratch.weights, if rows <= FEW { 0 } else { KEYS * width });
     let (maxima, sums) = sized(&mut scratch.gathered, 2 * rows).split_at_mut(rows);
     maxima.fill(f32::NEG_INFINITY);
     sums.fill(0.0);
@@ -38,10 +40,15 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     for first in seen.clone().step_by(KEYS) {
         let count = (seen.end - first).min(KEYS);
         unsafe {
-            pack::<S>(task, first, count, width, keys);
-            let (a, b) = (Rows::of(queries, width), Columns::packed::<S>(keys, width));
-            let columns = count.div_ceil(S::LANES) * S::LANES;
-            product::<S, NR, MR>(a, b, (rows, width, columns), (scores, KEYS), false);
+            let a = Rows::of(queries, width);
+            if rows <= FEW {
+                dots::<S, NR, MR>(task, a, first, count, scores);
+            } else {
+                pack::<S>(task, first, count, width, keys);
+                let b = Columns::packed::<S>(keys, width);
+                let columns = count.div_ceil(S::LANES) * S::LANES;
+                product::<S, NR, MR>(a, b, (rows, width, columns), (scores, KEYS), false);
+            }
         }
         for (index, scores) in scores.as_chunks_mut::<KEYS>().0.iter_mut().enumerate() {
             let visible = attention.visible(task.row(index).0);
@@ -145,6 +152,88 @@ unsafe fn pack<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usiz
     }
 }
 
+/// Calls `$work::<.., R>` for passes of `R` rows, from 1 to `MR`, which together are all rows, with the first row of each.
+/// Passes are of nearly equal size: one row left over would leave most of the processor idle.
+macro_rules! passes {
+    ($rows:expr, $limit:ident, |$first:ident, $R:ident| $work:expr) => {{
+        let rows = $rows;
+        let passes = rows.div_ceil($limit);
+        for pass in 0..passes {
+            let ($first, to) = (pass * rows / passes, (pass + 1) * rows / passes);
+            passes!(@match to - $first, $limit, $R, $work, 1 2 3 4 5 6);
+        }
+    }};
+    (@match $count:expr, $limit:ident, $R:ident, $work:expr, $($rows:literal)*) => {
+        match $count {
+            $($rows if $rows <= $limit => {
+                const $R: usize = $rows;
+                $work
+            })*
+            _ => unreachable!("a pass has 1 to {} rows", $limit),
+        }
+    };
+}
+
+/// Scores of few rows: each query along each key as it lies, sums in the lanes of a register.
+#[inline(always)]
+unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
+    task: &Task<'_>,
+    queries: Rows,
+    first: usize,
+    count: usize,
+    scores: &mut [f32],
+) {
+    for key in (0..count).step_by(NR) {
+        let keys = (first + key, (count - key).min(NR));
+        passes!(task.len(), MR, |row, R| unsafe {
+            let scores = &mut scores[row * KEYS + key..];
+            dots_of::<S, NR, R>(task, queries.skip(row), keys, scores);
+        });
+    }
+}
+
+/// Of `MR` queries with up to `NR` keys, given by the first one and their number.
+#[inline(always)]
+unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
+    task: &Task<'_>,
+    queries: Rows,
+    (first, count): (usize, usize),
+    scores: &mut [f32],
+) {
+    unsafe {
+        let mut sums = [[S::splat(0.0); NR]; MR];
+        let mut rests = [[0f32; NR]; MR];
+        let mut query = queries.start;
+        for part in task.attention.keys {
+            let keys: [_; NR] = std::array::from_fn(|v| part.get(first + v.min(count - 1), task.head()));
+            let whole = part.width / S::LANES * S::LANES;
+            for k in (0..whole).step_by(S::LANES) {
+                let b = keys.map(|key| S::load(key.as_ptr().add(k)));
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let a = S::load(query.add(i * queries.stride + k));
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = S::fma(a, b, *sum);
+                    }
+                }
+            }
+            for k in whole..part.width {
+                for (i, rests) in rests.iter_mut().enumerate() {
+                    for (rest, key) in rests.iter_mut().zip(keys) {
+                        *rest += *query.add(i * queries.stride + k) * key[k];
+                    }
+                }
+            }
+            query = query.add(part.width);
+        }
+        for (i, (sums, rests)) in sums.into_iter().zip(rests).enumerate() {
+            let scores = &mut scores[i * KEYS..][..count];
+            for (score, (sum, rest)) in scores.iter_mut().zip(sums.into_iter().zip(rests)) {
+                *score = S::sum(sum) + rest;
+            }
+        }
+    }
+}
+
 /// The left side of a product: rows `stride` apart.
 #[derive(Clone, Copy)]
 struct Rows {
@@ -157,6 +246,13 @@ impl Rows {
         Self {
             start: rows.as_ptr(),
             stride,
+        }
+    }
+
+    unsafe fn skip(self, rows: usize) -> Self {
+        Self {
+            start: unsafe { self.start.add(rows * self.stride) },
+            ..self
         }
     }
 }
@@ -200,44 +296,23 @@ unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
 ) {
     assert!(columns <= stride && out.len() >= (rows - 1) * stride + columns);
     let registers = columns / S::LANES;
-    let passes = rows.div_ceil(MR);
-    for pass in 0..passes {
-        // Passes of nearly equal size: one row left over would leave most of the processor idle.
-        let (from, to) = (pass * rows / passes, (pass + 1) * rows / passes);
-        let out = &mut out[from * stride..];
-        unsafe {
-            let a = Rows {
-                start: a.start.add(from * a.stride),
-                ..a
-            };
-            macro_rules! pass {
-                ($($rows:literal)*) => {
-                    match to - from {
-                        $($rows if $rows <= MR => {
-                            let whole = registers / NR * NR;
-                            for first in (0..whole).step_by(NR) {
-                                let out = out[first * S::LANES..].as_mut_ptr();
-                                micro::<S, NR, $rows>(a, b.skip(first), inner, (out, stride), add);
-                            }
-                            for first in whole..registers {
-                                let out = out[first * S::LANES..].as_mut_ptr();
-                                micro::<S, 1, $rows>(a, b.skip(first), inner, (out, stride), add);
-                            }
-                        })*
-                        _ => unreachable!("a pass has 1 to {MR} rows"),
-                    }
-                };
-            }
-            pass!(1 2 3 4 5 6);
-            // Columns short of a register, of heads of odd widths.
-            let b = b.skip(registers);
-            for (i, out) in out.chunks_mut(stride).take(to - from).enumerate() {
-                for (c, out) in out[registers * S::LANES..columns].iter_mut().enumerate() {
-                    let products =
-                        (0..inner).map(|k| *a.start.add(i * a.stride + k) * *b.start.add(k * b.row + c));
-                    *out = if add { *out } else { 0.0 } + products.sum::<f32>();
-                }
-            }
+    let whole = registers / NR * NR;
+    passes!(rows, MR, |row, R| unsafe {
+        let (a, out) = (a.skip(row), &mut out[row * stride..]);
+        for first in (0..whole).step_by(NR) {
+            let out = (out[first * S::LANES..].as_mut_ptr(), stride);
+            micro::<S, NR, R>(a, b.skip(first), inner, out, add);
+        }
+        for first in whole..registers {
+            let out = (out[first * S::LANES..].as_mut_ptr(), stride);
+            micro::<S, 1, R>(a, b.skip(first), inner, out, add);
+        }
+    });
+    // Columns short of a register, of heads of odd widths.
+    for (i, out) in out.chunks_mut(stride).take(rows).enumerate() {
+        for (c, out) in (registers * S::LANES..columns).zip(&mut out[registers * S::LANES..columns]) {
+            let product = |k| unsafe { *a.start.add(i * a.stride + k) * *b.start.add(k * b.row + c) };
+            *out = if add { *out } else { 0.0 } + (0..inner).map(product).sum::<f32>();
         }
     }
 }
