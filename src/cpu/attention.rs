@@ -1,7 +1,7 @@
 //! Softmax attention in blocks: no score matrix, no mask, no copy of keys or values.
 
 use super::Executor;
-use super::simd::sized;
+use super::simd::{out_stride, sized};
 use super::tile::{self, SharedSlice};
 use std::ops::Range;
 
@@ -173,7 +173,7 @@ pub fn attend(executor: &Executor, attention: Attention<'_>, y: &mut [f32]) {
     let least = if shared { TASKS.min(rows / FEW) } else { 1 };
     let tasks = rows.div_ceil(ROWS).max(least);
     let y = SharedSlice::new(y);
-    let kernel = executor.kernels().attend;
+    let (kernel, stride) = (executor.kernels().attend, out_stride(values.width));
     executor.run(groups * tasks, |index| {
         // Later rows see more keys: the longest tasks first.
         let (part, group) = (tasks - 1 - index / groups, index % groups);
@@ -184,14 +184,14 @@ pub fn attend(executor: &Executor, attention: Attention<'_>, y: &mut [f32]) {
         };
         tile::with_scratch(|scratch| {
             let mut memory = std::mem::take(&mut scratch.other_tile);
-            let out = sized(&mut memory, task.len() * values.width);
+            let out = sized(&mut memory, task.len() * stride);
             // SAFETY: the executor has checked the instructions; the views hold all rows.
             unsafe { kernel(&task, out, scratch) };
-            for (index, out) in out.chunks_exact(values.width).enumerate() {
+            for (index, out) in out.chunks_exact(stride).enumerate() {
                 let (i, h) = task.row(index);
                 let start = (i * heads + h) * values.width;
                 // SAFETY: this row and head are this task's alone.
-                unsafe { y.part(start..start + values.width) }.copy_from_slice(out);
+                unsafe { y.part(start..start + values.width) }.copy_from_slice(&out[..values.width]);
             }
             scratch.other_tile = memory;
         });

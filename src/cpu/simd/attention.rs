@@ -25,26 +25,31 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
 ) {
     let attention = &task.attention;
     let (rows, width, value) = (task.len(), attention.width(), attention.values.width);
-    assert!(rows > 0 && out.len() == rows * value);
+    let stride = out_stride(value);
+    assert!(rows > 0 && out.len() == rows * stride);
+    let few = rows <= FEW;
     let queries = aligned(&mut scratch.floats, rows * width);
     gather(task, width, queries);
     let scores = aligned(&mut scratch.tile, rows * KEYS);
-    let keys = aligned(&mut scratch.weights, if rows <= FEW { 0 } else { KEYS * width });
+    let packed = aligned(
+        &mut scratch.weights,
+        if few { 0 } else { KEYS * (width + stride) },
+    );
+    let (keys, values) = packed.split_at_mut(if few { 0 } else { KEYS * width });
     let (maxima, sums) = sized(&mut scratch.gathered, 2 * rows).split_at_mut(rows);
     maxima.fill(f32::NEG_INFINITY);
     sums.fill(0.0);
-    out.fill(0.0);
 
     // Later rows see later keys.
     let seen = attention.visible(task.row(0).0).start..attention.visible(task.row(rows - 1).0).end;
     for first in seen.clone().step_by(KEYS) {
-        let count = (seen.end - first).min(KEYS);
+        let (count, add) = ((seen.end - first).min(KEYS), first > seen.start);
         unsafe {
             let a = Rows::of(queries, width);
-            if rows <= FEW {
+            if few {
                 dots::<S, NR, MR>(task, a, first, count, scores);
             } else {
-                pack::<S>(task, first, count, width, keys);
+                pack_keys::<S>(task, first, count, width, keys);
                 let b = Columns::packed::<S>(keys, width);
                 let columns = count.div_ceil(S::LANES) * S::LANES;
                 product::<S, NR, MR>(a, b, (rows, width, columns), (scores, KEYS), false);
@@ -66,8 +71,8 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
             scores[..visible.start].fill(0.0);
             scores[visible.end..].fill(0.0);
             let before = exp(maxima[index] - maximum);
-            if maximum != maxima[index] {
-                out[index * value..][..value]
+            if add && maximum != maxima[index] {
+                out[index * stride..][..value]
                     .iter_mut()
                     .for_each(|v| *v *= before);
             }
@@ -75,27 +80,30 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
             maxima[index] = maximum;
         }
         unsafe {
-            let values = attention.values;
-            // The last element read is there: `get` would panic.
-            values.get(first + count - 1, task.head());
-            let b = Columns {
-                start: values.get(first, task.head()).as_ptr(),
-                row: values.row,
-                register: S::LANES,
+            let (b, columns) = if few {
+                (Columns::values::<S>(task, first, count), value)
+            } else {
+                pack_values::<S>(task, first, count, values);
+                (Columns::packed::<S>(values, KEYS), stride)
             };
             product::<S, NR, MR>(
                 Rows::of(scores, KEYS),
                 b,
-                (rows, count, value),
-                (out, value),
-                true,
+                (rows, count, columns),
+                (out, stride),
+                add,
             );
         }
     }
-    for (out, sum) in out.chunks_exact_mut(value).zip(sums) {
+    for (out, sum) in out.chunks_exact_mut(stride).zip(sums) {
         let factor = 1.0 / *sum;
-        out.iter_mut().for_each(|v| *v *= factor);
+        out[..value].iter_mut().for_each(|v| *v *= factor);
     }
+}
+
+/// Elements from one row of a task's output to the next: whole registers of any instruction set.
+pub(in crate::cpu) fn out_stride(width: usize) -> usize {
+    width.next_multiple_of(16)
 }
 
 /// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
@@ -124,7 +132,7 @@ fn gather(task: &Task<'_>, width: usize, queries: &mut [f32]) {
 /// Transposes keys: sets of `LANES` of them, in a set an element of all keys after the other. What is missing to a whole
 /// set is the last key again.
 #[inline(always)]
-unsafe fn pack<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usize, to: &mut [f32]) {
+unsafe fn pack_keys<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usize, to: &mut [f32]) {
     let h = task.head();
     let sets = to
         .chunks_exact_mut(width * S::LANES)
@@ -148,6 +156,25 @@ unsafe fn pack<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usiz
                 }
             }
             to = rest;
+        }
+    }
+}
+
+/// Copies values: sets of `LANES` columns, in a set a key's after the other's. As they lie, a head's rows may be so far
+/// apart that they push each other out of the first-level cache. What is missing to a whole set is zero.
+#[inline(always)]
+unsafe fn pack_values<S: Simd>(task: &Task<'_>, first: usize, count: usize, to: &mut [f32]) {
+    let width = task.attention.values.width;
+    for (set, to) in to.chunks_exact_mut(KEYS * S::LANES).enumerate() {
+        let columns = (set * S::LANES).min(width)..((set + 1) * S::LANES).min(width);
+        for (t, to) in to.chunks_exact_mut(S::LANES).take(count).enumerate() {
+            let from = &task.attention.values.get(first + t, task.head())[columns.clone()];
+            if from.len() == S::LANES {
+                unsafe { S::store(to.as_mut_ptr(), S::load(from.as_ptr())) };
+            } else {
+                to.fill(0.0);
+                to[..from.len()].copy_from_slice(from);
+            }
         }
     }
 }
@@ -187,7 +214,7 @@ unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
         let keys = (first + key, (count - key).min(NR));
         passes!(task.len(), MR, |row, R| unsafe {
             let scores = &mut scores[row * KEYS + key..];
-            dots_of::<S, NR, R>(task, queries.skip(row), keys, scores);
+            dots_of::<S, NR, R>(task, queries.skip(row, 0), keys, scores);
         });
     }
 }
@@ -249,9 +276,9 @@ impl Rows {
         }
     }
 
-    unsafe fn skip(self, rows: usize) -> Self {
+    unsafe fn skip(self, rows: usize, columns: usize) -> Self {
         Self {
-            start: unsafe { self.start.add(rows * self.stride) },
+            start: unsafe { self.start.add(rows * self.stride + columns) },
             ..self
         }
     }
@@ -268,21 +295,37 @@ struct Columns {
 }
 
 impl Columns {
-    fn packed<S: Simd>(keys: &[f32], width: usize) -> Self {
+    /// Sets of `rows` registers.
+    fn packed<S: Simd>(sets: &[f32], rows: usize) -> Self {
         Self {
-            start: keys.as_ptr(),
+            start: sets.as_ptr(),
             row: S::LANES,
-            register: width * S::LANES,
+            register: rows * S::LANES,
         }
     }
 
-    unsafe fn skip(self, registers: usize) -> Self {
+    /// Values as they lie.
+    fn values<S: Simd>(task: &Task<'_>, first: usize, count: usize) -> Self {
+        let (values, h) = (task.attention.values, task.head());
+        // The last row is there too: `get` would panic.
+        values.get(first + count - 1, h);
         Self {
-            start: unsafe { self.start.add(registers * self.register) },
+            start: values.get(first, h).as_ptr(),
+            row: values.row,
+            register: S::LANES,
+        }
+    }
+
+    unsafe fn skip(self, rows: usize, registers: usize) -> Self {
+        Self {
+            start: unsafe { self.start.add(rows * self.row + registers * self.register) },
             ..self
         }
     }
 }
+
+/// Rows of the right side that are taken at a time: 64 columns of them stay in the first-level cache.
+const INNER: usize = 128;
 
 /// `out[i, c] = Σ_k a[i, k] · b[k, c]`, or that added to `out`, for a shape of `(rows, inner, columns)`; rows of `out` lie
 /// a stride apart.
@@ -297,17 +340,21 @@ unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
     assert!(columns <= stride && out.len() >= (rows - 1) * stride + columns);
     let registers = columns / S::LANES;
     let whole = registers / NR * NR;
-    passes!(rows, MR, |row, R| unsafe {
-        let (a, out) = (a.skip(row), &mut out[row * stride..]);
-        for first in (0..whole).step_by(NR) {
-            let out = (out[first * S::LANES..].as_mut_ptr(), stride);
-            micro::<S, NR, R>(a, b.skip(first), inner, out, add);
-        }
-        for first in whole..registers {
-            let out = (out[first * S::LANES..].as_mut_ptr(), stride);
-            micro::<S, 1, R>(a, b.skip(first), inner, out, add);
-        }
-    });
+    for start in (0..inner).step_by(INNER) {
+        let (inner, add) = ((inner - start).min(INNER), add || start > 0);
+        passes!(rows, MR, |row, R| unsafe {
+            let (a, b) = (a.skip(row, start), b.skip(start, 0));
+            let out = &mut out[row * stride..];
+            for first in (0..whole).step_by(NR) {
+                let out = (out[first * S::LANES..].as_mut_ptr(), stride);
+                micro::<S, NR, R>(a, b.skip(0, first), inner, out, add);
+            }
+            for first in whole..registers {
+                let out = (out[first * S::LANES..].as_mut_ptr(), stride);
+                micro::<S, 1, R>(a, b.skip(0, first), inner, out, add);
+            }
+        });
+    }
     // Columns short of a register, of heads of odd widths.
     for (i, out) in out.chunks_mut(stride).take(rows).enumerate() {
         for (c, out) in (registers * S::LANES..columns).zip(&mut out[registers * S::LANES..columns]) {

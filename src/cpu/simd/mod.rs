@@ -10,6 +10,8 @@ mod generic;
 mod portable;
 mod scales;
 
+pub(super) use attention::out_stride;
+
 use super::Isa;
 use super::activations::{Block, Rounded};
 use super::attention::Task;
