@@ -12,23 +12,26 @@ pub(super) const BLOCK: usize = 128;
 pub(super) struct Block {
     pub even: [i8; BLOCK / 2],
     pub odd: [i8; BLOCK / 2],
-    /// -12 times the sum of `q` over each eight consecutive elements: what cancels the 12 that x86 kernels add to
-    /// the doubled codes, because their dot product takes one unsigned factor.
-    pub corrections: [i32; BLOCK / 8],
     /// The largest magnitude, divided by 254: half the step, since kernels multiply by twice the code's value.
     /// NaN where an element is NaN or infinite, so that it stays visible in every product.
     pub scale: f32,
     /// The sum of all corrections.
     pub correction: i32,
+    /// Tile products read up to here, a vector product the corrections as well: three lines of the cache, or four.
+    _line: [u32; 14],
+    /// -12 times the sum of `q` over each eight consecutive elements: what cancels the 12 that x86 kernels add to
+    /// the doubled codes, because their dot product takes one unsigned factor.
+    pub corrections: [i32; BLOCK / 8],
 }
 
 impl Block {
     pub const ZERO: Self = Self {
         even: [0; BLOCK / 2],
         odd: [0; BLOCK / 2],
-        corrections: [0; BLOCK / 8],
         scale: 0.0,
         correction: 0,
+        _line: [0; 14],
+        corrections: [0; BLOCK / 8],
     };
 
     /// Rounds up to 128 elements, ties to even; what is missing to 128 is zero.

@@ -1,7 +1,6 @@
 //! Products with a part of a weight a head: MLA's `kv_b`, whose rows hold keys and values of all heads.
 
-use super::activations::BLOCK;
-use super::simd::{Selection, sized};
+use super::simd::{COLUMNS, Selection, sized};
 use super::tile::{self, Activations, SharedSlice};
 use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
@@ -109,14 +108,14 @@ pub fn per_head_transposed(executor: &Executor, weight: &Weight, rows: HeadRows,
     }
     let y = SharedSlice::new(y);
     let columns = executor.kernels().columns;
-    let tiles = k.div_ceil(BLOCK);
+    let tiles = k.div_ceil(COLUMNS);
     executor.run(heads * tiles, |index| {
-        let (h, start) = (index / tiles, index % tiles * BLOCK);
-        let range = start..(start + BLOCK).min(k);
+        let (h, start) = (index / tiles, index % tiles * COLUMNS);
+        let range = start..(start + COLUMNS).min(k);
         let weight_rows = rows.first(h)..rows.first(h) + len;
         tile::with_scratch(|scratch| {
             let mut tile = std::mem::take(&mut scratch.tile);
-            let out = sized(&mut tile, m * BLOCK);
+            let out = sized(&mut tile, m * range.len());
             // SAFETY: the executor has checked the instructions.
             unsafe {
                 columns(
@@ -129,11 +128,11 @@ pub fn per_head_transposed(executor: &Executor, weight: &Weight, rows: HeadRows,
                     scratch,
                 )
             };
-            for (i, values) in out.chunks_exact(BLOCK).enumerate() {
+            for (i, values) in out.chunks_exact(range.len()).enumerate() {
                 let start = (i * heads + h) * k + range.start;
                 // SAFETY: row i, head h, these columns: no other task's.
                 let place = unsafe { y.part(start..start + range.len()) };
-                place.copy_from_slice(&values[..range.len()]);
+                place.copy_from_slice(values);
             }
             scratch.tile = tile;
         });

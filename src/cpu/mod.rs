@@ -20,6 +20,7 @@ mod moe;
 mod norm;
 mod pool;
 pub mod reference;
+pub mod roofline;
 mod rope;
 mod router;
 mod simd;

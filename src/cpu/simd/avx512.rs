@@ -1,11 +1,13 @@
 //! AVX-512 with VNNI: Intel from Ice Lake (servers), AMD from Zen 4.
 
 use super::Simd;
+use crate::fp4::code;
 use std::arch::x86_64::*;
 
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("avx2")
@@ -37,8 +39,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn splat_bytes(bytes: [i8; 4]) -> __m512i {
-        unsafe { _mm512_set1_epi32(i32::from_ne_bytes(bytes.map(|b| b as u8))) }
+    unsafe fn xor(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_xor_si512(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_bytes(bytes: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(bytes) }
     }
 
     #[inline(always)]
@@ -112,7 +119,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
         unsafe {
-            let mut a: [__m512i; 16] = std::array::from_fn(|r| _mm512_loadu_si512(rows[r].cast()));
+            let mut a = [_mm512_setzero_si512(); 16];
+            for (a, row) in a.iter_mut().zip(rows) {
+                *a = _mm512_loadu_si512(row.cast());
+            }
             let mut b = a;
             for i in 0..8 {
                 b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
@@ -144,21 +154,42 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn decode(codes: *const u8, scales: [f32; 2], to: *mut f32) {
+    unsafe fn splat_halves(low: f32, high: f32) -> __m512 {
+        unsafe { _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1) }
+    }
+
+    #[inline(always)]
+    unsafe fn values(codes: *const u8) -> (__m512, __m512) {
         unsafe {
-            let table = _mm512_loadu_ps(crate::fp4::code::VALUES.as_ptr());
+            let table = _mm512_loadu_ps(code::VALUES.as_ptr());
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
             // A permutation takes the low four bits of each index.
-            let even = _mm512_permutexvar_ps(bytes, table);
-            let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+            let low = _mm512_permutexvar_ps(bytes, table);
+            (low, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bf16(from: *const u8) -> (__m512, __m512) {
+        unsafe {
+            let both = _mm512_loadu_si512(from.cast());
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            (
+                _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+                _mm512_castsi512_ps(odd),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_interleaved(to: *mut f32, even: __m512, odd: __m512) {
+        unsafe {
             let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-            let low = _mm512_permutex2var_ps(even, first, odd);
-            let high = _mm512_permutex2var_ps(even, second, odd);
-            _mm512_storeu_ps(to, _mm512_mul_ps(low, _mm512_set1_ps(scales[0])));
-            _mm512_storeu_ps(to.add(16), _mm512_mul_ps(high, _mm512_set1_ps(scales[1])));
+            _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+            _mm512_storeu_ps(to.add(16), _mm512_permutex2var_ps(even, second, odd));
         }
     }
 }
 
-super::generic::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma");
+super::generic::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma");

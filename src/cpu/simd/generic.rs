@@ -6,10 +6,14 @@
 // SAFETY, for the whole file: the functions are unsafe because the operations of `Simd` are; their callers promise
 // the instructions. Memory is checked where pointers are made from slices.
 #![allow(clippy::undocumented_unsafe_blocks)]
+// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
+// set, which nothing guarantees.
+#![allow(clippy::needless_range_loop)]
 
-use super::{Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
+use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
-use crate::fp4::Weight;
+use crate::fp4::{FloatKind, Fp4Tensor, Weight};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Bytes of codes a block of 128 elements has.
@@ -85,11 +89,18 @@ macro_rules! kernels {
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn read(bytes: &[u8]) -> u64 {
-                generic::read(bytes)
+            unsafe fn read(bytes: &[u8]) -> u8 {
+                // SAFETY: as the caller promises.
+                unsafe { generic::read::<super::$simd>(bytes) }
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dots(rounds: u32) -> u64 {
+                // SAFETY: as the caller promises.
+                unsafe { generic::dots::<super::$simd>(rounds) }
+            }
+
+            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read, dots };
         }
         pub(super) use kernels::KERNELS;
     };
@@ -155,7 +166,7 @@ unsafe fn one<S: Simd>(
     scales::decode(tensor, weights.first * groups, scales);
     let x = (&x.blocks[row..], x.rows);
     if tensor.group() == BLOCK {
-        return unsafe { dots::<S, true>(codes, scales, x, &mut out[..weights.rows]) };
+        return unsafe { each_row::<S, true>(codes, scales, x, &mut out[..weights.rows]) };
     }
     // A scale a lane, so that the loop is the same for all smaller groups.
     let lanes = tensor.group() / 8;
@@ -167,13 +178,13 @@ unsafe fn one<S: Simd>(
         }
         by_lane[groups * lanes..].fill(0.0);
     }
-    unsafe { dots::<S, false>(codes, by_lane, x, &mut out[..weights.rows]) }
+    unsafe { each_row::<S, false>(codes, by_lane, x, &mut out[..weights.rows]) }
 }
 
 /// A row of weights for each element of `out`. `WIDE`: a scale a block of 128, else one a lane. `x` is a row's first
 /// block, and how far apart its blocks lie.
 #[inline(always)]
-unsafe fn dots<S: Simd, const WIDE: bool>(
+unsafe fn each_row<S: Simd, const WIDE: bool>(
     codes: &[u8],
     scales: &[f32],
     x: (&[Block], usize),
@@ -209,9 +220,9 @@ unsafe fn side_by_side<S: Simd, const WIDE: bool, const R: usize>(
     unsafe {
         let mut sums = [S::splat(0.0); R];
         for b in 0..whole {
-            let codes: [_; R] = std::array::from_fn(|r| codes.as_ptr().add(r * row_bytes + b * BLOCK_BYTES));
             let at = if WIDE { b } else { b * BLOCK_LANES };
-            let scales: [_; R] = std::array::from_fn(|r| scales.as_ptr().add(r * per_row + at));
+            let codes = (codes.as_ptr().add(b * BLOCK_BYTES), row_bytes);
+            let scales = (scales.as_ptr().add(at), per_row);
             block::<S, WIDE, R>(&mut sums, codes, scales, x.get_unchecked(b * stride));
         }
         if rest > 0 {
@@ -220,20 +231,25 @@ unsafe fn side_by_side<S: Simd, const WIDE: bool, const R: usize>(
                 padded[..rest].copy_from_slice(&codes[r * row_bytes + whole * BLOCK_BYTES..][..rest]);
             }
             let at = if WIDE { whole } else { whole * BLOCK_LANES };
-            let scales: [_; R] = std::array::from_fn(|r| scales.as_ptr().add(r * per_row + at));
-            let codes = std::array::from_fn(|r| padded[r].as_ptr());
+            let codes = (padded.as_ptr().cast(), BLOCK_BYTES);
+            let scales = (scales.as_ptr().add(at), per_row);
             block::<S, WIDE, R>(&mut sums, codes, scales, &x[whole * stride]);
         }
-        sums.map(|sums| S::sum(sums))
+        let mut out = [0.0; R];
+        for r in 0..R {
+            out[r] = S::sum(sums[r]);
+        }
+        out
     }
 }
 
-/// Adds the products with one block of 128.
+/// Adds the products with one block of 128. Codes and scales are a pointer to the first row's and what lies between
+/// one row's and the next.
 #[inline(always)]
 unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
     sums: &mut [S::Float; R],
-    codes: [*const u8; R],
-    scales: [*const f32; R],
+    codes: (*const u8, usize),
+    scales: (*const f32, usize),
     x: &Block,
 ) {
     unsafe {
@@ -247,17 +263,21 @@ unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
                 false => S::splat_int(0),
             };
             for r in 0..R {
-                let (low, high) = S::lookup(S::load_bytes(codes[r].add(bytes)));
+                let (low, high) = S::lookup(S::load_bytes(codes.0.add(r * codes.1 + bytes)));
                 let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
                 let scale = match WIDE {
-                    true => S::splat(*scales[r]),
-                    false => S::load(scales[r].add(lanes)),
+                    true => S::splat(*scales.0.add(r * scales.1)),
+                    false => S::load(scales.0.add(r * scales.1 + lanes)),
                 };
                 sums[r] = S::fma(whole, S::mul(scale, step), sums[r]);
             }
         }
     }
 }
+
+/// Rows of activations that meet a decoded block before the next one's turn: with their sums they fit the first-level
+/// cache beside it.
+const CHUNK: usize = 48;
 
 /// Blocks of 64 rows by 128 codes, decoded once each, times all selected rows of activations.
 #[inline(always)]
@@ -274,38 +294,52 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
     let groups = k / group;
     let scales = sized(&mut scratch.floats, weights.rows * groups);
     scales::decode(tensor, weights.first * groups, scales);
+    let by_row = sized(&mut scratch.weights, groups * TILE);
+    for (g, by_row) in by_row.chunks_exact_mut(TILE).enumerate() {
+        for (by_row, scales) in by_row.iter_mut().zip(scales.chunks_exact(groups)) {
+            *by_row = scales[g];
+        }
+    }
 
+    let blocks = k.div_ceil(BLOCK);
+    // With one chunk no block is needed twice.
+    let kept = if m <= CHUNK { 1 } else { blocks };
+    if scratch.codes.len() < kept {
+        scratch.codes.resize_with(kept, CodeTile::default);
+    }
     let out = &mut out[..m * TILE];
     out.fill(0.0);
-    let passes = m.div_ceil(MR);
-    for b in 0..k.div_ceil(BLOCK) {
-        unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, &mut scratch.codes.0) };
-        let here = (k - b * BLOCK).min(BLOCK) / group;
-        let mut by_row = [[0f32; TILE]; BLOCK / 16];
-        for (g, by_row) in by_row[..here].iter_mut().enumerate() {
-            let scales = scales.iter().skip(b * BLOCK / group + g).step_by(groups);
-            for (by_row, scale) in by_row.iter_mut().zip(scales) {
-                *by_row = *scale;
+    for (chunk, out) in out.chunks_mut(CHUNK * TILE).enumerate() {
+        let (start, rows) = (chunk * CHUNK, out.len() / TILE);
+        // Passes of nearly equal size: one row left over would leave most of the processor idle.
+        let passes = rows.div_ceil(MR);
+        for b in 0..blocks {
+            let codes_of_block = &mut scratch.codes[b % kept].0;
+            if chunk == 0 {
+                unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, codes_of_block) };
             }
-        }
-        let x = &x.blocks[b * x.rows..][..x.rows];
-        for pass in 0..passes {
-            // Passes of nearly equal size: one row left over would leave most of the processor idle.
-            let (from, to) = (pass * m / passes, (pass + 1) * m / passes);
-            let codes = &scratch.codes.0;
-            macro_rules! pass {
-                ($($rows:literal)*) => {
-                    match to - from {
-                        $($rows if $rows <= MR => {
-                            let x: [&Block; $rows] = std::array::from_fn(|i| &x[selection.row(from + i)]);
-                            let out = &mut out[from * TILE..to * TILE];
-                            unsafe { micro::<S, NR, $rows>(codes, &by_row[..here], group, x, out) }
-                        })*
-                        _ => unreachable!("a pass has 1 to {MR} rows"),
-                    }
-                };
+            let scales = &by_row[b * BLOCK / group * TILE..];
+            let scales = &scales[..scales.len().min(BLOCK / group * TILE)];
+            let x = &x.blocks[b * x.rows..][..x.rows];
+            for pass in 0..passes {
+                let (from, to) = (pass * rows / passes, (pass + 1) * rows / passes);
+                macro_rules! pass {
+                    ($($rows:literal)*) => {
+                        match to - from {
+                            $($rows if $rows <= MR => {
+                                let mut chosen = [&x[selection.row(start + from)]; $rows];
+                                for i in 1..$rows {
+                                    chosen[i] = &x[selection.row(start + from + i)];
+                                }
+                                let out = &mut out[from * TILE..to * TILE];
+                                unsafe { micro::<S, NR, $rows>(codes_of_block, scales, group, chosen, out) }
+                            })*
+                            _ => unreachable!("a pass has 1 to {MR} rows"),
+                        }
+                    };
+                }
+                pass!(1 2 3 4 5 6);
             }
-            pass!(1 2 3 4 5 6);
         }
     }
 }
@@ -320,28 +354,33 @@ unsafe fn decode_block<S: Simd>(
     b: usize,
     to: &mut [u8; TILE * BLOCK],
 ) {
+    static NOTHING: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
     let start = b * BLOCK_BYTES;
     let there = (row_bytes - start).min(BLOCK_BYTES);
-    let mut padded = [[0u8; BLOCK_BYTES]; TILE];
-    let mut words = [0u8; BLOCK_BYTES * 16];
+    // Written before they are read: the end of rows that end within the block, and words on their way.
+    let mut ends = [[MaybeUninit::<u8>::uninit(); BLOCK_BYTES]; 16];
+    let mut words = [MaybeUninit::<u8>::uninit(); BLOCK_BYTES * 16];
     for set in 0..TILE / S::LANES {
-        let mut pointers = [padded[0].as_ptr(); 16];
-        for (lane, pointer) in pointers[..S::LANES].iter_mut().enumerate() {
-            let row = set * S::LANES + lane;
-            if row >= rows {
-                *pointer = padded[TILE - 1].as_ptr();
-            } else if there == BLOCK_BYTES {
-                *pointer = codes[row * row_bytes + start..][..BLOCK_BYTES].as_ptr();
-            } else {
-                padded[row][..there].copy_from_slice(&codes[row * row_bytes + start..][..there]);
-                *pointer = padded[row].as_ptr();
+        let first = set * S::LANES;
+        let mut pointers = [NOTHING.as_ptr(); 16];
+        for (lane, pointer) in pointers[..S::LANES.min(rows.saturating_sub(first))]
+            .iter_mut()
+            .enumerate()
+        {
+            let codes = &codes[(first + lane) * row_bytes + start..][..there];
+            *pointer = codes.as_ptr();
+            if there < BLOCK_BYTES {
+                ends[lane] = [MaybeUninit::new(0); BLOCK_BYTES];
+                ends[lane][..there].write_copy_of_slice(codes);
+                *pointer = ends[lane].as_ptr().cast();
             }
         }
         unsafe {
-            S::transpose(&pointers[..S::LANES], words.as_mut_ptr());
+            let words: *mut u8 = words.as_mut_ptr().cast();
+            S::transpose(&pointers[..S::LANES], words);
             let to = to.as_mut_ptr().add(set * S::LANES * BLOCK);
             for word in 0..16 {
-                let (low, high) = S::lookup(S::load_bytes(words.as_ptr().add(word * 4 * S::LANES)));
+                let (low, high) = S::lookup(S::load_bytes(words.add(word * 4 * S::LANES)));
                 S::store_bytes(to.add(2 * word * 4 * S::LANES), low);
                 S::store_bytes(to.add((2 * word + 1) * 4 * S::LANES), high);
             }
@@ -354,48 +393,58 @@ unsafe fn decode_block<S: Simd>(
 #[inline(always)]
 unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
     codes: &[u8; TILE * BLOCK],
-    scales: &[[f32; TILE]],
+    scales: &[f32],
     group: usize,
     x: [&Block; MR],
     out: &mut [f32],
 ) {
+    let out = out[..MR * TILE].as_mut_ptr();
     let words = group / 8;
-    for set in 0..TILE / (NR * S::LANES) {
-        let first = set * NR * S::LANES;
-        for (g, scales) in scales.iter().enumerate() {
+    let register = 4 * S::LANES;
+    for first in (0..TILE).step_by(NR * S::LANES) {
+        for (g, scales) in scales.chunks_exact(TILE).enumerate() {
+            // SAFETY: `codes` holds sets of LANES rows, 32 registers each, of which NR sets begin at row `first`; a block
+            // of activations has 16 words an orientation; `out` has MR rows of 64.
             unsafe {
-                let mut sums = x.map(|x| {
-                    let correction = match (S::BIASED, group == BLOCK) {
-                        (false, _) => 0,
-                        (true, true) => x.correction,
-                        (true, false) => x.corrections[g * words..(g + 1) * words].iter().sum(),
-                    };
-                    [S::splat_int(correction); NR]
-                });
+                let codes = codes.as_ptr().add(first * BLOCK);
+                let mut sums = [[S::splat_int(0); NR]; MR];
+                if S::BIASED {
+                    for i in 0..MR {
+                        let correction = match group == BLOCK {
+                            true => x[i].correction,
+                            false => x[i].corrections[g * words..(g + 1) * words].iter().sum(),
+                        };
+                        sums[i] = [S::splat_int(correction); NR];
+                    }
+                }
                 for word in g * words..(g + 1) * words {
-                    for (parity, half) in [0, 1]
-                        .into_iter()
-                        .zip([|x: &Block| x.even.as_ptr(), |x: &Block| x.odd.as_ptr()])
-                    {
-                        let codes: [_; NR] = std::array::from_fn(|v| {
-                            let set = (first / S::LANES + v) * S::LANES * BLOCK;
-                            S::load_bytes(codes.as_ptr().add(set + (2 * word + parity) * 4 * S::LANES))
-                        });
-                        for (sums, x) in sums.iter_mut().zip(x) {
-                            let x = S::splat_bytes(half(x).add(4 * word).cast::<[i8; 4]>().read());
-                            for (sum, codes) in sums.iter_mut().zip(codes) {
-                                *sum = S::dot(*sum, codes, x);
+                    for parity in 0..2 {
+                        let mut weights = [S::load_bytes(codes.add((2 * word + parity) * register)); NR];
+                        for v in 1..NR {
+                            weights[v] = S::load_bytes(
+                                codes.add(v * S::LANES * BLOCK + (2 * word + parity) * register),
+                            );
+                        }
+                        for i in 0..MR {
+                            let x = if parity == 0 {
+                                x[i].even.as_ptr()
+                            } else {
+                                x[i].odd.as_ptr()
+                            };
+                            let x = S::splat_bytes(x.add(4 * word).cast::<i32>().read_unaligned());
+                            for v in 0..NR {
+                                sums[i][v] = S::dot(sums[i][v], weights[v], x);
                             }
                         }
                     }
                 }
-                for (i, (sums, x)) in sums.into_iter().zip(x).enumerate() {
-                    let step = S::splat(x.scale);
-                    for (v, sum) in sums.into_iter().enumerate() {
+                for i in 0..MR {
+                    let step = S::splat(x[i].scale);
+                    for v in 0..NR {
                         let column = first + v * S::LANES;
-                        let out = out[i * TILE + column..][..S::LANES].as_mut_ptr();
-                        let scale = S::mul(S::load(scales[column..].as_ptr()), step);
-                        S::store(out, S::fma(S::to_float(sum), scale, S::load(out)));
+                        let scale = S::mul(S::load(scales.as_ptr().add(column)), step);
+                        let out = out.add(i * TILE + column);
+                        S::store(out, S::fma(S::to_float(sums[i][v]), scale, S::load(out)));
                     }
                 }
             }
@@ -412,20 +461,150 @@ unsafe fn decode_row<S: Simd>(
     row: &mut [f32],
     scales: &mut Vec<f32>,
 ) {
-    let Weight::Fp4(tensor) = weight else {
-        return weight.decode_row_part(n, start, row);
-    };
-    let (k, group) = (tensor.shape().1, tensor.group());
-    let codes = &tensor.codes()[(n * k + start) / 2..][..row.len() / 2];
-    let scales = sized(scales, row.len() / group);
-    scales::decode(tensor, (n * k + start) / group, scales);
-    let whole = row.len() / 32;
-    for (i, row) in row.chunks_exact_mut(32).enumerate() {
-        let scales = [scales[i * 32 / group], scales[(i * 32 + 16) / group]];
-        unsafe { S::decode(codes[i * 16..][..16].as_ptr(), scales, row.as_mut_ptr()) };
+    let (k, span) = (weight.shape().1, 2 * S::LANES);
+    let whole = row.len() / span;
+    match weight {
+        Weight::Fp4(tensor) => {
+            let group = tensor.group();
+            let codes = &tensor.codes()[(n * k + start) / 2..][..row.len() / 2];
+            let scales = sized(scales, row.len() / group);
+            scales::decode(tensor, (n * k + start) / group, scales);
+            for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                unsafe {
+                    let scale = span_scale::<S>(scales, group, i);
+                    let (even, odd) = S::values(codes[i * S::LANES..][..S::LANES].as_ptr());
+                    S::store_interleaved(row.as_mut_ptr(), S::mul(even, scale), S::mul(odd, scale));
+                }
+            }
+        }
+        Weight::Dense(tensor) if tensor.kind() == FloatKind::BF16 => {
+            let bytes = &tensor.bytes()[2 * (n * k + start)..][..2 * row.len()];
+            for (bytes, row) in bytes.chunks_exact(2 * span).zip(row.chunks_exact_mut(span)) {
+                unsafe {
+                    let (even, odd) = S::bf16(bytes.as_ptr());
+                    S::store_interleaved(row.as_mut_ptr(), even, odd);
+                }
+            }
+        }
+        Weight::Dense(_) => return weight.decode_row_part(n, start, row),
     }
-    if row.len() % 32 != 0 {
-        tensor.decode_row_part(n, start + whole * 32, &mut row[whole * 32..]);
+    if row.len() % span != 0 {
+        weight.decode_row_part(n, start + whole * span, &mut row[whole * span..]);
+    }
+}
+
+/// The scales of the `2 · LANES` elements from `index · 2 · LANES` on, those of a register of even or odd ones.
+#[inline(always)]
+unsafe fn span_scale<S: Simd>(scales: &[f32], group: usize, index: usize) -> S::Float {
+    let span = 2 * S::LANES;
+    unsafe {
+        if group < span {
+            S::splat_halves(scales[2 * index], scales[2 * index + 1])
+        } else {
+            S::splat(scales[index * span / group])
+        }
+    }
+}
+
+/// Each row of weights, decoded in registers, with `M` rows of activations.
+#[inline(always)]
+unsafe fn few<S: Simd, const M: usize>(
+    weight: &Weight,
+    rows: Range<usize>,
+    x: &[f32],
+    selection: Selection<'_>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let (k, span) = (weight.shape().1, 2 * S::LANES);
+    if let Weight::Dense(tensor) = weight
+        && tensor.kind() != FloatKind::BF16
+    {
+        // Rare among large weights: not worth loops of its own.
+        let row = sized(&mut scratch.weights, k);
+        for (r, n) in rows.enumerate() {
+            weight.decode_row_part(n, 0, row);
+            for i in 0..M {
+                out[i * TILE + r] = unsafe { dot::<S>(row, &x[selection.row(i) * k..][..k]) };
+            }
+        }
+        return;
+    }
+    // Even and odd elements apart, as decoding gives the weights'; what does not fill two registers stays behind.
+    let whole = k / span;
+    let split = sized(&mut scratch.gathered, M * k);
+    for i in 0..M {
+        let (x, split) = (&x[selection.row(i) * k..][..k], &mut split[i * k..][..k]);
+        for (x, split) in x.chunks_exact(span).zip(split.chunks_exact_mut(span)) {
+            let (even, odd) = split.split_at_mut(S::LANES);
+            for lane in 0..S::LANES {
+                (even[lane], odd[lane]) = (x[2 * lane], x[2 * lane + 1]);
+            }
+        }
+        split[whole * span..].copy_from_slice(&x[whole * span..]);
+    }
+    let split = &scratch.gathered[..M * k];
+    for (r, n) in rows.enumerate() {
+        let mut sums = [[unsafe { S::splat(0.0) }; 2]; M];
+        match weight {
+            Weight::Fp4(tensor) => {
+                let group = tensor.group();
+                let scales = sized(&mut scratch.floats, k / group);
+                scales::decode(tensor, n * k / group, scales);
+                let codes = &tensor.codes()[n * k / 2..][..k / 2];
+                for i in 0..whole {
+                    unsafe {
+                        let scale = span_scale::<S>(scales, group, i);
+                        let (even, odd) = S::values(codes.as_ptr().add(i * S::LANES));
+                        add::<S, M>(
+                            &mut sums,
+                            S::mul(even, scale),
+                            S::mul(odd, scale),
+                            &split[i * span..],
+                            k,
+                        );
+                    }
+                }
+            }
+            Weight::Dense(tensor) => {
+                let bytes = &tensor.bytes()[2 * n * k..][..2 * k];
+                for i in 0..whole {
+                    unsafe {
+                        let (even, odd) = S::bf16(bytes.as_ptr().add(2 * i * span));
+                        add::<S, M>(&mut sums, even, odd, &split[i * span..], k);
+                    }
+                }
+            }
+        }
+        let mut rest = [0f32; 32];
+        let rest = &mut rest[..k - whole * span];
+        if !rest.is_empty() {
+            weight.decode_row_part(n, whole * span, rest);
+        }
+        for i in 0..M {
+            let x = &split[i * k + whole * span..(i + 1) * k];
+            let rest: f32 = rest.iter().zip(x).map(|(w, x)| w * x).sum();
+            out[i * TILE + r] = unsafe { S::sum(S::add(sums[i][0], sums[i][1])) } + rest;
+        }
+    }
+}
+
+/// Adds the products of two registers of weights with the split activations at the same place in each row of `k`.
+#[inline(always)]
+unsafe fn add<S: Simd, const M: usize>(
+    sums: &mut [[S::Float; 2]; M],
+    even: S::Float,
+    odd: S::Float,
+    x: &[f32],
+    k: usize,
+) {
+    debug_assert!(x.len() >= (M - 1) * k + 2 * S::LANES);
+    for i in 0..M {
+        unsafe {
+            let x = x.as_ptr().add(i * k);
+            sums[i][0] = S::fma(even, S::load(x), sums[i][0]);
+            sums[i][1] = S::fma(odd, S::load(x.add(S::LANES)), sums[i][1]);
+        }
     }
 }
 
@@ -445,13 +624,15 @@ pub(super) unsafe fn exact<S: Simd>(
 ) {
     let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
     if m < MANY {
-        let row = sized(&mut scratch.weights, k);
-        for (r, n) in rows.enumerate() {
-            unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
-            for i in 0..m {
-                out[i * TILE + r] = unsafe { dot::<S>(row, &x[selection.row(i) * k..][..k]) };
-            }
+        macro_rules! few {
+            ($($m:literal)*) => {
+                match m {
+                    $($m => unsafe { few::<S, $m>(weight, rows, x, selection, out, scratch) },)*
+                    _ => {}
+                }
+            };
         }
+        few!(1 2 3 4 5);
         return;
     }
     let decoded = sized(&mut scratch.weights, count * k);
@@ -463,8 +644,11 @@ pub(super) unsafe fn exact<S: Simd>(
     product(Matrix::rows(x, m, k), decoded, out, TILE);
 }
 
+/// Columns that a tile of a transposed product has at most: a multiple of every group.
+pub(in crate::cpu) const COLUMNS: usize = 512;
+
 /// `out[i, c] = Σ_r x[i, r] · w[rows.start + r, columns.start + c]`: the sum runs over output features. `columns` are
-/// whole groups, 128 at most; `x` has rows of `rows.len()`, a row of `out` is 128 long.
+/// whole groups, 512 at most; `x` has rows of `rows.len()`, a row of `out` is `columns.len()` long.
 #[inline(always)]
 pub(super) unsafe fn columns<S: Simd>(
     weight: &Weight,
@@ -476,30 +660,84 @@ pub(super) unsafe fn columns<S: Simd>(
     scratch: &mut Scratch,
 ) {
     let (count, width, m) = (rows.len(), columns.len(), selection.len());
-    if m == 1 {
-        let x = &x[selection.row(0) * count..][..count];
-        let mut row = [0f32; BLOCK];
-        let mut sums = [0f32; BLOCK];
-        for (n, x) in rows.zip(x) {
-            unsafe { decode_row::<S>(weight, n, columns.start, &mut row[..width], &mut scratch.floats) };
-            for (sum, value) in sums.iter_mut().zip(row) {
-                *sum += x * value;
+    match weight {
+        Weight::Fp4(tensor) if m == 1 && width.is_multiple_of(8 * S::LANES) => {
+            let x = &x[selection.row(0) * count..][..count];
+            unsafe { one_transposed::<S>(tensor, rows.start, columns.start, x, &mut out[..width], scratch) }
+        }
+        _ => {
+            let decoded = sized(&mut scratch.weights, count * width);
+            for (n, row) in rows.zip(decoded.chunks_exact_mut(width)) {
+                unsafe { decode_row::<S>(weight, n, columns.start, row, &mut scratch.floats) };
+            }
+            let x = gather(x, count, selection, &mut scratch.gathered);
+            product(
+                Matrix::rows(x, m, count),
+                Matrix::rows(decoded, count, width),
+                out,
+                width,
+            );
+        }
+    }
+}
+
+/// Rows of weights that are added to one set of columns before the next set's turn: what a line of the cache brings
+/// is used while it is there.
+const TOGETHER: usize = 16;
+
+/// `out[c] = Σ_r x[r] · w[first + r, start + c]` for FP4 weights and whole sets of eight registers.
+#[inline(always)]
+unsafe fn one_transposed<S: Simd>(
+    tensor: &Fp4Tensor,
+    first: usize,
+    start: usize,
+    x: &[f32],
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let (k, group, width) = (tensor.shape().1, tensor.group(), out.len());
+    let (groups, span) = (width / group, 2 * S::LANES);
+    let set = 4 * span;
+    // A register of even columns and one of odd ones in turn.
+    let sums = sized(&mut scratch.weights, width);
+    sums.fill(0.0);
+    let scales = sized(&mut scratch.floats, TOGETHER * groups);
+    for (index, x) in x.chunks(TOGETHER).enumerate() {
+        let first = first + index * TOGETHER;
+        for (r, (x, scales)) in x.iter().zip(scales.chunks_exact_mut(groups)).enumerate() {
+            scales::decode(tensor, ((first + r) * k + start) / group, scales);
+            scales.iter_mut().for_each(|scale| *scale *= x);
+        }
+        for column in (0..width).step_by(set) {
+            // SAFETY: `sums` has `width` elements, a multiple of `set`; codes and scales are sliced.
+            unsafe {
+                let place = sums.as_mut_ptr().add(column);
+                let mut sums = [S::splat(0.0); 8];
+                for i in 0..8 {
+                    sums[i] = S::load(place.add(i * S::LANES));
+                }
+                for r in 0..x.len() {
+                    let codes = &tensor.codes()[((first + r) * k + start + column) / 2..][..set / 2];
+                    let scales = &scales[r * groups..][..groups];
+                    for i in 0..4 {
+                        let scale = span_scale::<S>(scales, group, column / span + i);
+                        let (even, odd) = S::values(codes.as_ptr().add(i * S::LANES));
+                        sums[2 * i] = S::fma(even, scale, sums[2 * i]);
+                        sums[2 * i + 1] = S::fma(odd, scale, sums[2 * i + 1]);
+                    }
+                }
+                for i in 0..8 {
+                    S::store(place.add(i * S::LANES), sums[i]);
+                }
             }
         }
-        out[..width].copy_from_slice(&sums[..width]);
-        return;
     }
-    let decoded = sized(&mut scratch.weights, count * width);
-    for (n, row) in rows.zip(decoded.chunks_exact_mut(width)) {
-        unsafe { decode_row::<S>(weight, n, columns.start, row, &mut scratch.floats) };
+    for (sums, out) in sums.chunks_exact(span).zip(out.chunks_exact_mut(span)) {
+        unsafe {
+            let (even, odd) = (S::load(sums.as_ptr()), S::load(sums.as_ptr().add(S::LANES)));
+            S::store_interleaved(out.as_mut_ptr(), even, odd);
+        }
     }
-    let x = gather(x, count, selection, &mut scratch.gathered);
-    product(
-        Matrix::rows(x, m, count),
-        Matrix::rows(decoded, count, width),
-        out,
-        BLOCK,
-    );
 }
 
 /// The selected rows of `width` elements, one after the other; copied where they do not lie so.
@@ -565,16 +803,45 @@ pub(super) fn exp(x: f32) -> f32 {
     p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
-/// Adds the bytes as 64-bit words: what reading them costs, and nothing else.
+/// Loads all whole lines of 256 bytes, and does next to nothing with them: what reading costs.
 #[inline(always)]
-pub(super) fn read(bytes: &[u8]) -> u64 {
-    let mut sums = [0u64; 32];
-    for line in bytes.chunks_exact(256) {
-        for (sum, word) in sums.iter_mut().zip(line.chunks_exact(8)) {
-            *sum ^= u64::from_le_bytes(word.try_into().expect("eight bytes"));
+pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
+    let step = 4 * S::LANES;
+    unsafe {
+        let mut all = [S::load_bytes([0; 64].as_ptr()); 4];
+        for line in bytes.chunks_exact(256) {
+            for start in (0..256).step_by(4 * step) {
+                for (i, all) in all.iter_mut().enumerate() {
+                    *all = S::xor(*all, S::load_bytes(line.as_ptr().add(start + i * step)));
+                }
+            }
         }
+        let mut last = [0; 64];
+        S::store_bytes(
+            last.as_mut_ptr(),
+            S::xor(S::xor(all[0], all[1]), S::xor(all[2], all[3])),
+        );
+        last.into_iter().fold(0, |all, byte| all ^ byte)
     }
-    sums.iter().fold(0, |all, sum| all ^ sum)
+}
+
+/// `rounds` times twelve independent dot products in registers; gives the operations in them.
+#[inline(always)]
+pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
+    unsafe {
+        let mut sums = [S::splat_int(1); 12];
+        let (a, b) = (
+            S::splat_bytes(std::hint::black_box(3)),
+            S::splat_bytes(std::hint::black_box(5)),
+        );
+        for _ in 0..rounds {
+            for i in 0..12 {
+                sums[i] = S::dot(sums[i], a, b);
+            }
+        }
+        std::hint::black_box(sums);
+    }
+    u64::from(rounds) * 12 * 8 * S::LANES as u64
 }
 
 /// A view of a matrix; `transposed` swaps the strides.

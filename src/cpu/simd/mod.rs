@@ -11,6 +11,7 @@ mod portable;
 mod scales;
 
 pub(super) use attention::out_stride;
+pub(super) use generic::COLUMNS;
 
 use super::Isa;
 use super::activations::{Block, Rounded};
@@ -66,8 +67,8 @@ pub(super) struct Scratch {
     /// A tile's result before it goes where it belongs.
     pub tile: Vec<f32>,
     pub other_tile: Vec<f32>,
-    /// A block of decoded codes.
-    pub codes: Box<CodeTile>,
+    /// Decoded codes, a block each.
+    pub codes: Vec<CodeTile>,
 }
 
 /// 64 rows of 128 codes, doubled, as bytes, in the order in which a tile product reads them.
@@ -108,8 +109,10 @@ pub(super) struct Kernels {
     pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// Some rows of attention; see [`attention::attend`].
     pub attend: unsafe fn(&Task<'_>, &mut [f32], &mut Scratch),
-    /// Sums of 64-byte words; see [`generic::read`].
-    pub read: unsafe fn(&[u8]) -> u64,
+    /// Reads bytes, for the sake of it; see [`generic::read`].
+    pub read: unsafe fn(&[u8]) -> u8,
+    /// Multiplies bytes, for the sake of it; see [`generic::dots`].
+    pub dots: unsafe fn(rounds: u32) -> u64,
 }
 
 impl Kernels {
@@ -143,8 +146,9 @@ pub(super) trait Simd {
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     unsafe fn store_bytes(to: *mut u8, bytes: Self::Bytes);
+    unsafe fn xor(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
     /// The four bytes in each lane.
-    unsafe fn splat_bytes(bytes: [i8; 4]) -> Self::Bytes;
+    unsafe fn splat_bytes(bytes: i32) -> Self::Bytes;
     /// The doubled values of the low and of the high nibbles.
     unsafe fn lookup(codes: Self::Bytes) -> (Self::Bytes, Self::Bytes);
     /// Adds in each lane the products of four bytes: doubled codes times activations.
@@ -180,6 +184,12 @@ pub(super) trait Simd {
         }
     }
 
-    /// Decodes 16 bytes of codes, of which each eight have a scale, to 32 values in their order.
-    unsafe fn decode(codes: *const u8, scales: [f32; 2], to: *mut f32);
+    /// `low` in the lower half of the lanes, `high` in the upper one.
+    unsafe fn splat_halves(low: f32, high: f32) -> Self::Float;
+    /// The values of the low and of the high nibbles of `LANES` bytes.
+    unsafe fn values(codes: *const u8) -> (Self::Float, Self::Float);
+    /// The even and the odd ones of `2 · LANES` BF16 numbers.
+    unsafe fn bf16(from: *const u8) -> (Self::Float, Self::Float);
+    /// Writes `2 · LANES` numbers, the even ones from the first register, the odd ones from the second.
+    unsafe fn store_interleaved(to: *mut f32, even: Self::Float, odd: Self::Float);
 }

@@ -2,6 +2,7 @@
 
 use super::Simd;
 use crate::fp4::code;
+use half::bf16;
 
 pub(super) struct Portable;
 
@@ -27,8 +28,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn splat_bytes(bytes: [i8; 4]) -> Self::Bytes {
-        std::array::from_fn(|i| bytes[i % 4])
+    unsafe fn xor(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        std::array::from_fn(|i| a[i] ^ b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn splat_bytes(bytes: i32) -> Self::Bytes {
+        std::array::from_fn(|i| bytes.to_ne_bytes()[i % 4] as i8)
     }
 
     #[inline(always)]
@@ -103,16 +109,37 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn decode(codes: *const u8, scales: [f32; 2], to: *mut f32) {
-        for byte in 0..16 {
-            // SAFETY: the caller's promise: 16 bytes of codes, room for 32 values.
+    unsafe fn splat_halves(low: f32, high: f32) -> Self::Float {
+        std::array::from_fn(|lane| if lane < LANES / 2 { low } else { high })
+    }
+
+    #[inline(always)]
+    unsafe fn values(codes: *const u8) -> (Self::Float, Self::Float) {
+        // SAFETY: the caller's promise.
+        let codes = unsafe { codes.cast::<[u8; LANES]>().read_unaligned() };
+        (
+            codes.map(|byte| code::VALUES[usize::from(byte & 15)]),
+            codes.map(|byte| code::VALUES[usize::from(byte >> 4)]),
+        )
+    }
+
+    #[inline(always)]
+    unsafe fn bf16(from: *const u8) -> (Self::Float, Self::Float) {
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        (
+            pairs.map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+            pairs.map(|b| bf16::from_le_bytes([b[2], b[3]]).to_f32()),
+        )
+    }
+
+    #[inline(always)]
+    unsafe fn store_interleaved(to: *mut f32, even: Self::Float, odd: Self::Float) {
+        for lane in 0..LANES {
+            // SAFETY: the caller's promise.
             unsafe {
-                let code = *codes.add(byte);
-                let scale = scales[byte / 8];
-                to.add(2 * byte)
-                    .write(code::VALUES[usize::from(code & 15)] * scale);
-                to.add(2 * byte + 1)
-                    .write(code::VALUES[usize::from(code >> 4)] * scale);
+                to.add(2 * lane).write(even[lane]);
+                to.add(2 * lane + 1).write(odd[lane]);
             }
         }
     }
