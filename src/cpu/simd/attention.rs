@@ -5,6 +5,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 use super::generic::exp;
+use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{Scratch, Simd, sized};
 use crate::cpu::attention::Task;
 
@@ -81,7 +82,7 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
         }
         unsafe {
             let (b, columns) = if few {
-                (Columns::values::<S>(task, first, count), value)
+                (values_of::<S>(task, first, count), value)
             } else {
                 pack_values::<S>(task, first, count, values);
                 (Columns::packed::<S>(values, KEYS), stride)
@@ -104,14 +105,6 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
 /// Elements from one row of a task's output to the next: whole registers of any instruction set.
 pub(in crate::cpu) fn out_stride(width: usize) -> usize {
     width.next_multiple_of(16)
-}
-
-/// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
-#[inline(always)]
-fn aligned(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    let all = sized(memory, len + 15);
-    let skip = all.as_ptr().align_offset(64).min(15);
-    &mut all[skip..][..len]
 }
 
 /// The task's queries, their parts side by side, times the scale.
@@ -143,21 +136,19 @@ unsafe fn pack_keys<S: Simd>(task: &Task<'_>, first: usize, count: usize, width:
             for (lane, key) in keys[..S::LANES].iter_mut().enumerate() {
                 *key = part.get(first + (set * S::LANES + lane).min(count - 1), h);
             }
-            let whole = part.width / 16 * 16;
             let (place, rest) = to.split_at_mut(part.width * S::LANES);
-            let (wholes, tail) = place.split_at_mut(whole * S::LANES);
-            for (step, place) in wholes.chunks_exact_mut(16 * S::LANES).enumerate() {
-                let pointers = keys.map(|key| key[step * 16..][..16].as_ptr().cast());
-                unsafe { S::transpose(&pointers[..S::LANES], place.as_mut_ptr().cast()) };
-            }
-            for (k, place) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {
-                for (place, key) in place.iter_mut().zip(keys) {
-                    *place = key[k];
-                }
-            }
+            unsafe { transpose::<S>(keys, place) };
             to = rest;
         }
     }
+}
+
+/// Values as they lie.
+fn values_of<S: Simd>(task: &Task<'_>, first: usize, count: usize) -> Columns {
+    let (values, h) = (task.attention.values, task.head());
+    // The last row is there too: `get` would panic.
+    values.get(first + count - 1, h);
+    Columns::rows::<S>(values.get(first, h), values.row)
 }
 
 /// Copies values: sets of `LANES` columns, in a set a key's after the other's. As they lie, a head's rows may be so far
@@ -177,28 +168,6 @@ unsafe fn pack_values<S: Simd>(task: &Task<'_>, first: usize, count: usize, to: 
             }
         }
     }
-}
-
-/// Calls `$work::<.., R>` for passes of `R` rows, from 1 to `MR`, which together are all rows, with the first row of each.
-/// Passes are of nearly equal size: one row left over would leave most of the processor idle.
-macro_rules! passes {
-    ($rows:expr, $limit:ident, |$first:ident, $R:ident| $work:expr) => {{
-        let rows = $rows;
-        let passes = rows.div_ceil($limit);
-        for pass in 0..passes {
-            let ($first, to) = (pass * rows / passes, (pass + 1) * rows / passes);
-            passes!(@match to - $first, $limit, $R, $work, 1 2 3 4 5 6);
-        }
-    }};
-    (@match $count:expr, $limit:ident, $R:ident, $work:expr, $($rows:literal)*) => {
-        match $count {
-            $($rows if $rows <= $limit => {
-                const $R: usize = $rows;
-                $work
-            })*
-            _ => unreachable!("a pass has 1 to {} rows", $limit),
-        }
-    };
 }
 
 /// Scores of few rows: each query along each key as it lies, sums in the lanes of a register.
@@ -256,140 +225,6 @@ unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
             let scores = &mut scores[i * KEYS..][..count];
             for (score, (sum, rest)) in scores.iter_mut().zip(sums.into_iter().zip(rests)) {
                 *score = S::sum(sum) + rest;
-            }
-        }
-    }
-}
-
-/// The left side of a product: rows `stride` apart.
-#[derive(Clone, Copy)]
-struct Rows {
-    start: *const f32,
-    stride: usize,
-}
-
-impl Rows {
-    fn of(rows: &[f32], stride: usize) -> Self {
-        Self {
-            start: rows.as_ptr(),
-            stride,
-        }
-    }
-
-    unsafe fn skip(self, rows: usize, columns: usize) -> Self {
-        Self {
-            start: unsafe { self.start.add(rows * self.stride + columns) },
-            ..self
-        }
-    }
-}
-
-/// The right side: rows of registers.
-#[derive(Clone, Copy)]
-struct Columns {
-    start: *const f32,
-    /// Elements from one row to the next.
-    row: usize,
-    /// Elements from one register of columns to the next.
-    register: usize,
-}
-
-impl Columns {
-    /// Sets of `rows` registers.
-    fn packed<S: Simd>(sets: &[f32], rows: usize) -> Self {
-        Self {
-            start: sets.as_ptr(),
-            row: S::LANES,
-            register: rows * S::LANES,
-        }
-    }
-
-    /// Values as they lie.
-    fn values<S: Simd>(task: &Task<'_>, first: usize, count: usize) -> Self {
-        let (values, h) = (task.attention.values, task.head());
-        // The last row is there too: `get` would panic.
-        values.get(first + count - 1, h);
-        Self {
-            start: values.get(first, h).as_ptr(),
-            row: values.row,
-            register: S::LANES,
-        }
-    }
-
-    unsafe fn skip(self, rows: usize, registers: usize) -> Self {
-        Self {
-            start: unsafe { self.start.add(rows * self.row + registers * self.register) },
-            ..self
-        }
-    }
-}
-
-/// Rows of the right side that are taken at a time: 64 columns of them stay in the first-level cache.
-const INNER: usize = 128;
-
-/// `out[i, c] = Σ_k a[i, k] · b[k, c]`, or that added to `out`, for a shape of `(rows, inner, columns)`; rows of `out` lie
-/// a stride apart.
-#[inline(always)]
-unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
-    a: Rows,
-    b: Columns,
-    (rows, inner, columns): (usize, usize, usize),
-    (out, stride): (&mut [f32], usize),
-    add: bool,
-) {
-    assert!(columns <= stride && out.len() >= (rows - 1) * stride + columns);
-    let registers = columns / S::LANES;
-    let whole = registers / NR * NR;
-    for start in (0..inner).step_by(INNER) {
-        let (inner, add) = ((inner - start).min(INNER), add || start > 0);
-        passes!(rows, MR, |row, R| unsafe {
-            let (a, b) = (a.skip(row, start), b.skip(start, 0));
-            let out = &mut out[row * stride..];
-            for first in (0..whole).step_by(NR) {
-                let out = (out[first * S::LANES..].as_mut_ptr(), stride);
-                micro::<S, NR, R>(a, b.skip(0, first), inner, out, add);
-            }
-            for first in whole..registers {
-                let out = (out[first * S::LANES..].as_mut_ptr(), stride);
-                micro::<S, 1, R>(a, b.skip(0, first), inner, out, add);
-            }
-        });
-    }
-    // Columns short of a register, of heads of odd widths.
-    for (i, out) in out.chunks_mut(stride).take(rows).enumerate() {
-        for (c, out) in (registers * S::LANES..columns).zip(&mut out[registers * S::LANES..columns]) {
-            let product = |k| unsafe { *a.start.add(i * a.stride + k) * *b.start.add(k * b.row + c) };
-            *out = if add { *out } else { 0.0 } + (0..inner).map(product).sum::<f32>();
-        }
-    }
-}
-
-/// `MR` rows of `a` by `NR` registers of `b`, sums in registers.
-#[inline(always)]
-unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
-    a: Rows,
-    b: Columns,
-    inner: usize,
-    (out, stride): (*mut f32, usize),
-    add: bool,
-) {
-    unsafe {
-        let place = |i: usize, v: usize| out.add(i * stride + v * S::LANES);
-        let mut sums: [[_; NR]; MR] = std::array::from_fn(|i| {
-            std::array::from_fn(|v| if add { S::load(place(i, v)) } else { S::splat(0.0) })
-        });
-        for k in 0..inner {
-            let b: [_; NR] = std::array::from_fn(|v| S::load(b.start.add(k * b.row + v * b.register)));
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = S::splat(*a.start.add(i * a.stride + k));
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = S::fma(a, b, *sum);
-                }
-            }
-        }
-        for (i, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                S::store(place(i, v), sum);
             }
         }
     }

@@ -8,6 +8,7 @@ mod attention;
 mod avx512;
 mod generic;
 mod portable;
+mod product;
 mod scales;
 
 pub(super) use attention::out_stride;
@@ -64,6 +65,8 @@ pub(super) struct Scratch {
     pub floats: Vec<f32>,
     pub weights: Vec<f32>,
     pub gathered: Vec<f32>,
+    /// The right side of a product, register by register.
+    pub packed: Vec<f32>,
     /// A tile's result before it goes where it belongs.
     pub tile: Vec<f32>,
     pub other_tile: Vec<f32>,
