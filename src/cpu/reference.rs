@@ -153,18 +153,17 @@ pub fn attention(attention: Attention<'_>, n: usize) -> Vec<f32> {
                 let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
                 products.sum::<f64>() * f64::from(attention.scale)
             };
-            let visible = attention.visible(i);
-            let scores: Vec<f64> = visible.clone().map(score).collect();
+            let at = attention.position + i;
+            let sees = |t: &usize| attention.window.is_none_or(|window| at - t < window);
+            let visible: Vec<usize> = (0..=at).filter(sees).collect();
+            let scores: Vec<f64> = visible.iter().copied().map(score).collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
             let sum: f64 = weights.iter().sum();
             for c in 0..attention.values.width {
                 let value = |t: usize| f64::from(attention.values.get(t, h)[c]);
-                let mixed: f64 = visible
-                    .clone()
-                    .zip(&weights)
-                    .map(|(t, w)| w / sum * value(t))
-                    .sum();
+                let seen = visible.iter().zip(&weights);
+                let mixed: f64 = seen.map(|(t, weight)| weight / sum * value(*t)).sum();
                 y.push(mixed as f32);
             }
         }
