@@ -8,9 +8,8 @@ use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
 use crate::fp4::{Format, ScaleRule, Weight, quantize};
-use crate::nn::MmfP4Linear;
+use crate::nn::{MmfP4Linear, RmsNorm};
 use candle_core::{Device, Tensor};
-use candle_nn::RmsNorm;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -36,7 +35,6 @@ pub struct LoadOptions {
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
-    device: &'a Device,
     keep: Keep<'a>,
     report: RefCell<LoadReport>,
     survey: RefCell<Survey>,
@@ -44,24 +42,18 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// Begins to load a model of so many decoder `layers`; norms and biases go to `device`.
+    /// Begins to load a model of so many decoder `layers`.
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for options that make no sense: a layer that is not there,
     /// an empty pattern, a group that no tensor can have.
-    pub fn new(
-        checkpoint: &'a Checkpoint,
-        options: &'a LoadOptions,
-        device: &'a Device,
-        layers: usize,
-    ) -> Result<Self> {
+    pub fn new(checkpoint: &'a Checkpoint, options: &'a LoadOptions, layers: usize) -> Result<Self> {
         if let Some(format) = options.quantize {
             format.check("load")?;
         }
         Ok(Self {
             checkpoint,
             options,
-            device,
             keep: Keep::new(options, layers)?,
             report: RefCell::default(),
             survey: RefCell::default(),
@@ -137,7 +129,7 @@ impl<'a> Loader<'a> {
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn rms_norm(&self, module: &str, len: usize, eps: f64) -> Result<RmsNorm> {
         let weight = self.vector(&format!("{module}.weight"), len)?;
-        Ok(RmsNorm::new(Tensor::new(weight, self.device)?, eps))
+        RmsNorm::new(weight, eps)
     }
 
     /// The vector `name` of `len` floats.

@@ -10,6 +10,7 @@
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]
 
+use super::product::{Columns, Rows, aligned, product, transpose};
 use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use crate::fp4::{FloatKind, Fp4Tensor, Weight};
@@ -26,8 +27,9 @@ const BLOCK_LANES: usize = BLOCK_BYTES / 4;
 macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
-            use super::super::{Fp4Rows, Kernels, Scratch, Selection, generic};
+            use super::super::{Fp4Rows, Kernels, Scratch, Selection, attention, generic};
             use crate::cpu::activations::{Block, Rounded};
+            use crate::cpu::attention::Task;
             use crate::fp4::Weight;
             use std::ops::Range;
 
@@ -59,7 +61,7 @@ macro_rules! kernels {
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { generic::exact::<super::$simd>(weight, rows, x, selection, out, scratch) }
+                unsafe { generic::exact::<super::$simd, $registers, $rows>(weight, rows, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -73,12 +75,18 @@ macro_rules! kernels {
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { generic::columns::<super::$simd>(weight, rows, columns, x, selection, out, scratch) }
+                unsafe { generic::columns::<super::$simd, $registers, $rows>(weight, rows, columns, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
                 generic::swiglu(gate, up)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend(task: &Task<'_>, out: &mut [f32], scratch: &mut Scratch) {
+                // SAFETY: as the caller promises.
+                unsafe { attention::attend::<super::$simd, $registers, $rows>(task, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -93,7 +101,7 @@ macro_rules! kernels {
                 unsafe { generic::dots::<super::$simd>(rounds) }
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, read, dots };
+            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read, dots };
         }
         pub(super) use kernels::KERNELS;
     };
@@ -601,7 +609,7 @@ const MANY: usize = 6;
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
 #[inline(always)]
-pub(super) unsafe fn exact<S: Simd>(
+pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     weight: &Weight,
     rows: Range<usize>,
     x: &[f32],
@@ -622,13 +630,28 @@ pub(super) unsafe fn exact<S: Simd>(
         few!(1 2 3 4 5);
         return;
     }
-    let decoded = sized(&mut scratch.weights, count * k);
-    for (n, row) in rows.zip(decoded.chunks_exact_mut(k)) {
-        unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
+    let packed = aligned(&mut scratch.packed, TILE * k);
+    let set = sized(&mut scratch.weights, S::LANES * k);
+    let sets = packed
+        .chunks_exact_mut(S::LANES * k)
+        .take(count.div_ceil(S::LANES));
+    for (first, packed) in rows.clone().step_by(S::LANES).zip(sets) {
+        for (n, row) in (first..rows.end).zip(set.chunks_exact_mut(k)) {
+            unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
+        }
+        let mut decoded = [&set[..k]; 16];
+        for (decoded, row) in decoded.iter_mut().zip(set.chunks_exact(k)) {
+            *decoded = row;
+        }
+        unsafe { transpose::<S>(decoded, packed) };
     }
-    let x = gather(x, k, selection, &mut scratch.gathered);
-    let decoded = Matrix::rows(decoded, count, k).transposed();
-    product(Matrix::rows(x, m, k), decoded, out, TILE);
+    let (a, b) = (
+        Rows::of(gather(x, k, selection, &mut scratch.gathered), k),
+        Columns::packed::<S>(packed, k),
+    );
+    // Columns beyond the rows there are have room, and nobody reads them.
+    let columns = count.next_multiple_of(S::LANES);
+    unsafe { product::<S, NR, MR>(a, b, (m, k, columns), (out, TILE), false) };
 }
 
 /// Columns that a tile of a transposed product has at most: a multiple of every group.
@@ -637,7 +660,7 @@ pub(in crate::cpu) const COLUMNS: usize = 512;
 /// `out[i, c] = Σ_r x[i, r] · w[rows.start + r, columns.start + c]`: the sum runs over output features. `columns` are
 /// whole groups, 512 at most; `x` has rows of `rows.len()`, a row of `out` is `columns.len()` long.
 #[inline(always)]
-pub(super) unsafe fn columns<S: Simd>(
+pub(super) unsafe fn columns<S: Simd, const NR: usize, const MR: usize>(
     weight: &Weight,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -658,12 +681,8 @@ pub(super) unsafe fn columns<S: Simd>(
                 unsafe { decode_row::<S>(weight, n, columns.start, row, &mut scratch.floats) };
             }
             let x = gather(x, count, selection, &mut scratch.gathered);
-            product(
-                Matrix::rows(x, m, count),
-                Matrix::rows(decoded, count, width),
-                out,
-                width,
-            );
+            let (a, b) = (Rows::of(x, count), Columns::rows::<S>(decoded, width));
+            unsafe { product::<S, NR, MR>(a, b, (m, count, width), (out, width), false) };
         }
     }
 }
@@ -775,7 +794,7 @@ pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
 /// e^x to within two units in the last place, in arithmetic that a compiler turns into vector instructions; x above
 /// 88 counts as 88, below -87 as -87.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     // 2^23 · 1.5: adding it leaves a whole number in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
@@ -829,63 +848,4 @@ pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
         std::hint::black_box(sums);
     }
     u64::from(rounds) * 12 * 8 * S::LANES as u64
-}
-
-/// A view of a matrix; `transposed` swaps the strides.
-#[derive(Clone, Copy)]
-struct Matrix<'a> {
-    data: &'a [f32],
-    shape: (usize, usize),
-    strides: (isize, isize),
-}
-
-impl<'a> Matrix<'a> {
-    fn rows(data: &'a [f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(data.len(), rows * columns);
-        Self {
-            data,
-            shape: (rows, columns),
-            strides: (columns as isize, 1),
-        }
-    }
-
-    fn transposed(self) -> Self {
-        Self {
-            data: self.data,
-            shape: (self.shape.1, self.shape.0),
-            strides: (self.strides.1, self.strides.0),
-        }
-    }
-}
-
-/// `out = a · b` on this thread; rows of `out` lie `stride` apart.
-fn product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize) {
-    let ((m, k), (inner, n)) = (a.shape, b.shape);
-    assert!(k == inner && n <= stride && (m == 0 || out.len() >= (m - 1) * stride + n));
-    // SAFETY: `Matrix` is built over a slice of exactly rows · columns elements with the strides that reach
-    // each of them once, in either orientation; `out` was checked to hold m rows of n elements `stride` apart and
-    // is borrowed mutably, so that it overlaps neither operand. With `read_dst` false `out` is only written.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            stride as isize,
-            false,
-            a.data.as_ptr(),
-            a.strides.1,
-            a.strides.0,
-            b.data.as_ptr(),
-            b.strides.1,
-            b.strides.0,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }

@@ -6,10 +6,9 @@ use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
 use crate::cpu::Executor;
 use crate::models::observe::{Observer, Trace};
-use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
+use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_nn::RmsNorm;
 
 /// For which tokens logits are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +97,7 @@ impl Model {
         }
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
-        let loader = Loader::new(checkpoint, options, device, config.layers.len())?;
+        let loader = Loader::new(checkpoint, options, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
         let mut layers = Vec::with_capacity(config.layers.len());
@@ -232,19 +231,15 @@ impl Model {
             }
         }
 
-        let masks = sequences
-            .iter()
-            .map(|sequence| self.mask(sequence))
-            .collect::<Result<Vec<_>>>()?;
         let mut segments = Vec::with_capacity(sequences.len());
         let mut start = 0;
-        for (sequence, mask) in sequences.iter().zip(&masks) {
+        for sequence in sequences.iter() {
             let n = sequence.tokens.len();
             let path = self.path.decide(&self.config, n, sequence.position + n);
             segments.push(Segment {
                 start,
                 n,
-                mask: mask.as_ref(),
+                position: sequence.position,
                 path,
             });
             start += n;
@@ -286,19 +281,5 @@ impl Model {
             }
         }
         Ok(logits)
-    }
-
-    fn mask(&self, sequence: &Sequence<'_>) -> Result<Option<Tensor>> {
-        let (position, n) = (sequence.position, sequence.tokens.len());
-        if n == 1 {
-            return Ok(None);
-        }
-        let total = position + n;
-        Ok(Some(Mask::causal().tensor(
-            position..total,
-            0..total,
-            DType::F32,
-            &self.device,
-        )?))
     }
 }

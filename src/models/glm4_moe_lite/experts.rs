@@ -5,34 +5,19 @@ use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
 use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::models::observe::Trace;
-use crate::nn::{FusedMoe, MmfP4Linear, Router};
+use crate::nn::{FusedMoe, GatedMlp, Router};
 use crate::ops;
-use candle_core::{Module, Tensor};
+use candle_core::Tensor;
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
-    Dense {
-        gate: MmfP4Linear,
-        up: MmfP4Linear,
-        down: MmfP4Linear,
-    },
-    Sparse {
-        router: Router,
-        experts: FusedMoe,
-    },
+    Dense(GatedMlp),
+    Sparse { router: Router, experts: FusedMoe },
 }
 
 impl FeedForward {
     pub fn load(loader: &Loader<'_>, prefix: &str, kind: Layer, config: &Config) -> Result<Self> {
         let hidden = config.hidden_size;
-        if kind == Layer::Dense {
-            let width = config.intermediate_size;
-            return Ok(Self::Dense {
-                gate: loader.linear(&format!("{prefix}.gate_proj"), width, hidden, false)?,
-                up: loader.linear(&format!("{prefix}.up_proj"), width, hidden, false)?,
-                down: loader.linear(&format!("{prefix}.down_proj"), hidden, width, false)?,
-            });
-        }
         let expert = |name: String, width: usize| -> Result<Expert> {
             Ok(Expert {
                 gate: loader.weight(&format!("{name}.gate_proj"), width, hidden)?,
@@ -40,6 +25,10 @@ impl FeedForward {
                 down: loader.weight(&format!("{name}.down_proj"), hidden, width)?,
             })
         };
+        if kind == Layer::Dense {
+            let mlp = GatedMlp::new(expert(prefix.to_string(), config.intermediate_size)?)?;
+            return Ok(Self::Dense(mlp.with_arithmetic(loader.arithmetic())));
+        }
         let width = config.moe_intermediate_size;
         let routed = (0..config.n_routed_experts).map(|e| expert(format!("{prefix}.experts.{e}"), width));
         let routed = routed.collect::<Result<_>>()?;
@@ -69,11 +58,7 @@ impl FeedForward {
     /// `[T, hidden]` to the same.
     pub fn forward(&self, x: &Tensor, trace: &mut Trace<'_, '_>) -> Result<Tensor> {
         match self {
-            Self::Dense { gate, up, down } => {
-                let gated = trace.see("mlp.gate_proj", x, gate.forward(x)?)?.silu()?;
-                let hidden = (gated * trace.see("mlp.up_proj", x, up.forward(x)?)?)?;
-                trace.see("mlp.down_proj", &hidden, down.forward(&hidden)?)
-            }
+            Self::Dense(mlp) => trace.see("mlp", x, mlp.forward(x)?),
             Self::Sparse { router, experts } => {
                 let routed = router.forward(x)?;
                 trace.see("mlp.gate", x, routed.logits)?;
