@@ -63,5 +63,6 @@ pub mod memory;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod random;
 
 pub use error::{Error, Result};
