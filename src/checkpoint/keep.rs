@@ -152,6 +152,7 @@ mod tests {
             quantize: Some(Format::mmfp4()),
             skip_layers: skip_layers.to_vec(),
             keep: keep.iter().map(|p| p.to_string()).collect(),
+            ..LoadOptions::default()
         }
     }
 

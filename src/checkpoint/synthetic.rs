@@ -463,7 +463,8 @@ impl Source {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::LoadOptions;
+    use crate::checkpoint::{Checkpoint, LoadOptions, ModelFiles};
+    use crate::fp4::Bytes;
     use crate::models::check_finite;
     use crate::models::glm4_moe_lite::{Logits, Model, Sequence};
     use crate::ops::ValueRange;
@@ -546,7 +547,7 @@ mod tests {
         };
         let first = read("a");
         assert_eq!(first, read("b"));
-        let checkpoint = crate::checkpoint::Checkpoint::open(folder.path().join("a")).unwrap();
+        let checkpoint = Checkpoint::open(folder.path().join("a")).unwrap();
         for (name, stored) in checkpoint.tensors() {
             assert_eq!(stored.bytes.offset() % 16, 0, "{name}");
         }
@@ -608,6 +609,63 @@ mod tests {
             assert_eq!(part("experts.0.gate"), part("shared_experts.down"), "{layer}");
         }
         assert_eq!(home("lm_head.scales"), 0);
+    }
+
+    /// The model over memory that is never written, but for the files' headers: zeros that take no room.
+    fn hollow(name: &str) -> Model {
+        let synthetic: Synthetic = name.parse().unwrap();
+        let files = synthetic.files();
+        let mut held: Vec<(String, Bytes)> = Vec::new();
+        for (name, file) in &files {
+            let preamble = file.preamble();
+            let fill = |memory: &mut [u8]| {
+                memory[..preamble.len()].copy_from_slice(&preamble);
+                Ok(())
+            };
+            held.push((
+                name.clone(),
+                Bytes::build(preamble.len() + file.data_size(), fill).unwrap(),
+            ));
+        }
+        if files.len() > 1 {
+            let folder = tempfile::tempdir().unwrap();
+            write_index(folder.path(), &files).unwrap();
+            let index = "model.safetensors.index.json";
+            let text = std::fs::read(folder.path().join(index)).unwrap();
+            held.push((index.into(), Bytes::copy_from(&text).unwrap()));
+        }
+        let checkpoint = Checkpoint::from_files(&ModelFiles::in_memory(name, held)).unwrap();
+        let config = synthetic.config().clone();
+        let (model, report) =
+            Model::load(config, &checkpoint, &LoadOptions::default(), &Device::Cpu).unwrap();
+        assert!(report.unused.is_empty() && report.copied.is_empty(), "{report}");
+        model
+    }
+
+    #[test]
+    fn a_token_reads_what_its_shapes_say() {
+        // Linear weights of a layer's attention, of an expert, of the dense layer's MLP and of the head.
+        let attention = 2048 * 768 + 768 * 5120 + 2048 * 576 + 512 * 20 * 448 + 5120 * 2048;
+        let (expert, dense, head) = (3 * 2048 * 1536, 3 * 2048 * 10240, 2048 * 154_880);
+        for (name, layers, gigabytes) in [("slice", 4, 0.314), ("glm-4.7-flash", 47, 1.84)] {
+            let model = hollow(name);
+            let weights = dense + head + layers * attention + (layers - 1) * 5 * expert;
+            let packed = weights / 2 + weights / 128 * 2;
+            assert!((packed as f64 / 1e9 / gigabytes - 1.0).abs() < 0.005, "{packed}");
+            // Norms and biases in F32; routers and a row of the embedding in BF16.
+            let norms = 4 * (2048 + layers * (2 * 2048 + 768 + 512));
+            let routers = (layers - 1) * 64 * (2 * 2048 + 4);
+            let floats = norms + routers + 2 * 2048;
+            assert_eq!(model.bytes_read(1), packed + floats, "{name}");
+            // Two tokens choose up to eight experts, sixteen and more all of them; each reads a row of the embedding.
+            let more = (expert / 2 + expert / 128 * 2) * (layers - 1);
+            assert_eq!(model.bytes_read(2), packed + floats + 4 * more + 2 * 2048);
+            assert_eq!(
+                model.bytes_read(512),
+                packed + floats + 60 * more + 511 * 2 * 2048
+            );
+            assert_eq!(model.cache_bytes_per_token(), layers * 576 * 4);
+        }
     }
 
     #[test]

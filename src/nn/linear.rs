@@ -151,6 +151,11 @@ impl MmfP4Linear {
     pub fn bias(&self) -> Option<&[f32]> {
         self.op.bias()
     }
+
+    /// Bytes of weight and bias.
+    pub fn size_in_bytes(&self) -> usize {
+        self.weight().size_in_bytes() + self.bias().map_or(0, size_of_val)
+    }
 }
 
 impl Module for MmfP4Linear {

@@ -41,6 +41,18 @@ pub struct Arguments {
     /// given several times.
     #[arg(long, value_name = "PATTERN", requires = "quantize")]
     keep: Vec<String>,
+    #[command(flatten)]
+    experts: Experts,
+}
+
+#[derive(Args)]
+pub struct Experts {
+    /// Run the experts that a token chooses one after the other: slower, and there to measure by how much.
+    #[arg(long)]
+    no_fused_moe: bool,
+    /// Run them in one fused op, which is the default.
+    #[arg(long = "use-fused-moe", conflicts_with = "no_fused_moe")]
+    _use_fused_moe: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -91,6 +103,7 @@ impl Arguments {
             quantize: self.quantize,
             skip_layers: self.skip_layers.clone(),
             keep: self.keep.clone(),
+            separate_experts: self.experts.no_fused_moe,
         }
     }
 

@@ -60,6 +60,11 @@ impl AttentionPath {
     }
 }
 
+/// Bytes of a norm's weight.
+pub(super) fn norm_bytes(norm: &RmsNorm) -> usize {
+    norm.weight().elem_count() * norm.weight().dtype().size_in_bytes()
+}
+
 /// One sequence's share of a pass, as attention sees it.
 pub(super) struct Segment<'a> {
     /// Its rows in the pass's tensors.
@@ -148,6 +153,16 @@ impl Attention {
             latent,
             value,
         })
+    }
+
+    /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
+    pub fn bytes_read(&self) -> usize {
+        let query = match &self.query {
+            Query::Direct(projection) => projection.size_in_bytes(),
+            Query::LowRank { a, norm, b } => a.size_in_bytes() + norm_bytes(norm) + b.size_in_bytes(),
+        };
+        let linear = [&self.kv_a, &self.kv_b, &self.output].map(MmfP4Linear::size_in_bytes);
+        query + linear.iter().sum::<usize>() + norm_bytes(&self.kv_norm)
     }
 
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows

@@ -1,6 +1,6 @@
 //! The decoder: embeddings, layers, head.
 
-use super::attention::{Attention, AttentionPath, Segment};
+use super::attention::{Attention, AttentionPath, Segment, norm_bytes};
 use super::config::Config;
 use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
@@ -9,6 +9,9 @@ use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::RmsNorm;
+
+/// What the cache holds.
+const CACHE_TYPE: DType = DType::F32;
 
 /// For which tokens logits are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +148,36 @@ impl Model {
         self.path = path;
     }
 
+    /// Bytes of weights that a pass over `tokens` tokens of one sequence reads at least, for the logits of the last:
+    /// codes and scales, routers, norms, output head, each once; one row of the embedding a token; and as many experts
+    /// as the tokens choose if no two choose alike, up to all of them. The cache is not counted: see
+    /// [`cache_bytes_per_token`](Self::cache_bytes_per_token).
+    ///
+    /// ```no_run
+    /// # use candle_mmfp4::models::glm4_moe_lite::Model;
+    /// # fn told(model: &Model) {
+    /// let decode = model.bytes_read(1);
+    /// let prompt = model.bytes_read(512) / 512;
+    /// println!("a token reads {decode} bytes of weights, in a prompt of 512 tokens {prompt}");
+    /// # }
+    /// ```
+    pub fn bytes_read(&self, tokens: usize) -> u64 {
+        let layers = self.layers.iter().map(|layer| {
+            norm_bytes(&layer.input_norm)
+                + norm_bytes(&layer.post_attention_norm)
+                + layer.attention.bytes_read()
+                + layer.feed_forward.bytes_read(tokens)
+        });
+        let embedding = self.embedding.weight();
+        let rows = embedding.size_in_bytes() / embedding.shape().0 * tokens;
+        (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
+    }
+
+    /// Bytes that a token takes in a cache; each later token reads them.
+    pub fn cache_bytes_per_token(&self) -> u64 {
+        (self.layers.len() * self.config.cache_width() * CACHE_TYPE.size_in_bytes()) as u64
+    }
+
     /// An empty cache for one sequence, up to the model's context.
     pub fn new_cache(&self) -> TokenCache {
         let config = &self.config;
@@ -153,7 +186,7 @@ impl Model {
             config.layers.len(),
             config.cache_width(),
             limit,
-            DType::F32,
+            CACHE_TYPE,
             &self.device,
         )
     }

@@ -3,9 +3,10 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::models::observe::Trace;
-use crate::nn::{FusedMoe, MmfP4Linear, Router};
+use crate::nn::{FusedMoe, MmfP4Linear, Router, SeparateMoe};
 use crate::ops;
 use candle_core::{Module, Tensor};
 
@@ -19,6 +20,9 @@ pub(super) enum FeedForward {
     Sparse {
         router: Router,
         experts: FusedMoe,
+        /// Runs instead of the fused op, where that was asked for.
+        separate: Option<SeparateMoe>,
+        top_k: usize,
     },
 }
 
@@ -63,7 +67,36 @@ impl FeedForward {
         )?;
         let gate = loader.kept_weight(&format!("{prefix}.gate"), config.n_routed_experts, hidden)?;
         let router = Router::new(ops::Linear::new(gate, None)?, ops::Route::new(routing, bias)?);
-        Ok(Self::Sparse { router, experts })
+        let separate = loader.separates_experts().then(|| SeparateMoe::new(&experts));
+        Ok(Self::Sparse {
+            router,
+            separate: separate.transpose()?,
+            experts,
+            top_k: routing.top_k,
+        })
+    }
+
+    /// Bytes of weights that `tokens` tokens read, each weight once, experts as many as they can choose.
+    pub fn bytes_read(&self, tokens: usize) -> usize {
+        match self {
+            Self::Dense { gate, up, down } => [gate, up, down].map(MmfP4Linear::size_in_bytes).iter().sum(),
+            Self::Sparse {
+                router,
+                experts,
+                top_k,
+                ..
+            } => {
+                let size = |expert: &Expert| {
+                    let parts = [&expert.gate, &expert.up, &expert.down];
+                    parts.map(Weight::size_in_bytes).iter().sum::<usize>()
+                };
+                let all = experts.experts();
+                // A checkpoint may keep some of them in floating point: their mean counts.
+                let chosen = tokens.saturating_mul(*top_k).min(all.len());
+                let routed = all.iter().map(size).sum::<usize>() * chosen / all.len();
+                router.size_in_bytes() + routed + experts.shared().iter().map(size).sum::<usize>()
+            }
+        }
     }
 
     /// `[T, hidden]` to the same.
@@ -74,10 +107,18 @@ impl FeedForward {
                 let hidden = (gated * trace.see("mlp.up_proj", x, up.forward(x)?)?)?;
                 trace.see("mlp.down_proj", &hidden, down.forward(&hidden)?)
             }
-            Self::Sparse { router, experts } => {
+            Self::Sparse {
+                router,
+                experts,
+                separate,
+                ..
+            } => {
                 let routed = router.forward(x)?;
                 trace.see("mlp.gate", x, routed.logits)?;
-                let mixed = experts.forward(x, &routed.ids, &routed.weights)?;
+                let mixed = match separate {
+                    Some(experts) => experts.forward(x, &routed.ids, &routed.weights)?,
+                    None => experts.forward(x, &routed.ids, &routed.weights)?,
+                };
                 trace.see("mlp.experts", x, mixed)
             }
         }
