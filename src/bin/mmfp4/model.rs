@@ -73,10 +73,7 @@ impl Arguments {
     /// took, without the download.
     pub fn load(&self) -> anyhow::Result<(Pipeline, Duration)> {
         let device = self.device()?;
-        let files = match &self.model {
-            Some(model) => find(model, self.refresh)?,
-            None => demo::files()?,
-        };
+        let files = self.files()?;
         let start = Instant::now();
         let (pipeline, report) = Pipeline::from_files(&files, &self.load_options(), &device)?;
         let elapsed = start.elapsed();
@@ -98,7 +95,20 @@ impl Arguments {
         Ok((pipeline, elapsed))
     }
 
-    fn load_options(&self) -> LoadOptions {
+    /// The model's files, fetched first where they have to be.
+    pub fn files(&self) -> anyhow::Result<ModelFiles> {
+        match &self.model {
+            Some(model) => find(model, self.refresh),
+            None => Ok(demo::files()?),
+        }
+    }
+
+    /// Whether weights are quantised while loading.
+    pub fn quantizes(&self) -> bool {
+        self.quantize.is_some()
+    }
+
+    pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
             skip_layers: self.skip_layers.clone(),

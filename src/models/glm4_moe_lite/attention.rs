@@ -14,6 +14,7 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::HeadRows;
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RotaryEmbedding};
@@ -153,6 +154,15 @@ impl Attention {
             latent,
             value,
         })
+    }
+
+    pub fn weights(&self) -> Vec<&Weight> {
+        let query = match &self.query {
+            Query::Direct(projection) => vec![projection],
+            Query::LowRank { a, b, .. } => vec![a, b],
+        };
+        let others = [&self.kv_a, &self.kv_b, &self.output];
+        query.into_iter().chain(others).map(MmfP4Linear::weight).collect()
     }
 
     /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.

@@ -3,7 +3,8 @@
 use super::attention::{Attention, AttentionPath, Segment, norm_bytes};
 use super::config::Config;
 use super::experts::FeedForward;
-use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
+use crate::fp4::Weight;
 use crate::models::observe::{Observer, Trace};
 use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
 use crate::{Error, Result};
@@ -75,8 +76,20 @@ impl Model {
         options: &LoadOptions,
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
-        let config = Config::from_file(folder.as_ref().join("config.json"))?;
-        Self::load(config, &Checkpoint::open(folder)?, options, device)
+        Self::from_files(&ModelFiles::folder(folder.as_ref()), options, device)
+    }
+
+    /// As [`from_folder`](Self::from_folder), of files that may be in memory.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder).
+    pub fn from_files(
+        files: &ModelFiles,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        let config = Config::from_files(files)?;
+        Self::load(config, &Checkpoint::from_files(files)?, options, device)
     }
 
     /// Loads a model from its config and an open checkpoint, and reports what was found there.
@@ -146,6 +159,16 @@ impl Model {
     /// Forces one way of computing attention; results differ by rounding only.
     pub fn set_attention_path(&mut self, path: AttentionPath) {
         self.path = path;
+    }
+
+    /// The weights of the layers' products and of the output head, where they lie; the routers' and, unless it is the
+    /// head, the embedding are not among them.
+    pub fn weights(&self) -> Vec<&Weight> {
+        let layers = self.layers.iter();
+        layers
+            .flat_map(|layer| [layer.attention.weights(), layer.feed_forward.weights()].concat())
+            .chain([self.head.weight()])
+            .collect()
     }
 
     /// Bytes of weights that a pass over `tokens` tokens of one sequence reads at least, for the logits of the last:

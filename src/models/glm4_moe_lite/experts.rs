@@ -76,6 +76,18 @@ impl FeedForward {
         })
     }
 
+    /// All weights but the router's, which is small.
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Self::Dense { gate, up, down } => [gate, up, down].map(MmfP4Linear::weight).into(),
+            Self::Sparse { experts, .. } => {
+                let all = experts.experts().iter().chain(experts.shared());
+                all.flat_map(|expert| [&expert.gate, &expert.up, &expert.down])
+                    .collect()
+            }
+        }
+    }
+
     /// Bytes of weights that `tokens` tokens read, each weight once, experts as many as they can choose.
     pub fn bytes_read(&self, tokens: usize) -> usize {
         match self {
