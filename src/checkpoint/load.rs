@@ -29,6 +29,9 @@ pub struct LoadOptions {
     pub keep: Vec<String>,
     /// How activations meet FP4 weights on the CPU: rounded to eight bits, or exactly.
     pub arithmetic: Arithmetic,
+    /// Run the experts that a token chooses one after the other instead of in one fused op: slower, and there to
+    /// measure by how much ([`SeparateMoe`](crate::nn::SeparateMoe)).
+    pub separate_experts: bool,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -142,6 +145,11 @@ impl<'a> Loader<'a> {
         self.mark_used(name.to_string());
         self.report.borrow_mut().dense.add(stored.bytes.len());
         Ok(values)
+    }
+
+    /// Whether [`LoadOptions::separate_experts`] is set.
+    pub(crate) fn separates_experts(&self) -> bool {
+        self.options.separate_experts
     }
 
     /// Records that the experts of `module` were copied to lie together.

@@ -7,6 +7,7 @@ pub mod mask;
 mod moe;
 mod rope;
 mod router;
+mod separate;
 
 pub use crate::cpu::Pairing;
 pub use crate::ops::{FusedMoe, GatedMlp, RmsNorm};
@@ -16,3 +17,4 @@ pub use linear::{MmfP4Linear, linear, linear_no_bias};
 pub use mask::Mask;
 pub use rope::{Angles, RotaryEmbedding};
 pub use router::{Routed, Router};
+pub use separate::SeparateMoe;

@@ -37,6 +37,11 @@ impl GatedMlp {
         Self { arithmetic, ..self }
     }
 
+    /// The three weights.
+    pub fn weights(&self) -> &Expert {
+        &self.mlp
+    }
+
     /// Applies the op to `x` `[…, D]` in F32, F16 or BF16.
     ///
     /// # Errors

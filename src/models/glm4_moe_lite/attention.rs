@@ -14,6 +14,7 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::HeadRows;
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RmsNorm, RotaryEmbedding};
@@ -57,6 +58,11 @@ impl AttentionPath {
             Self::Materialised
         }
     }
+}
+
+/// Bytes of a norm's weight.
+pub(super) fn norm_bytes(norm: &RmsNorm) -> usize {
+    size_of_val(norm.weight())
 }
 
 /// One sequence's share of a pass, as attention sees it.
@@ -151,6 +157,25 @@ impl Attention {
             latent,
             value,
         })
+    }
+
+    pub fn weights(&self) -> Vec<&Weight> {
+        let input = self.input.parts().iter().map(ops::Linear::weight);
+        input.chain(self.linears().map(MmfP4Linear::weight)).collect()
+    }
+
+    /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
+    pub fn bytes_read(&self) -> usize {
+        let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
+        let linears = input.chain(self.linears().map(MmfP4Linear::size_in_bytes));
+        let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(&query.norm));
+        linears.sum::<usize>() + query_norm + norm_bytes(&self.kv_norm)
+    }
+
+    /// All linear layers but those of the input.
+    fn linears(&self) -> impl Iterator<Item = &MmfP4Linear> {
+        let query = self.low_rank.iter().map(|query| &query.b);
+        query.chain([&self.kv_b, &self.output])
     }
 
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows

@@ -3,16 +3,23 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::models::observe::Trace;
-use crate::nn::{FusedMoe, GatedMlp, Router};
+use crate::nn::{FusedMoe, GatedMlp, Router, SeparateMoe};
 use crate::ops;
 use candle_core::Tensor;
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
     Dense(GatedMlp),
-    Sparse { router: Router, experts: FusedMoe },
+    Sparse {
+        router: Router,
+        experts: FusedMoe,
+        /// Runs instead of the fused op, where that was asked for.
+        separate: Option<SeparateMoe>,
+        top_k: usize,
+    },
 }
 
 impl FeedForward {
@@ -52,17 +59,63 @@ impl FeedForward {
         )?;
         let gate = loader.kept_weight(&format!("{prefix}.gate"), config.n_routed_experts, hidden)?;
         let router = Router::new(ops::Linear::new(gate, None)?, ops::Route::new(routing, bias)?);
-        Ok(Self::Sparse { router, experts })
+        let separate = loader.separates_experts().then(|| SeparateMoe::new(&experts));
+        Ok(Self::Sparse {
+            router,
+            separate: separate.transpose()?,
+            experts,
+            top_k: routing.top_k,
+        })
+    }
+
+    /// All weights but the router's, which is small.
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Self::Dense(mlp) => mlp.weights().weights().into(),
+            Self::Sparse { experts, .. } => {
+                let all = experts.experts().iter().chain(experts.shared());
+                all.flat_map(Expert::weights).collect()
+            }
+        }
+    }
+
+    /// Bytes of weights that `tokens` tokens read, each weight once, experts as many as they can choose.
+    pub fn bytes_read(&self, tokens: usize) -> usize {
+        match self {
+            Self::Dense(mlp) => mlp.weights().size_in_bytes(),
+            Self::Sparse {
+                router,
+                experts,
+                top_k,
+                ..
+            } => {
+                let all = experts.experts();
+                // A checkpoint may keep some of them in floating point: their mean counts.
+                let chosen = tokens.saturating_mul(*top_k).min(all.len());
+                let routed = all.iter().map(Expert::size_in_bytes).sum::<usize>() * chosen / all.len();
+                router.size_in_bytes()
+                    + routed
+                    + experts.shared().iter().map(Expert::size_in_bytes).sum::<usize>()
+            }
+        }
     }
 
     /// `[T, hidden]` to the same.
     pub fn forward(&self, x: &Tensor, trace: &mut Trace<'_, '_>) -> Result<Tensor> {
         match self {
             Self::Dense(mlp) => trace.see("mlp", x, mlp.forward(x)?),
-            Self::Sparse { router, experts } => {
+            Self::Sparse {
+                router,
+                experts,
+                separate,
+                ..
+            } => {
                 let routed = router.forward(x)?;
                 trace.see("mlp.gate", x, routed.logits)?;
-                let mixed = experts.forward(x, &routed.ids, &routed.weights)?;
+                let mixed = match separate {
+                    Some(experts) => experts.forward(x, &routed.ids, &routed.weights)?,
+                    None => experts.forward(x, &routed.ids, &routed.weights)?,
+                };
                 trace.see("mlp.experts", x, mixed)
             }
         }
