@@ -261,24 +261,26 @@ def write(path: Path, shape: Shape, mixture: str, progress=lambda done, total: N
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     writer = GGUFWriter(aside, "deepseek2")
     try:
-        add_parameters(writer, shape, mixture)
-        for t in all_tensors:
-            if t.kind == F32:
-                writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes)
-            else:
-                writer.add_tensor_info(t.name, t.byte_shape, np.dtype(np.uint8), t.nbytes, raw_dtype=t.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for t in all_tensors:
-            writer.write_tensor_data(data_of(t))
-            done += t.nbytes
-            progress(done, total)
-        writer.flush()
-        # On the disk now, not while something is being timed.
-        os.fsync(writer.fout[0].fileno())
-        writer.close()
+        try:
+            add_parameters(writer, shape, mixture)
+            for t in all_tensors:
+                if t.kind == F32:
+                    writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes)
+                else:
+                    writer.add_tensor_info(t.name, t.byte_shape, np.dtype(np.uint8), t.nbytes, raw_dtype=t.kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done = 0
+            for t in all_tensors:
+                writer.write_tensor_data(data_of(t))
+                done += t.nbytes
+                progress(done, total)
+            writer.flush()
+            # On the disk now, not while something is being timed.
+            os.fsync(writer.fout[0].fileno())
+        finally:
+            writer.close()
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
