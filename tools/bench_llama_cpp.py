@@ -7,7 +7,7 @@
     target/llama-bench/python/bin/python tools/bench_llama_cpp.py full --formats mxfp4,q4_k_m
 
 Needs Linux, Python 3.11 and tools/requirements-bench.txt. `slice` is the dense and three sparse layers with the whole
-vocabulary: 5 GB of disk, a quarter of an hour. `full` is all 47 layers: 35 GB of disk, 20 GB of memory, more than an
+vocabulary: 5 GB of disk, some minutes. `full` is all 47 layers: 35 GB of disk, 20 GB of memory, about an
 hour. Run it on a machine that does nothing else.
 
 What it does, for each format of llama.cpp's file (tools/glm_gguf.py says what they are):
@@ -111,12 +111,14 @@ def parse(arguments: list[str] | None, target: Path) -> argparse.Namespace:
     parser.add_argument("-p", dest="prompts", type=parse_numbers, default=[128, 512], metavar="LIST",
                         help="lengths of prompts (default: 128,512)")
     parser.add_argument("-n", dest="tokens", type=parse_number, default=64, help="tokens to decode (default: 64)")
-    parser.add_argument("-r", dest="repetitions", type=parse_number, default=3, help="repetitions a process (default: 3)")
+    parser.add_argument("-r", dest="repetitions", type=parse_number, default=3,
+                        help="repetitions a process (default: 3)")
     parser.add_argument("-t", "--threads", type=parse_number, default=2, help="default: 2")
     parser.add_argument("--rounds", type=parse_rounds, default=4,
                         help="processes of each program, the discarded first included (default: 4)")
     parser.add_argument("--mmfp4", type=Path, default=target / "release/mmfp4", metavar="FILE")
-    parser.add_argument("--mmfp4-args", type=shlex.split, default=[], metavar="ARGS", help="more arguments of ours, as in --mmfp4-args=--exact")
+    parser.add_argument("--mmfp4-args", type=shlex.split, default=[], metavar="ARGS",
+                        help="more arguments of ours, as in --mmfp4-args=--exact")
     parser.add_argument("--llama-bench", type=Path, default=target / "llama-bench/bin/llama-bench", metavar="FILE")
     parser.add_argument("--llama-bench-args", type=shlex.split, default=[], metavar="ARGS",
                         help="more arguments of llama-bench's")
@@ -369,8 +371,8 @@ def markdown(bench: Bench, about: dict, runs: list[Run]) -> str:
     lines += [shlex.join(bench.command(THEIRS, mixture)) for mixture in o.formats]
     lines += ["```", ""]
     lines += [
-        f"Medians of {o.rounds - 1} rounds, tokens a second; in brackets the ratios of single rounds.", "",
-        "| llama.cpp's format | test | mmfp4 | llama.cpp | ratio | | mmfp4, share of bandwidth |",
+        f"Tokens a second, medians of rounds 2 to {o.rounds}; the ratio of these, and the ratios of single rounds.", "",
+        "| llama.cpp's format | test | mmfp4 | llama.cpp | ratio | rounds | mmfp4, share of bandwidth |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in ratios(runs):

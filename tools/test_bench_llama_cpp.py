@@ -71,7 +71,8 @@ class Blocks(unittest.TestCase):
                     self.assertLess(abs(values.mean()) / std, 0.06)
 
     def test_are_the_same_each_time_and_differ_by_tensor(self):
-        first, second = (t for t in glm.tensors(SMALL, "q4_k_m") if t.name.endswith(("ffn_gate.weight", "ffn_up.weight")))
+        ends = ("ffn_gate.weight", "ffn_up.weight")
+        first, second = (t for t in glm.tensors(SMALL, "q4_k_m") if t.name.endswith(ends))
         self.assertTrue((glm.data_of(first) == glm.data_of(first)).all())
         self.assertFalse((glm.data_of(first) == glm.data_of(second)).all())
 
@@ -171,7 +172,8 @@ class Benchmark(unittest.TestCase):
 
     def test_gives_ratios_of_medians_without_the_first_round(self):
         json_file = self.target / "result.json"
-        out, _ = self.call("slice", "--formats", "mxfp4", "-p", "8", "-n", "4", "--rounds", "5", "--json", str(json_file),
+        out, _ = self.call("slice", "--formats", "mxfp4", "-p", "8", "-n", "4", "--rounds", "5",
+                           "--json", str(json_file),
                            ours="1,20,30,40,90", theirs="1000,10,10,20,20")
         result = json.loads(json_file.read_text())
         self.assertEqual([r["test"] for r in result["ratios"]], ["pp8", "tg4"])
