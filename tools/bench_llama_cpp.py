@@ -7,19 +7,18 @@
     target/llama-bench/python/bin/python tools/bench_llama_cpp.py full --formats mxfp4,q4_k_m
 
 Needs Linux, Python 3.11 and tools/requirements-bench.txt. `slice` is the dense and three sparse layers with the whole
-vocabulary: 5 GB of disk, some minutes. `full` is all 47 layers: 35 GB of disk, 20 GB of memory, about an
-hour. Run it on a machine that does nothing else.
+vocabulary: 5 GB of disk, some minutes. `full` is all 47 layers: 35 GB of disk, 20 GB of memory, about an hour. Run
+it on a machine that does nothing else.
 
 What it does, for each format of llama.cpp's file (tools/glm_gguf.py says what they are):
 - writes target/llama-bench/MODEL-FORMAT-1.gguf where it is not there yet; `mmfp4 bench` makes its own checkpoint
   under target/synthetic. CARGO_TARGET_DIR is honoured. Of `full` one file is on the disk at a time, and removed
   afterwards unless --keep.
 - runs rounds of one process each; the order changes from round to round, so that a drift of the machine helps neither.
-  The first round is shown and discarded, at least three follow. Before each process the other program's file leaves
+  The first round is shown and discarded, three follow (--rounds). Before each process the other program's file leaves
   the page cache, which holds only one of two full models, and its own is read once from end to end.
 - takes the median of each process's repetitions, and the ratio of the medians of the rounds.
-Both programs see as many processors as --threads says. llama-bench warms up once before its repetitions; of ours one
-more is asked for, since it discards the first.
+Both programs see as many processors as --threads says, and run each test once more before the repetitions that count.
 
 Markdown goes to stdout, with every run; progress to stderr; --json FILE writes the same numbers and all repetitions.
 A run is of little worth while other programs take processor time: the last column shows how much they took, of
@@ -49,6 +48,8 @@ import glm_gguf  # noqa: E402
 # Our name of each model.
 SYNTHETIC = {"slice": "slice", "full": "glm-4.7-flash"}
 OURS, THEIRS = "mmfp4", "llama.cpp"
+# Other programs' share of the processors beyond which a run tells more of them than of what was timed.
+QUIET = 0.03
 
 
 class Failure(Exception):
@@ -149,7 +150,7 @@ class Bench:
         prompts = ",".join(map(str, o.prompts))
         if program == OURS:
             return [str(o.mmfp4), "bench", "--synthetic", SYNTHETIC[o.model], "-p", prompts, "-n", str(o.tokens),
-                    "-r", str(o.repetitions + 1), "--json", *o.mmfp4_args]
+                    "-r", str(o.repetitions), "--json", *o.mmfp4_args]
         return [str(o.llama_bench), "-m", str(self.gguf(mixture)), "-t", str(o.threads), "-p", prompts,
                 "-n", str(o.tokens), "-r", str(o.repetitions), "-o", "json", *o.llama_bench_args]
 
@@ -274,19 +275,19 @@ def only(rows: list[dict], what: str) -> dict:
 
 
 def our_numbers(rows: list[dict], prompt: int, generated: int) -> dict:
-    """Run's fields of `mmfp4 bench --json`. Rows of first calls have other names of tests than pp… and tg…"""
+    """Run's fields of `mmfp4 bench --json`. Rows of latencies have other names than pp and tg."""
     kind = "pp" if prompt else "tg"
     row = only([
         r for r in rows
-        if r["test"].startswith(kind) and r["depth"] == 0
+        if r["test"] == kind and r["depth"] == 0
         and (r["prompt_tokens"], r["generated_tokens"]) == (prompt, generated)
     ], f"{kind}, {prompt} prompt and {generated} generated tokens, in the output of mmfp4 bench")
     return {
         "tokens_per_s": row["tokens_per_s"],
-        "samples": row.get("samples", []),
+        "samples": [(prompt or generated) * 1000 / ms for ms in row["samples_ms"]],
         "bytes_per_token": row["bytes_per_token"],
         "read_gb_s": row["read_bandwidth_gb_s"],
-        "noisy": bool(row.get("noisy", False)),
+        "noisy": row["noisy"],
     }
 
 
@@ -382,6 +383,11 @@ def markdown(bench: Bench, about: dict, runs: list[Run]) -> str:
             f"| **{r['ratio']:.2f}** | {r['lowest_ratio']:.2f} to {r['highest_ratio']:.2f} "
             f"| {'' if share is None else f'{share:.0%}'} |"
         )
+    kept = [r for r in runs if not r.discarded]
+    void = [r for r in kept if r.noisy or r.foreign > QUIET]
+    if void:
+        lines += ["", f"**To be repeated**: in {len(void)} of {len(kept)} runs other programs took more than {QUIET:.0%} "
+                  "of the processors, or the read bandwidth was noisy."]
     lines += [
         "", "Every run, in order:", "",
         "| format | round | program | test | tok/s | repetitions | GB/s | read GB/s | other programs |",

@@ -50,9 +50,10 @@ if "bench" in arguments:
     folder = Path(os.environ["CARGO_TARGET_DIR"]) / "synthetic" / value("--synthetic")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(b"weights")
-    rows = [dict(test="first call", prompt_tokens=1, generated_tokens=0, depth=0)]
+    rows = [dict(test="first_prompt", prompt_tokens=p, generated_tokens=n, depth=0) for p, n in tests]
     rows += [dict(test="pp" if p else "tg", prompt_tokens=p, generated_tokens=n, depth=0, tokens_per_s=rate,
-                  bytes_per_token=300_000_000, read_bandwidth_gb_s=30.0, share_of_bandwidth=0.5) for p, n in tests]
+                  bytes_per_token=300_000_000, read_bandwidth_gb_s=30.0, noisy=rate == 90,
+                  samples_ms=[(p or n) * 1000 / rate]) for p, n in tests]
 else:
     assert Path(value("-m")).exists()
     rows = [dict(n_prompt=p, n_gen=n, n_depth=0, samples_ts=[rate - 1, rate, rate + 5]) for p, n in tests]
@@ -187,12 +188,28 @@ class Benchmark(unittest.TestCase):
         self.assertEqual(order, ["mmfp4", "llama.cpp", "llama.cpp", "mmfp4", "mmfp4", "llama.cpp", "llama.cpp", "mmfp4",
                                  "mmfp4", "llama.cpp"])
         self.assertIn("| mxfp4 | tg4 | 35.0 | 15.0 | **2.33** | 2.00 to 4.50 | 35% |", out)
+        self.assertIn("| mxfp4 | 5 | mmfp4 | tg4 | 90.0 | 90.0 | 27.0 | 30.0, noisy |", out)
         self.assertIn("| mxfp4 | 1, discarded | llama.cpp | pp8 | 1000.0 | 999.0, 1000.0, 1005.0 |", out)
+
+    def test_tells_which_runs_are_void(self):
+        arguments = ["slice", "--formats", "mxfp4", "-p", "8", "-n", "4", "--rounds", "3"]
+        with mock.patch.object(bench, "foreign_share", side_effect=[0.5, 0.5, 0, 0.02, 0.04, 0]):
+            out, _ = self.call(*arguments, ours="1,20,90")
+        # Of round 3 both tests of ours, for their noisy bandwidth and for the 4 % of other programs.
+        self.assertIn("**To be repeated**: in 2 of 8 runs", out)
+        with mock.patch.object(bench, "foreign_share", return_value=0.01):
+            out, _ = self.call(*arguments)
+        self.assertNotIn("To be repeated", out)
+
+    def test_counts_what_other_programs_take(self):
+        # In 10 s on all processors 6 s of work, 2 s of it ours.
+        share = bench.foreign_share((100.0, 50.0, 7.0), (110.0, 56.0, 9.0))
+        self.assertAlmostEqual(share, 0.4 / os.cpu_count())
 
     def test_asks_both_programs_for_the_same(self):
         self.call("slice", "--formats", "mxfp4,q4_k_m", "-p", "8,16", "-n", "4", "-r", "2", "--rounds", "2",
                   "--mmfp4-args=--exact")
-        self.assertEqual(self.calls("mmfp4"), 4 * [["bench", "--synthetic", "slice", "-p", "8,16", "-n", "4", "-r", "3",
+        self.assertEqual(self.calls("mmfp4"), 4 * [["bench", "--synthetic", "slice", "-p", "8,16", "-n", "4", "-r", "2",
                                                     "--json", "--exact"]])
         theirs = self.calls("llama-bench")
         models = [call[1] for call in theirs]
@@ -207,7 +224,7 @@ class Benchmark(unittest.TestCase):
 
     def test_dry_run_does_nothing(self):
         out, _ = self.call("slice", "--formats", "mxfp4", "--dry-run")
-        self.assertIn("-p 128,512 -n 64 -r 4 --json", out)
+        self.assertIn("-p 128,512 -n 64 -r 3 --json", out)
         self.assertEqual(os.listdir(self.target), [])
         self.assertEqual(sorted(os.listdir(self.programs)), ["llama-bench", "mmfp4"])
 
