@@ -386,8 +386,8 @@ def markdown(bench: Bench, about: dict, runs: list[Run]) -> str:
     kept = [r for r in runs if not r.discarded]
     void = [r for r in kept if r.noisy or r.foreign > QUIET]
     if void:
-        lines += ["", f"**To be repeated**: in {len(void)} of {len(kept)} runs other programs took more than {QUIET:.0%} "
-                  "of the processors, or the read bandwidth was noisy."]
+        lines += ["", f"**To be repeated**: in {len(void)} of {len(kept)} runs other programs took more than "
+                  f"{QUIET:.0%} of the processors, or the read bandwidth was noisy."]
     lines += [
         "", "Every run, in order:", "",
         "| format | round | program | test | tok/s | repetitions | GB/s | read GB/s | other programs |",
