@@ -1,21 +1,20 @@
 //! Random checkpoints of true shapes, for measuring speed and memory.
 
+mod shapes;
+mod source;
+
 use super::disk;
-use super::layout::{self, Entry, File, with_format_note, write_index, write_json};
-use crate::fp4::{Format, code};
-use crate::models::glm4_moe_lite::{Config, Layer};
-use crate::random::Random;
+use super::layout::{self, File, with_format_note, write_index, write_json};
+use crate::fp4::Format;
+use crate::models::glm4_moe_lite::Config;
 use crate::{Error, Result};
-use half::{bf16, f16};
-use safetensors::Dtype;
 use serde_json::{Map, Value, json};
+use shapes::Tensor;
+use source::{Content, Source};
 use std::path::Path;
 
 /// The most bytes of tensors in a file, whole layers aside.
 const SHARD: usize = 4_000_000_000;
-/// Random bytes made at a time: small enough for the second-level cache.
-const PIECE: usize = 256 << 10;
-const SEED: u64 = 47;
 
 /// A `glm4_moe_lite` checkpoint of random weights, whose speed and memory are those of a real one of its shapes.
 ///
@@ -164,8 +163,8 @@ impl Synthetic {
 
     /// The files by name: what is outside of the layers first, then as many layers a file as fit.
     fn files(&self) -> Vec<(String, File<Content>)> {
-        let layers = (0..self.config.layers.len()).map(|index| self.layer(index));
-        let mut shards: Vec<Vec<Tensor>> = vec![self.outside()];
+        let layers = (0..self.config.layers.len()).map(|index| shapes::layer(&self.config, index));
+        let mut shards: Vec<Vec<Tensor>> = vec![shapes::outside(&self.config)];
         let size = |tensors: &[Tensor]| tensors.iter().map(Tensor::size).sum::<usize>();
         for layer in layers {
             match shards.last_mut() {
@@ -186,85 +185,6 @@ impl Synthetic {
             )
         });
         files.collect()
-    }
-
-    fn outside(&self) -> Vec<Tensor> {
-        let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
-        let unit = 1.0 / (hidden as f32).sqrt();
-        let tied = self.config.tie_word_embeddings;
-        let rms = if tied { unit } else { 1.0 };
-        let mut tensors = vec![
-            Tensor::new("model.embed_tokens", Kind::Random { rms }, vec![vocab, hidden]),
-            Tensor::norm("model.norm", hidden),
-        ];
-        if !tied {
-            tensors.push(Tensor::linear("lm_head", vocab, hidden, 1.0));
-        }
-        tensors
-    }
-
-    fn layer(&self, index: usize) -> Vec<Tensor> {
-        let config = &self.config;
-        let hidden = config.hidden_size;
-        let heads = config.num_attention_heads;
-        let head = config.qk_nope_head_dim + config.qk_rope_head_dim;
-        // What a layer adds twice to the residual stream; that many of unit size would grow it by the root of twice
-        // the depth.
-        let added = 1.0 / (2.0 * config.layers.len() as f32).sqrt();
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let attention = |part: &str| name(&format!("self_attn.{part}"));
-        let (latent, value) = (config.kv_lora_rank, config.v_head_dim);
-        let mut tensors = vec![
-            Tensor::norm(name("input_layernorm"), hidden),
-            Tensor::norm(name("post_attention_layernorm"), hidden),
-            Tensor::linear(attention("kv_a_proj_with_mqa"), config.cache_width(), hidden, 1.0),
-            Tensor::norm(attention("kv_a_layernorm"), latent),
-            Tensor::linear(
-                attention("kv_b_proj"),
-                heads * (config.qk_nope_head_dim + value),
-                latent,
-                1.0,
-            ),
-            Tensor::linear(attention("o_proj"), hidden, heads * value, added),
-        ];
-        match config.q_lora_rank {
-            None => tensors.push(Tensor::linear(attention("q_proj"), heads * head, hidden, 1.0)),
-            Some(rank) => tensors.extend([
-                Tensor::linear(attention("q_a_proj"), rank, hidden, 1.0),
-                Tensor::norm(attention("q_a_layernorm"), rank),
-                Tensor::linear(attention("q_b_proj"), heads * head, rank, 1.0),
-            ]),
-        }
-        let mut mlp = |module: &str, width: usize| {
-            let part = |part: &str| name(&format!("{module}.{part}"));
-            tensors.extend([
-                Tensor::linear(part("gate_proj"), width, hidden, 1.0),
-                Tensor::linear(part("up_proj"), width, hidden, 1.0),
-                Tensor::linear(part("down_proj"), hidden, width, added),
-            ]);
-        };
-        if config.layers[index] == Layer::Dense {
-            mlp("mlp", config.intermediate_size);
-            return tensors;
-        }
-        for expert in 0..config.n_routed_experts {
-            mlp(&format!("mlp.experts.{expert}"), config.moe_intermediate_size);
-        }
-        if config.n_shared_experts > 0 {
-            mlp(
-                "mlp.shared_experts",
-                config.moe_intermediate_size * config.n_shared_experts,
-            );
-        }
-        let experts = config.n_routed_experts;
-        let rms = 1.0 / (hidden as f32).sqrt();
-        tensors.push(Tensor::new(
-            name("mlp.gate"),
-            Kind::Random { rms },
-            vec![experts, hidden],
-        ));
-        tensors.push(Tensor::new(name("mlp.gate"), Kind::CorrectionBias, vec![experts]));
-        tensors
     }
 }
 
@@ -300,163 +220,6 @@ impl std::str::FromStr for Synthetic {
                 other.to_string(),
             )),
         }
-    }
-}
-
-/// A weight of the model, of one tensor or two.
-struct Tensor {
-    module: String,
-    kind: Kind,
-    shape: Vec<usize>,
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    /// MMFP4 whose outputs are `gain` times as large as its inputs.
-    Linear { gain: f32 },
-    /// BF16, uniform around 0.
-    Random { rms: f32 },
-    /// BF16 ones.
-    Norm,
-    /// F32 zeros.
-    CorrectionBias,
-}
-
-impl Tensor {
-    fn new(module: impl Into<String>, kind: Kind, shape: Vec<usize>) -> Self {
-        Self {
-            module: module.into(),
-            kind,
-            shape,
-        }
-    }
-
-    fn linear(module: impl Into<String>, n: usize, k: usize, gain: f32) -> Self {
-        Self::new(module, Kind::Linear { gain }, vec![n, k])
-    }
-
-    fn norm(module: impl Into<String>, len: usize) -> Self {
-        Self::new(module, Kind::Norm, vec![len])
-    }
-
-    fn size(&self) -> usize {
-        let elements: usize = self.shape.iter().product();
-        match self.kind {
-            Kind::Linear { .. } => elements / 2 + elements / Format::mmfp4().group * 2,
-            Kind::Random { .. } | Kind::Norm => elements * 2,
-            Kind::CorrectionBias => elements * 4,
-        }
-    }
-
-    fn entries(self) -> Vec<Entry<Content>> {
-        let size = self.size();
-        let one = |suffix: &str, dtype, shape, content| {
-            vec![Entry::new(
-                format!("{}.{suffix}", self.module),
-                dtype,
-                shape,
-                size,
-                content,
-            )]
-        };
-        match self.kind {
-            Kind::Linear { gain } => {
-                let (n, k) = (self.shape[0], self.shape[1]);
-                let rms = gain / (k as f32).sqrt();
-                Entry::mmfp4(
-                    &self.module,
-                    (n, k),
-                    Format::mmfp4(),
-                    Content::Codes,
-                    Content::Scales { rms },
-                )
-                .into()
-            }
-            Kind::Random { rms } => one("weight", Dtype::BF16, self.shape, Content::Uniform { rms }),
-            Kind::Norm => one("weight", Dtype::BF16, self.shape, Content::Ones),
-            Kind::CorrectionBias => one("e_score_correction_bias", Dtype::F32, self.shape, Content::Zeros),
-        }
-    }
-}
-
-/// What a tensor's bytes are.
-#[derive(Debug, Clone, Copy)]
-enum Content {
-    Codes,
-    /// Scales of a weight of this root mean square, each within a quarter of their mean.
-    Scales {
-        rms: f32,
-    },
-    Uniform {
-        rms: f32,
-    },
-    Ones,
-    Zeros,
-}
-
-/// Where the bytes come from, piece by piece.
-struct Source {
-    random: Random,
-    piece: Vec<u8>,
-    halves: Vec<u8>,
-}
-
-impl Source {
-    fn new() -> Self {
-        Self {
-            random: Random::new(SEED),
-            piece: vec![0; PIECE / 2],
-            halves: Vec::with_capacity(PIECE),
-        }
-    }
-
-    fn produce(&mut self, entry: &Entry<Content>, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        match entry.content {
-            Content::Codes => {
-                let mut left = entry.size;
-                while left > 0 {
-                    let piece = &mut self.piece[..left.min(PIECE / 2)];
-                    self.random.fill(piece);
-                    put(piece)?;
-                    left -= piece.len();
-                }
-                Ok(())
-            }
-            Content::Scales { rms } => {
-                let square = code::VALUES.iter().map(|value| value * value).sum::<f32>() / 16.0;
-                let mean = rms / square.sqrt();
-                self.halves(entry.size, put, |u| {
-                    f16::from_f32(mean * (1.0 + u / 4.0)).to_le_bytes()
-                })
-            }
-            Content::Uniform { rms } => {
-                let bound = rms * 3f32.sqrt();
-                self.halves(entry.size, put, |u| bf16::from_f32(bound * u).to_le_bytes())
-            }
-            Content::Ones => self.halves(entry.size, put, |_| bf16::ONE.to_le_bytes()),
-            Content::Zeros => put(&vec![0; entry.size]),
-        }
-    }
-
-    /// `size` bytes of 16-bit floats, each `value` of one of 256 numbers evenly spread over -1 to 1.
-    fn halves(
-        &mut self,
-        size: usize,
-        put: &mut dyn FnMut(&[u8]) -> Result<()>,
-        value: impl Fn(f32) -> [u8; 2],
-    ) -> Result<()> {
-        let table: [[u8; 2]; 256] = std::array::from_fn(|index| value((2.0 * index as f32 - 255.0) / 255.0));
-        let mut left = size / 2;
-        while left > 0 {
-            let piece = &mut self.piece[..left.min(PIECE / 2)];
-            self.random.fill(piece);
-            self.halves.clear();
-            self.halves
-                .extend(piece.iter().flat_map(|byte| table[usize::from(*byte)]));
-            put(&self.halves)?;
-            left -= piece.len();
-        }
-        Ok(())
     }
 }
 

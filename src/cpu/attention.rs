@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_number_of_threads_changes_no_bit() {
-        for (heads, n, position) in [(20, 1, 300), (20, 3, 0), (3, 130, 17)] {
+        for (heads, n, position) in [(20, 1, 300), (20, 3, 0), (3, 22, 17), (3, 130, 17)] {
             let case = Case::new(heads, n, position, [32, 16, 24]);
             for materialised in [false, true] {
                 assert_same_bits_for_any_threads(|executor| case.run(executor, materialised));

@@ -1,6 +1,6 @@
 //! One test, in the process that was started for it.
 
-use super::row::{Row, Samples, is_noisy};
+use super::row::{Row, Samples, Setup, is_noisy};
 use super::{Arguments, Kind, Test};
 use candle_mmfp4::bandwidth::ReadBandwidth;
 use candle_mmfp4::cpu::Arithmetic;
@@ -21,26 +21,26 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
         memory: ReadBandwidth::new(&model)?,
         cache: model.new_cache(),
         model: &model,
+        setup: Setup {
+            model: arguments.name().to_string(),
+            fused_moe: !options.separate_experts,
+            exact: options.arithmetic == Arithmetic::Exact,
+            cpu: executor.isa().name().to_string(),
+            threads: executor.threads(),
+        },
         drawn: 0,
     };
-    let mut rows = match test.kind {
-        Kind::Latency => run.latency(load_ms, arguments.repetitions)?,
-        Kind::Prompt | Kind::Decode => vec![run.throughput(test, arguments.repetitions)?],
-    };
-    for row in &mut rows {
-        row.model = arguments.name().to_string();
-        row.fused_moe = !options.separate_experts;
-        row.exact = options.arithmetic == Arithmetic::Exact;
-        row.cpu = executor.isa().name().to_string();
-        row.threads = executor.threads();
+    match test.kind {
+        Kind::Latency => run.latency(load_ms, arguments.repetitions),
+        Kind::Prompt | Kind::Decode => Ok(vec![run.throughput(test, arguments.repetitions)?]),
     }
-    Ok(rows)
 }
 
 struct Run<'a> {
     model: &'a Model,
     cache: TokenCache,
     memory: ReadBandwidth,
+    setup: Setup,
     /// Tokens drawn so far.
     drawn: u64,
 }
@@ -83,9 +83,9 @@ impl Run<'_> {
             decodes.0.push(self.feed(1, 1, 1)?);
             rates.0.push(self.memory.measure());
         }
-        rows.push(self.row("later_prompt", 1, 0, &prompts, 1).beside(&rates));
-        rows.push(self.row("later_decode", 0, 1, &decodes, 1).beside(&rates));
-        Ok(rows)
+        rows.push(self.row("later_prompt", 1, 0, &prompts, 1));
+        rows.push(self.row("later_decode", 0, 1, &decodes, 1));
+        Ok(rows.into_iter().map(|row| row.beside(&rates)).collect())
     }
 
     /// Adds `tokens` random tokens behind the first `depth` that the cache holds, `step` at a time; gives the
@@ -108,31 +108,26 @@ impl Run<'_> {
 
     fn row(&self, test: &str, prompt: usize, generated: usize, times: &Samples, step: usize) -> Row {
         let tokens = prompt + generated;
-        let measured = |value: f64| (tokens > 0).then_some(value);
         let passes = (0..tokens).step_by(step).map(|start| step.min(tokens - start));
         let bytes: u64 = passes.map(|tokens| self.model.bytes_read(tokens)).sum();
         Row {
             test: test.into(),
-            model: String::new(),
+            setup: self.setup.clone(),
             prompt_tokens: prompt,
             generated_tokens: generated,
             depth: 0,
-            tokens_per_s: measured(tokens as f64 * 1e3 / times.median()),
-            spread: (times.0.len() > 1).then(|| times.spread()),
+            tokens_per_s: tokens as f64 * 1e3 / times.median(),
+            spread: times.spread(),
             latency_ms: times.median(),
             first_ms: None,
-            bytes_per_token: bytes.checked_div(tokens as u64),
-            cache_bytes: Some(self.model.cache_bytes_per_token() * self.cache.len() as u64),
-            read_bandwidth_gb_s: None,
-            bandwidth_spread: None,
-            share_of_bandwidth: None,
+            bytes_per_token: bytes.checked_div(tokens as u64).unwrap_or(0),
+            cache_bytes: self.model.cache_bytes_per_token() * self.cache.len() as u64,
+            read_bandwidth_gb_s: 0.0,
+            bandwidth_spread: 0.0,
+            share_of_bandwidth: 0.0,
             noisy: false,
             peak_memory_bytes: memory::peak_resident(),
             private_memory_bytes: memory::private_resident(),
-            fused_moe: true,
-            exact: false,
-            cpu: String::new(),
-            threads: 0,
             repetitions: times.0.len(),
             samples_ms: times.0.clone(),
         }
@@ -142,12 +137,11 @@ impl Run<'_> {
 impl Row {
     /// With what memory gave, in bytes a second, between the repetitions.
     fn beside(mut self, rates: &Samples) -> Self {
-        let (bandwidth, spread) = (rates.median(), rates.spread());
-        let read = self.tokens_per_s.zip(self.bytes_per_token);
-        self.share_of_bandwidth = read.map(|(rate, bytes)| rate * bytes as f64 / bandwidth);
-        self.read_bandwidth_gb_s = Some(bandwidth / 1e9);
-        self.bandwidth_spread = Some(spread);
-        self.noisy = is_noisy(spread);
+        let bandwidth = rates.median();
+        self.share_of_bandwidth = self.tokens_per_s * self.bytes_per_token as f64 / bandwidth;
+        self.read_bandwidth_gb_s = bandwidth / 1e9;
+        self.bandwidth_spread = rates.spread();
+        self.noisy = is_noisy(self.bandwidth_spread);
         self
     }
 }

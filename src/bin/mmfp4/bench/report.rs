@@ -32,8 +32,9 @@ pub fn table(rows: &[Row]) -> String {
 /// What all rows share.
 fn heading(rows: &[Row]) -> String {
     rows.first().map_or_else(String::new, |row| {
-        let experts = if row.fused_moe { "fused" } else { "one by one" };
-        format!("{}, {} threads, experts {experts}", row.model, row.threads)
+        let setup = &row.setup;
+        let experts = if setup.fused_moe { "fused" } else { "one by one" };
+        format!("{}, {} threads, experts {experts}", setup.model, setup.threads)
     })
 }
 
@@ -44,21 +45,31 @@ fn line(row: &Row) -> [String; 11] {
         ("pp" | "tg", depth) => format!("{} {tokens} at {depth}", row.test),
         (latency, _) => latency.to_string(),
     };
-    let show = |value: Option<f64>, digits: usize| value.map_or(String::new(), |v| format!("{v:.digits$}"));
-    let percent = |value: Option<f64>| value.map_or(String::new(), |v| format!("{:.0} %", v * 100.0));
+    let show = |value: f64, digits: usize| format!("{value:.digits$}");
+    // What has no tokens has no rate, and one measurement no spread.
+    let rate = |text: String| if tokens > 0 { text } else { String::new() };
+    let spread = if row.repetitions > 1 {
+        percent(row.spread)
+    } else {
+        String::new()
+    };
     [
         name,
-        show(row.tokens_per_s, 1),
-        percent(row.spread),
-        show(Some(row.latency_ms), 1),
-        show(row.first_ms, 1),
-        show(row.bytes_per_token.map(|bytes| bytes as f64 / 1e6), 2),
+        rate(show(row.tokens_per_s, 1)),
+        spread,
+        show(row.latency_ms, 1),
+        row.first_ms.map_or(String::new(), |ms| show(ms, 1)),
+        rate(show(row.bytes_per_token as f64 / 1e6, 2)),
         show(row.read_bandwidth_gb_s, 1),
-        percent(row.share_of_bandwidth),
+        rate(percent(row.share_of_bandwidth)),
         mib(row.peak_memory_bytes),
         mib(row.private_memory_bytes),
         if row.noisy { "noisy" } else { "" }.into(),
     ]
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
 }
 
 /// All there is, with the names that the JSON has.

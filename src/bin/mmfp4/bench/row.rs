@@ -13,43 +13,50 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// One line of the report. Rates and shares are of medians; what was not measured is `None`.
+/// One line of the report. Rates and shares are of medians; loading, which has no tokens, has 0 of them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
     /// `pp`, `tg`, or the name of a latency.
     pub test: String,
-    pub model: String,
+    #[serde(flatten)]
+    pub setup: Setup,
     pub prompt_tokens: usize,
     pub generated_tokens: usize,
     pub depth: usize,
-    pub tokens_per_s: Option<f64>,
+    pub tokens_per_s: f64,
     /// The largest less the smallest of the repetitions, as a share of the median.
-    pub spread: Option<f64>,
+    pub spread: f64,
     /// The median of a repetition's time.
     pub latency_ms: f64,
-    /// The time of the repetition that comes first and does not count.
+    /// The time of the repetition that comes first and does not count, where there is one.
     pub first_ms: Option<f64>,
-    pub bytes_per_token: Option<u64>,
+    pub bytes_per_token: u64,
     /// Bytes the cache holds at the end.
-    pub cache_bytes: Option<u64>,
-    pub read_bandwidth_gb_s: Option<f64>,
-    pub bandwidth_spread: Option<f64>,
-    pub share_of_bandwidth: Option<f64>,
+    pub cache_bytes: u64,
+    pub read_bandwidth_gb_s: f64,
+    pub bandwidth_spread: f64,
+    pub share_of_bandwidth: f64,
     pub noisy: bool,
-    /// With the pages of mapped files.
+    /// With the pages of mapped files; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Without them.
     pub private_memory_bytes: Option<u64>,
+    /// The repetitions that count.
+    pub repetitions: usize,
+    /// The time of each.
+    pub samples_ms: Vec<f64>,
+}
+
+/// What all rows of a report share.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Setup {
+    pub model: String,
     pub fused_moe: bool,
     /// Whether activations were f32.
     pub exact: bool,
     /// The instruction set of the kernels.
     pub cpu: String,
     pub threads: usize,
-    /// The repetitions that count.
-    pub repetitions: usize,
-    /// The time of each.
-    pub samples_ms: Vec<f64>,
 }
 
 /// Several measurements of one thing.
