@@ -12,6 +12,7 @@
 //! f32's is the activations'. [`Arithmetic::Exact`] multiplies decoded weights with the activations as they are, in f32.
 
 mod activations;
+mod add;
 mod attention;
 mod executor;
 mod heads;
@@ -26,6 +27,7 @@ mod router;
 mod simd;
 mod tile;
 
+pub use add::add;
 pub use attention::{Attention, HeadView, attend};
 pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};

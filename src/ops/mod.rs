@@ -6,6 +6,7 @@
 //! error for now: its kernels come next. There is no backward pass: FP4 weights are not trained.
 
 mod activations;
+mod add;
 mod attention;
 mod linear;
 mod mlp;
@@ -16,6 +17,7 @@ mod rope;
 mod route;
 mod validate;
 
+pub use add::Add;
 pub use attention::Attention;
 pub use linear::{JoinedLinear, Linear};
 pub use mlp::GatedMlp;

@@ -8,7 +8,7 @@ use crate::cpu::Executor;
 use crate::fp4::Weight;
 use crate::models::observe::{Observer, Trace};
 use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 use candle_core::{DType, Device, Module, Tensor};
 
 /// What the cache holds.
@@ -314,13 +314,13 @@ impl Model {
                 layer
                     .attention
                     .forward(&normed, &self.rotary, &angles, &segments, cached, &mut trace)?;
-            let middle = (&input + attended)?;
+            let middle = ops::Add.forward(&input, &attended)?;
             let normed = trace.see(
                 "post_attention_layernorm",
                 &middle,
                 layer.post_attention_norm.forward(&middle)?,
             )?;
-            let output = (middle + layer.feed_forward.forward(&normed, &mut trace)?)?;
+            let output = ops::Add.forward(&middle, &layer.feed_forward.forward(&normed, &mut trace)?)?;
             x = trace.see("layer", &input, output)?;
         }
         trace.enter(None);
