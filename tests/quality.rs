@@ -72,10 +72,16 @@ fn mmfp4() {
 
 #[test]
 fn nvfp4() {
-    assert_at_most(1.013, held_out(&bf16_demo(), Some(Format::nvfp4()), Arithmetic::W4A8));
+    assert_at_most(
+        1.013,
+        held_out(&bf16_demo(), Some(Format::nvfp4()), Arithmetic::W4A8),
+    );
 }
 
 #[test]
 fn mxfp4() {
-    assert_at_most(1.042, held_out(&bf16_demo(), Some(Format::mxfp4()), Arithmetic::W4A8));
+    assert_at_most(
+        1.042,
+        held_out(&bf16_demo(), Some(Format::mxfp4()), Arithmetic::W4A8),
+    );
 }

@@ -10,7 +10,7 @@
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]
 
-use super::product::{Columns, Rows, aligned, product, transpose};
+use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use crate::fp4::{FloatKind, Fp4Tensor, Weight};
@@ -300,8 +300,6 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
     out.fill(0.0);
     for (chunk, out) in out.chunks_mut(CHUNK * TILE).enumerate() {
         let (start, rows) = (chunk * CHUNK, out.len() / TILE);
-        // Passes of nearly equal size: one row left over would leave most of the processor idle.
-        let passes = rows.div_ceil(MR);
         for b in 0..blocks {
             let codes_of_block = &mut scratch.codes[b % kept].0;
             if chunk == 0 {
@@ -316,25 +314,14 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
             let scales = &by_row[b * BLOCK / group * TILE..];
             let scales = &scales[..scales.len().min(BLOCK / group * TILE)];
             let x = &x.blocks[b * x.rows..][..x.rows];
-            for pass in 0..passes {
-                let (from, to) = (pass * rows / passes, (pass + 1) * rows / passes);
-                macro_rules! pass {
-                    ($($rows:literal)*) => {
-                        match to - from {
-                            $($rows if $rows <= MR => {
-                                let mut chosen = [&x[selection.row(start + from)]; $rows];
-                                for i in 1..$rows {
-                                    chosen[i] = &x[selection.row(start + from + i)];
-                                }
-                                let out = &mut out[from * TILE..to * TILE];
-                                unsafe { micro::<S, NR, $rows>(codes_of_block, scales, group, chosen, out) }
-                            })*
-                            _ => unreachable!("a pass has 1 to {MR} rows"),
-                        }
-                    };
+            passes!(rows, MR, |from, R| {
+                let mut chosen = [&x[selection.row(start + from)]; R];
+                for i in 1..R {
+                    chosen[i] = &x[selection.row(start + from + i)];
                 }
-                pass!(1 2 3 4 5 6);
-            }
+                let out = &mut out[from * TILE..(from + R) * TILE];
+                unsafe { micro::<S, NR, R>(codes_of_block, scales, group, chosen, out) }
+            });
         }
     }
 }
@@ -483,7 +470,7 @@ unsafe fn decode_row<S: Simd>(
         }
         Weight::Dense(_) => return weight.decode_row_part(n, start, row),
     }
-    if row.len() % span != 0 {
+    if !row.len().is_multiple_of(span) {
         weight.decode_row_part(n, start + whole * span, &mut row[whole * span..]);
     }
 }
