@@ -419,7 +419,7 @@ mod tests {
         let experts = [expert(128, 128, 0)];
         for executor in executors() {
             fused_moe(
-                &executor,
+                executor,
                 &experts,
                 &[],
                 &[],

@@ -316,8 +316,8 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
             let x = &x.blocks[b * x.rows..][..x.rows];
             passes!(rows, MR, |from, R| {
                 let mut chosen = [&x[selection.row(start + from)]; R];
-                for i in 1..R {
-                    chosen[i] = &x[selection.row(start + from + i)];
+                for (i, chosen) in chosen.iter_mut().enumerate() {
+                    *chosen = &x[selection.row(start + from + i)];
                 }
                 let out = &mut out[from * TILE..(from + R) * TILE];
                 unsafe { micro::<S, NR, R>(codes_of_block, scales, group, chosen, out) }
