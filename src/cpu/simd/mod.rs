@@ -4,7 +4,11 @@
 //! implementation of those and a [`Kernels`] table of the loops compiled for it.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod generic;
 mod portable;
 mod scales;
@@ -115,6 +119,10 @@ impl Kernels {
     pub fn of(isa: Isa) -> Option<&'static Self> {
         match isa {
             Isa::Reference => Some(&portable::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if avx2::available() => Some(&avx2::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni if avxvnni::available() => Some(&avxvnni::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if avx512::available() => Some(&avx512::KERNELS),
             _ => None,
