@@ -818,18 +818,18 @@ pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
     }
 }
 
-/// `rounds` times twelve independent dot products in registers; gives the operations in them.
+/// `rounds` times twelve independent dot products, sums in registers; gives the operations in them.
 #[inline(always)]
 pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
     unsafe {
         let mut sums = [S::splat_int(1); 12];
-        let (a, b) = (
-            S::splat_bytes(std::hint::black_box(3)),
-            S::splat_bytes(std::hint::black_box(5)),
-        );
-        for _ in 0..rounds {
+        let (codes, x) = std::hint::black_box(([[3u8; 64]; 2], [[5u8; 64]; 12]));
+        for round in 0..rounds {
+            // Twelve different factors, and one that is new each round: where a product and its sum are two
+            // instructions, no product may be taken once for all.
+            let codes = S::load_bytes(codes[round as usize % 2].as_ptr());
             for i in 0..12 {
-                sums[i] = S::dot(sums[i], a, b);
+                sums[i] = S::dot(sums[i], codes, S::load_bytes(x[i].as_ptr()));
             }
         }
         std::hint::black_box(sums);
