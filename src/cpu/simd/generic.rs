@@ -325,7 +325,7 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
                                     chosen[i] = &x[selection.row(start + from + i)];
                                 }
                                 let out = &mut out[from * TILE..to * TILE];
-                                unsafe { micro::<S, NR, $rows>(codes_of_block, scales, group, chosen, out) }
+                                unsafe { S::tile::<NR, $rows>(codes_of_block, scales, group, chosen, out) }
                             })*
                             _ => unreachable!("a pass has 1 to {MR} rows"),
                         }
@@ -338,7 +338,8 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
 }
 
 /// Decodes 128 codes of up to 64 rows, from block `b` on; missing rows and codes are zero. Sets of `LANES` rows
-/// follow each other; in a set, for each eight codes a word a row with the even ones and a word a row with the odd.
+/// follow each other; in a set, for each eight codes a word a row with the even ones and a word a row with the odd,
+/// [arranged](Simd::arrange).
 #[inline(always)]
 unsafe fn decode_block<S: Simd>(
     codes: &[u8],
@@ -374,8 +375,9 @@ unsafe fn decode_block<S: Simd>(
             let to = to.as_mut_ptr().add(set * S::LANES * BLOCK);
             for word in 0..16 {
                 let (low, high) = S::lookup(S::load_bytes(words.add(word * 4 * S::LANES)));
-                S::store_bytes(to.add(2 * word * 4 * S::LANES), low);
-                S::store_bytes(to.add((2 * word + 1) * 4 * S::LANES), high);
+                let (first, second) = S::arrange(low, high);
+                S::store_bytes(to.add(2 * word * 4 * S::LANES), first);
+                S::store_bytes(to.add((2 * word + 1) * 4 * S::LANES), second);
             }
         }
     }
@@ -384,7 +386,7 @@ unsafe fn decode_block<S: Simd>(
 /// `MR` rows of activations times a decoded block: sums of whole numbers in `NR · MR` registers, added to `out` in
 /// f32 after each group.
 #[inline(always)]
-unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
+pub(super) unsafe fn tile<S: Simd, const NR: usize, const MR: usize>(
     codes: &[u8; TILE * BLOCK],
     scales: &[f32],
     group: usize,
@@ -818,7 +820,7 @@ pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
     }
 }
 
-/// `rounds` times twelve independent dot products, sums in registers; gives the operations in them.
+/// `rounds` times twelve independent products, sums in registers; gives the operations in them.
 #[inline(always)]
 pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
     unsafe {
@@ -829,12 +831,12 @@ pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
             // instructions, no product may be taken once for all.
             let codes = S::load_bytes(codes[round as usize % 2].as_ptr());
             for i in 0..12 {
-                sums[i] = S::dot(sums[i], codes, S::load_bytes(x[i].as_ptr()));
+                sums[i] = S::widest(sums[i], codes, S::load_bytes(x[i].as_ptr()));
             }
         }
         std::hint::black_box(sums);
     }
-    u64::from(rounds) * 12 * 8 * S::LANES as u64
+    u64::from(rounds) * 12 * S::LANE_OPERATIONS * S::LANES as u64
 }
 
 /// A view of a matrix; `transposed` swaps the strides.
