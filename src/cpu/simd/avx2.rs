@@ -82,6 +82,11 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn add_int(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn to_float(values: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(values) }
     }

@@ -247,22 +247,36 @@ unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
 ) {
     unsafe {
         let step = S::splat(x.scale);
+        let mut start = S::splat_int(0);
+        if S::BIASED && WIDE {
+            for part in 0..BLOCK_LANES / S::LANES {
+                start = S::add_int(start, S::load_int(x.corrections.as_ptr().add(part * S::LANES)));
+            }
+        }
+        // With one scale the sums stay whole numbers to the block's end.
+        let mut whole = [start; R];
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
             let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
             let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-            let start = match S::BIASED {
-                true => S::load_int(x.corrections.as_ptr().add(lanes)),
-                false => S::splat_int(0),
-            };
+            if S::BIASED && !WIDE {
+                start = S::load_int(x.corrections.as_ptr().add(lanes));
+            }
             for r in 0..R {
                 let (low, high) = S::lookup(S::load_bytes(codes.0.add(r * codes.1 + bytes)));
-                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                let scale = match WIDE {
-                    true => S::splat(*scales.0.add(r * scales.1)),
-                    false => S::load(scales.0.add(r * scales.1 + lanes)),
-                };
-                sums[r] = S::fma(whole, S::mul(scale, step), sums[r]);
+                if WIDE {
+                    whole[r] = S::dot(S::dot(whole[r], low, even), high, odd);
+                } else {
+                    let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                    let scale = S::load(scales.0.add(r * scales.1 + lanes));
+                    sums[r] = S::fma(whole, S::mul(scale, step), sums[r]);
+                }
+            }
+        }
+        if WIDE {
+            for r in 0..R {
+                let scale = S::splat(*scales.0.add(r * scales.1));
+                sums[r] = S::fma(S::to_float(whole[r]), S::mul(scale, step), sums[r]);
             }
         }
     }

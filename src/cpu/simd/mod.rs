@@ -167,6 +167,7 @@ pub(super) trait Simd: Sized {
 
     unsafe fn load_int(from: *const i32) -> Self::Int;
     unsafe fn splat_int(value: i32) -> Self::Int;
+    unsafe fn add_int(a: Self::Int, b: Self::Int) -> Self::Int;
     unsafe fn to_float(values: Self::Int) -> Self::Float;
 
     unsafe fn load(from: *const f32) -> Self::Float;

@@ -85,6 +85,11 @@ impl<const I8MM: bool> Simd for Bits128<I8MM> {
     }
 
     #[inline(always)]
+    unsafe fn add_int(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vaddq_s32(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn to_float(values: int32x4_t) -> float32x4_t {
         unsafe { vcvtq_f32_s32(values) }
     }
