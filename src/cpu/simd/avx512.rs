@@ -76,6 +76,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn to_float(values: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(values) }
     }

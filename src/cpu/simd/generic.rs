@@ -239,23 +239,42 @@ unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
     offset: usize,
 ) {
     unsafe {
+        // With one scale the sums stay whole numbers to the block's end.
+        let mut whole = [S::splat_int(0); M];
+        if S::BIASED && WIDE {
+            for i in 0..M {
+                let corrections = (*x[i].add(offset)).corrections.as_ptr();
+                whole[i] = S::load_int(corrections);
+                for part in 1..BLOCK_LANES / S::LANES {
+                    whole[i] = S::add_int(whole[i], S::load_int(corrections.add(part * S::LANES)));
+                }
+            }
+        }
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
             let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
-            let scale = match WIDE {
-                true => S::splat(*scales),
-                false => S::load(scales.add(lanes)),
-            };
             for i in 0..M {
                 let x = &*x[i].add(offset);
                 let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
                 let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-                let start = match S::BIASED {
-                    true => S::load_int(x.corrections.as_ptr().add(lanes)),
-                    false => S::splat_int(0),
-                };
-                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                sums[i] = S::fma(whole, S::mul(scale, S::splat(x.scale)), sums[i]);
+                if WIDE {
+                    whole[i] = S::dot(S::dot(whole[i], low, even), high, odd);
+                } else {
+                    let start = match S::BIASED {
+                        true => S::load_int(x.corrections.as_ptr().add(lanes)),
+                        false => S::splat_int(0),
+                    };
+                    let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                    let scale = S::mul(S::load(scales.add(lanes)), S::splat(x.scale));
+                    sums[i] = S::fma(whole, scale, sums[i]);
+                }
+            }
+        }
+        if WIDE {
+            let scale = S::splat(*scales);
+            for i in 0..M {
+                let scale = S::mul(scale, S::splat((*x[i].add(offset)).scale));
+                sums[i] = S::fma(S::to_float(whole[i]), scale, sums[i]);
             }
         }
     }
@@ -320,14 +339,15 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
                     *chosen = &x[selection.row(start + from + i)];
                 }
                 let out = &mut out[from * TILE..(from + R) * TILE];
-                unsafe { micro::<S, NR, R>(codes_of_block, scales, group, chosen, out) }
+                unsafe { S::tile::<NR, R>(codes_of_block, scales, group, chosen, out) }
             });
         }
     }
 }
 
 /// Decodes 128 codes of up to 64 rows, from block `b` on; missing rows and codes are zero. Sets of `LANES` rows
-/// follow each other; in a set, for each eight codes a word a row with the even ones and a word a row with the odd.
+/// follow each other; in a set, for each eight codes a word a row with the even ones and a word a row with the odd,
+/// [arranged](Simd::arrange).
 #[inline(always)]
 unsafe fn decode_block<S: Simd>(
     codes: &[u8],
@@ -363,8 +383,9 @@ unsafe fn decode_block<S: Simd>(
             let to = to.as_mut_ptr().add(set * S::LANES * BLOCK);
             for word in 0..16 {
                 let (low, high) = S::lookup(S::load_bytes(words.add(word * 4 * S::LANES)));
-                S::store_bytes(to.add(2 * word * 4 * S::LANES), low);
-                S::store_bytes(to.add((2 * word + 1) * 4 * S::LANES), high);
+                let (first, second) = S::arrange(low, high);
+                S::store_bytes(to.add(2 * word * 4 * S::LANES), first);
+                S::store_bytes(to.add((2 * word + 1) * 4 * S::LANES), second);
             }
         }
     }
@@ -373,7 +394,7 @@ unsafe fn decode_block<S: Simd>(
 /// `MR` rows of activations times a decoded block: sums of whole numbers in `NR · MR` registers, added to `out` in
 /// f32 after each group.
 #[inline(always)]
-unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
+pub(super) unsafe fn tile<S: Simd, const NR: usize, const MR: usize>(
     codes: &[u8; TILE * BLOCK],
     scales: &[f32],
     group: usize,
@@ -818,21 +839,21 @@ pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
     }
 }
 
-/// `rounds` times twelve independent dot products in registers; gives the operations in them.
+/// `rounds` times twelve independent products, sums in registers; gives the operations in them.
 #[inline(always)]
 pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
     unsafe {
         let mut sums = [S::splat_int(1); 12];
-        let (a, b) = (
-            S::splat_bytes(std::hint::black_box(3)),
-            S::splat_bytes(std::hint::black_box(5)),
-        );
-        for _ in 0..rounds {
+        let (codes, x) = std::hint::black_box(([[3u8; 64]; 2], [[5u8; 64]; 12]));
+        for round in 0..rounds {
+            // Twelve different factors, and one that is new each round: where a product and its sum are two
+            // instructions, no product may be taken once for all.
+            let codes = S::load_bytes(codes[round as usize % 2].as_ptr());
             for i in 0..12 {
-                sums[i] = S::dot(sums[i], a, b);
+                sums[i] = S::widest(sums[i], codes, S::load_bytes(x[i].as_ptr()));
             }
         }
         std::hint::black_box(sums);
     }
-    u64::from(rounds) * 12 * 8 * S::LANES as u64
+    u64::from(rounds) * 12 * S::LANE_OPERATIONS * S::LANES as u64
 }

@@ -5,8 +5,16 @@
 
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod generic;
+#[cfg(target_arch = "aarch64")]
+mod i8mm;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 mod product;
 mod scales;
@@ -15,7 +23,7 @@ pub(super) use attention::out_stride;
 pub(super) use generic::COLUMNS;
 
 use super::Isa;
-use super::activations::{Block, Rounded};
+use super::activations::{BLOCK, Block, Rounded};
 use super::attention::Task;
 use crate::fp4::{Fp4Tensor, Weight};
 use std::ops::Range;
@@ -125,7 +133,15 @@ impl Kernels {
         match isa {
             Isa::Reference => Some(&portable::KERNELS),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if avx2::available() => Some(&avx2::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni if avxvnni::available() => Some(&avxvnni::KERNELS),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if avx512::available() => Some(&avx512::KERNELS),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon if neon::available() => Some(&neon::KERNELS),
+            #[cfg(target_arch = "aarch64")]
+            Isa::I8mm if i8mm::available() => Some(&i8mm::KERNELS),
             _ => None,
         }
     }
@@ -136,7 +152,7 @@ impl Kernels {
 /// # Safety
 /// Every function needs the instructions of its implementation; pointers are read and written for a whole
 /// register unless a function says otherwise, at any alignment.
-pub(super) trait Simd {
+pub(super) trait Simd: Sized {
     /// 32-bit lanes in a register: 4, 8 or 16.
     const LANES: usize;
     /// Whether doubled codes are bytes with 12 added (see [`Block::corrections`]).
@@ -160,6 +176,7 @@ pub(super) trait Simd {
 
     unsafe fn load_int(from: *const i32) -> Self::Int;
     unsafe fn splat_int(value: i32) -> Self::Int;
+    unsafe fn add_int(a: Self::Int, b: Self::Int) -> Self::Int;
     unsafe fn to_float(values: Self::Int) -> Self::Float;
 
     unsafe fn load(from: *const f32) -> Self::Float;
@@ -190,6 +207,35 @@ pub(super) trait Simd {
                 }
             }
         }
+    }
+
+    /// The order in which a decoded block keeps the even and the odd codes of `LANES` rows, for [`tile`](Self::tile).
+    #[inline(always)]
+    unsafe fn arrange(even: Self::Bytes, odd: Self::Bytes) -> (Self::Bytes, Self::Bytes) {
+        (even, odd)
+    }
+
+    /// `MR` rows of activations times a decoded block; see [`generic::tile`].
+    #[inline(always)]
+    unsafe fn tile<const NR: usize, const MR: usize>(
+        codes: &[u8; TILE * BLOCK],
+        scales: &[f32],
+        group: usize,
+        x: [&Block; MR],
+        out: &mut [f32],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { generic::tile::<Self, NR, MR>(codes, scales, group, x, out) }
+    }
+
+    /// Products and sums in a lane of [`widest`](Self::widest).
+    const LANE_OPERATIONS: u64 = 8;
+
+    /// The product that tile products are made of.
+    #[inline(always)]
+    unsafe fn widest(sums: Self::Int, codes: Self::Bytes, x: Self::Bytes) -> Self::Int {
+        // SAFETY: the caller's promise.
+        unsafe { Self::dot(sums, codes, x) }
     }
 
     /// `low` in the lower half of the lanes, `high` in the upper one.

@@ -66,6 +66,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn add_int(a: Self::Int, b: Self::Int) -> Self::Int {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
     unsafe fn to_float(values: Self::Int) -> Self::Float {
         values.map(|value| value as f32)
     }
