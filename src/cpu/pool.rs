@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_millis(1);
 
 /// A set of threads that run the tasks of one region at a time together with the thread that asks.
 ///
-/// Tasks are claimed one by one, in order; which thread runs which is left to chance, so that results must not
+/// Tasks are claimed in order, some consecutive ones at a time; which thread runs which is left to chance, so that results must not
 /// depend on it. A region that begins while another one runs (a task's own, or another caller's) is run by
 /// its caller alone.
 #[derive(Debug)]
@@ -62,6 +62,7 @@ impl ThreadPool {
             return (0..tasks).for_each(task);
         }
         let region = Region(self);
+        self.shared.shares.store(2 * self.threads(), Ordering::Relaxed);
         self.shared.begin(tasks, &task);
         self.shared.claim(&task);
         drop(region);
@@ -106,6 +107,8 @@ struct Shared {
     task: UnsafeCell<Option<Task>>,
     tasks: AtomicUsize,
     next: AtomicUsize,
+    /// What is left is divided by this for a thread's next part.
+    shares: AtomicUsize,
     stop: AtomicBool,
     asleep: AtomicUsize,
     sleep: Mutex<()>,
@@ -153,15 +156,20 @@ impl Shared {
         }
     }
 
-    /// Runs tasks until none is left.
+    /// Runs tasks until none is left: always a part of those that are, so that a thread goes on where it was (and
+    /// memory with it) and yet all end together.
     fn claim(&self, task: &(dyn Fn(usize) + Sync)) {
-        let tasks = self.tasks.load(Ordering::Relaxed);
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                return;
+        let (tasks, shares) = (self.tasks.load(Ordering::Relaxed), self.shares.load(Ordering::Relaxed));
+        let mut start = self.next.load(Ordering::Relaxed);
+        while start < tasks {
+            let end = start + ((tasks - start) / shares).max(1);
+            match self.next.compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => {
+                    (start..end).for_each(task);
+                    start = self.next.load(Ordering::Relaxed);
+                }
+                Err(now) => start = now,
             }
-            task(index);
         }
     }
 
