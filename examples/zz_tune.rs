@@ -91,7 +91,7 @@ fn main() {
                         .map(|i| ((i * 7919 % 1000) as f32 / 500.0) - 1.0)
                         .collect();
                     let mut y = vec![0.0; m * n];
-                    let reps = if m == 1 { 400 } else { (40000 / m).max(12) };
+                    let reps = if m == 1 { 400 } else { (2000 / m).clamp(12, 300) };
                     let mut times = vec![];
                     for i in 0..reps {
                         let (t, c) = (Instant::now(), cpu_time());

@@ -163,6 +163,17 @@ pub enum Error {
         /// What it was given.
         input: ValueRange,
     },
+
+    /// A disk has too little room for what is to be written.
+    #[error("{}: {needed} bytes are needed, {free} are free; free space or choose another disk", path.display())]
+    DiskSpace {
+        /// What was to be written.
+        path: PathBuf,
+        /// Its bytes.
+        needed: u64,
+        /// The bytes that are free.
+        free: u64,
+    },
 }
 
 impl Error {

@@ -45,7 +45,7 @@
 //! | [`models`] | [`glm4_moe_lite`](models::glm4_moe_lite), and looking into a forward pass |
 //! | [`checkpoint`] | safetensors folders read where they lie, quantised and written; the hub |
 //! | [`generation`] | tokenizer, chat template, sampling, sessions, batches |
-//! | [`memory`] | how much of it this process takes |
+//! | [`memory`], [`bandwidth`] | how much of it this process takes, and how fast it is read |
 //!
 //! # What runs where
 //!
@@ -54,6 +54,7 @@
 
 #![deny(missing_docs)]
 
+pub mod bandwidth;
 pub mod checkpoint;
 pub mod cpu;
 mod error;
@@ -63,5 +64,6 @@ pub mod memory;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod random;
 
 pub use error::{Error, Result};

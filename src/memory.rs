@@ -16,6 +16,18 @@ pub fn resident() -> Option<u64> {
     system::resident()
 }
 
+/// The memory that is this process's own, in bytes: what is resident without the pages of mapped files, which the
+/// system can drop and read again. Known on Linux; `None` elsewhere.
+pub fn private_resident() -> Option<u64> {
+    system::private_resident()
+}
+
+/// The memory that a program can still take, in bytes, the pages of files that the system holds included: `MemAvailable`
+/// on Linux; `None` elsewhere.
+pub fn available() -> Option<u64> {
+    system::available()
+}
+
 /// The bytes that Candle has allocated on a Metal device, as Metal counts them; `None` on any other device.
 /// (Written against Candle's interface, not yet run on a Mac by the authors.)
 pub fn device_allocated(device: &Device) -> Option<u64> {
@@ -128,9 +140,21 @@ mod system {
         status("VmRSS:")
     }
 
-    /// A field of `/proc/self/status`, which counts in KiB.
-    fn status(field: &str) -> Option<u64> {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    pub fn private_resident() -> Option<u64> {
+        status("RssAnon:")
+    }
+
+    pub fn available() -> Option<u64> {
+        field("/proc/meminfo", "MemAvailable:")
+    }
+
+    fn status(name: &str) -> Option<u64> {
+        field("/proc/self/status", name)
+    }
+
+    /// A field of one of the system's files that count in KiB.
+    fn field(file: &str, field: &str) -> Option<u64> {
+        let status = std::fs::read_to_string(file).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix(field))?;
         let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kib * 1024)
@@ -162,6 +186,14 @@ mod system {
         let usage = unsafe { usage.assume_init() };
         (status == 0).then_some(usage.ri_resident_size)
     }
+
+    pub fn private_resident() -> Option<u64> {
+        None
+    }
+
+    pub fn available() -> Option<u64> {
+        None
+    }
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
@@ -171,6 +203,14 @@ mod system {
     }
 
     pub fn resident() -> Option<u64> {
+        None
+    }
+
+    pub fn private_resident() -> Option<u64> {
+        None
+    }
+
+    pub fn available() -> Option<u64> {
         None
     }
 }
@@ -197,6 +237,24 @@ mod tests {
         assert!(with.resident.unwrap() > held);
         assert!(with.peak.unwrap() > held && after.peak.unwrap() > held);
         assert_eq!(with.device, None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_mapped_file_is_not_private() {
+        const SIZE: usize = 64 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, vec![1; SIZE]).unwrap();
+        let map = crate::fp4::Bytes::map_file(&path).unwrap();
+        let (resident_before, private_before) = (resident().unwrap(), private_resident().unwrap());
+        let sum: u64 = map.iter().map(|byte| u64::from(*byte)).sum();
+        assert_eq!(sum, SIZE as u64);
+        // Other tests of this process come and go at the same time; they take less than the file.
+        let gained = resident().unwrap() - private_resident().unwrap();
+        assert!(gained >= resident_before - private_before + SIZE as u64 / 2);
+        assert!(private_resident().unwrap() <= resident().unwrap());
+        assert!(available().unwrap() > 1 << 20);
     }
 
     #[test]

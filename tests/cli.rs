@@ -21,6 +21,7 @@ fn mmfp4(arguments: &[&str]) -> Command {
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy().into_owned();
         let matters = [
+            "ALPHAHENG_",
             "HF_",
             "HUGGING",
             "TRANSFORMERS_",
@@ -389,6 +390,13 @@ fn mistakes_are_one_line_with_a_remedy() {
         &["generate", "--quantize", "int4"],
         &["generate", "--raw", "--system", "x"],
         &["generate", "--logprobs", "1"],
+        &["generate", "--no-fused-moe", "--use-fused-moe"],
+        &["bench", "--no-fused-moe", "--use-fused-moe"],
+        &["bench", "--synthetic", "glm"],
+        &["bench", "--synthetic", "slice", "-m", "model"],
+        &["bench", "--synthetic-dir", "folder"],
+        &["bench", "--json", "--csv"],
+        &["bench", "-r", "0"],
         &["perplexity"],
         &["no-such-command"],
         &[],
@@ -456,6 +464,7 @@ fn help_shows_examples_and_formats() {
             &["Examples:", "--top-p", "The one to choose"],
         ),
         (&["help", "perplexity"], &["Examples:", "--stride", "mean loss"]),
+        (&["bench", "--help"], &["Examples:", "--synthetic", "noisy"]),
         (&["--version"], &[env!("CARGO_PKG_VERSION")]),
     ] {
         let output = run(&mut mmfp4(arguments));
@@ -609,4 +618,163 @@ fn a_model_comes_from_the_hub_by_its_name() {
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).starts_with("error: org/missing: "), "{output:?}");
     assert_eq!(stderr(&output).trim_end().lines().count(), 1, "{output:?}");
+}
+
+#[test]
+fn experts_one_by_one_say_the_same() {
+    let fused = run(&mut mmfp4(&["generate", "--use-fused-moe", "-p", QUESTION]));
+    let separate = run(&mut mmfp4(&["generate", "--no-fused-moe", "-p", QUESTION]));
+    assert_eq!(stdout(&fused).trim_end(), ANSWER);
+    assert_eq!(stdout(&separate), stdout(&fused));
+}
+
+/// A row's test, prompt tokens, generated tokens and depth.
+fn kind(row: &Value) -> (&str, u64, u64, u64) {
+    let number = |field: &str| row[field].as_u64().unwrap();
+    let tokens = (number("prompt_tokens"), number("generated_tokens"));
+    (row["test"].as_str().unwrap(), tokens.0, tokens.1, number("depth"))
+}
+
+#[test]
+fn bench_measures_each_test() {
+    let sizes = ["-p", "8,600", "-n", "4", "-d", "0,5", "-r", "3"];
+    let output = run(&mut mmfp4(&[&["bench", "--json"][..], &sizes].concat()));
+    let rows: Vec<Value> = serde_json::from_str(stdout(&output)).unwrap();
+    let expected = [
+        ("load", 0, 0, 0),
+        ("first_prompt", 1, 0, 0),
+        ("first_decode", 0, 1, 0),
+        ("later_prompt", 1, 0, 0),
+        ("later_decode", 0, 1, 0),
+        ("pp", 8, 0, 0),
+        ("pp", 600, 0, 0),
+        ("tg", 0, 4, 0),
+        ("pp", 8, 0, 5),
+        ("pp", 600, 0, 5),
+        ("tg", 0, 4, 5),
+    ];
+    assert_eq!(rows.iter().map(kind).collect::<Vec<_>>(), expected);
+    let number = |row: &Value, field: &str| row[field].as_f64().unwrap_or_else(|| panic!("{field} of {row}"));
+    for row in &rows {
+        assert_eq!(
+            (row["model"].as_str(), row["fused_moe"].as_bool()),
+            (Some("demo model"), Some(true))
+        );
+        assert!(number(row, "latency_ms") > 0.0 && number(row, "threads") >= 1.0);
+        let tokens = number(row, "prompt_tokens") + number(row, "generated_tokens");
+        if cfg!(target_os = "linux") {
+            let peak = number(row, "peak_memory_bytes");
+            assert!(peak >= number(row, "private_memory_bytes") && peak > 1e6, "{row}");
+        }
+        let bandwidth = number(row, "read_bandwidth_gb_s");
+        assert!(bandwidth > 0.0);
+        assert_eq!(row["noisy"], number(row, "bandwidth_spread") > 0.15);
+        if row["test"] == "load" {
+            let of_tokens = ["tokens_per_s", "bytes_per_token", "share_of_bandwidth"];
+            assert_eq!(of_tokens.map(|field| number(row, field)), [0.0; 3]);
+            continue;
+        }
+        let (rate, median) = (number(row, "tokens_per_s"), number(row, "latency_ms"));
+        assert!((rate * median / 1e3 / tokens - 1.0).abs() < 1e-9, "{row}");
+        let share = rate * number(row, "bytes_per_token") / 1e9 / bandwidth;
+        assert!(
+            (number(row, "share_of_bandwidth") / share - 1.0).abs() < 1e-9,
+            "{row}"
+        );
+        let samples = row["samples_ms"].as_array().unwrap();
+        let mut times: Vec<_> = samples.iter().map(|time| time.as_f64().unwrap()).collect();
+        times.sort_by(f64::total_cmp);
+        let first = row["test"].as_str().unwrap().starts_with("first");
+        assert_eq!(times.len(), if first { 1 } else { 3 }, "{row}");
+        assert_eq!(number(row, "repetitions"), times.len() as f64);
+        assert_eq!(median, times[times.len() / 2]);
+        let spread = (times[times.len() - 1] - times[0]) / median;
+        assert!((number(row, "spread") - spread).abs() < 1e-9);
+        // Six layers of 160 numbers a token.
+        let held = number(row, "depth") + tokens;
+        if ["pp", "tg"].contains(&row["test"].as_str().unwrap()) {
+            assert_eq!(number(row, "cache_bytes"), held * 6.0 * 160.0 * 4.0);
+        }
+    }
+    let decode = number(&rows[7], "bytes_per_token");
+    // All weights of the demo model are read once in 8 tokens, and more often in the two chunks of 600.
+    assert!(decode > 4e6 && number(&rows[5], "bytes_per_token") < decode / 2.0);
+    assert!(number(&rows[6], "bytes_per_token") < decode / 100.0);
+    for text in [
+        "pp 600 at depth 5 (6 of 7)",
+        "demo model",
+        "tg 4 at 5",
+        "tokens/s",
+    ] {
+        assert!(stderr(&output).contains(text), "{text}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn bench_writes_csv_and_a_table() {
+    let sizes = ["-p", "0", "-n", "3", "-r", "1", "--no-fused-moe"];
+    let output = run(&mut mmfp4(&[&["bench", "--csv"][..], &sizes].concat()));
+    let lines: Vec<_> = stdout(&output).lines().collect();
+    let head: Vec<_> = lines[0].split(',').collect();
+    assert_eq!((lines.len(), head[0]), (7, "test"));
+    let column = |name: &str| head.iter().position(|column| *column == name).unwrap();
+    let last: Vec<_> = lines[6].split(',').collect();
+    assert_eq!(last.len(), head.len());
+    assert_eq!((last[0], last[column("generated_tokens")]), ("tg", "3"));
+    assert_eq!(last[column("fused_moe")], "false");
+    assert!(stderr(&output).contains("experts one by one"));
+    // Without either the table is all there is.
+    let output = run(&mut mmfp4(&[&["bench"][..], &sizes].concat()));
+    assert_eq!(stdout(&output), "");
+    assert!(stderr(&output).contains("tg 3"));
+}
+
+#[test]
+fn bench_in_task_mode_loads_nothing() {
+    for (more, expected) in [(&["--json"][..], "[]\n"), (&[], "")] {
+        let arguments = [&["bench", "-m", "./no-such-model"][..], more].concat();
+        let output = run(mmfp4(&arguments).env("ALPHAHENG_TASK_MODE", "1"));
+        assert_eq!(stdout(&output), expected);
+        assert!(stderr(&output).contains("skipped"), "{output:?}");
+        let output = run(mmfp4(&arguments).env("ALPHAHENG_TASK_MODE", "0"));
+        assert_eq!(output.status.code(), Some(1));
+    }
+}
+
+#[test]
+fn bench_refuses_what_cannot_run() {
+    let line = failure(&["bench", "-p", "2000", "-d", "49"], 2);
+    assert!(
+        line.contains("2049 tokens do not fit the model's context of 2048"),
+        "{line}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let line = failure(&["bench", "--synthetic", "slice", "--synthetic-dir", path], 1);
+    assert!(line.contains("expected the synthetic checkpoint slice"), "{line}");
+    assert!(failure(&["bench", "-m", path], 1).contains("config.json"));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn bench_refuses_what_does_not_fit_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(mmfp4_demo()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let config = folder.path().join("config.json");
+    let mut fields: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    fields["max_position_embeddings"] = 1_000_000_000_000u64.into();
+    std::fs::write(&config, fields.to_string()).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let line = failure(
+        &["bench", "-m", model, "-p", "0", "-n", "1", "-d", "99999999999"],
+        1,
+    );
+    // 100,000,000,000 tokens, six layers of 160 numbers of four bytes each.
+    assert!(
+        line.contains("384000000000000 of cache") && line.contains("are available"),
+        "{line}"
+    );
 }

@@ -4,6 +4,8 @@
 mod common;
 
 use candle_core::{Device, Tensor};
+use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::fp4::Format;
 use candle_mmfp4::models::Site;
 use candle_mmfp4::models::glm4_moe_lite::{AttentionPath, Logits, Model, Sequence};
 use common::{Golden, goldens, largest_difference, top};
@@ -16,6 +18,11 @@ fn load(golden: &Golden) -> Model {
     Model::from_folder(&golden.folder, &Default::default(), &Device::Cpu)
         .unwrap()
         .0
+}
+
+/// The largest difference of logits, as a share of the largest logit.
+fn relative_difference(a: &Tensor, b: &Tensor) -> f32 {
+    largest_difference(a, b) / largest_difference(b, &b.zeros_like().unwrap())
 }
 
 /// Logits of `tokens`, fed in chunks of `chunk` into `cache` from position 0.
@@ -53,6 +60,38 @@ fn logits_agree_however_the_tokens_are_fed() {
                         case.name
                     );
                     assert!(difference <= TOLERANCE, "{what}: differs by {difference}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_one_by_one_give_what_the_fused_op_gives() {
+    for golden in goldens() {
+        for quantize in [None, Some(Format::mxfp4())] {
+            let load = |separate_experts| {
+                let options = LoadOptions {
+                    quantize,
+                    separate_experts,
+                    ..LoadOptions::default()
+                };
+                Model::from_folder(&golden.folder, &options, &Device::Cpu)
+                    .unwrap()
+                    .0
+            };
+            let (fused, separate) = (load(false), load(true));
+            for case in &golden.cases {
+                for chunk in [case.input_ids.len(), 1] {
+                    let expected = feed(&fused, &mut fused.new_cache(), &case.input_ids, chunk);
+                    let logits = feed(&separate, &mut separate.new_cache(), &case.input_ids, chunk);
+                    let difference = relative_difference(&logits, &expected);
+                    let what = format!("{}, {}, chunks of {chunk}", golden.folder.display(), case.name);
+                    assert!(
+                        difference <= 1e-5,
+                        "{what}, {quantize:?}: differs by {difference}"
+                    );
+                    assert_eq!(fused.bytes_read(3), separate.bytes_read(3));
                 }
             }
         }

@@ -30,6 +30,7 @@ fn quantizing(skip_layers: &[i64], keep: &[&str]) -> LoadOptions {
         quantize: Some(Format::nvfp4()),
         skip_layers: skip_layers.to_vec(),
         keep: keep.iter().map(|pattern| pattern.to_string()).collect(),
+        ..LoadOptions::default()
     }
 }
 

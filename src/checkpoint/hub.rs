@@ -45,6 +45,7 @@ pub use plan::{Plan, PlannedFile, machine_memory};
 pub use settings::HubSettings;
 pub use source::{ModelSource, RepoId};
 
+use super::disk;
 use crate::{Error, Result};
 use cache::{CONFIG, Held, INDEX, LocalRepo, OPTIONAL, REQUIRED, SINGLE};
 use client::{Client, Failure};
@@ -206,7 +207,7 @@ impl<'a> Session<'a> {
             commit,
             snapshot,
             files,
-            free: free.or_else(|| cache::free_space(&self.settings.cache)),
+            free: free.or_else(|| disk::free_space(&self.settings.cache)),
             config,
         })
     }

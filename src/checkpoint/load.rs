@@ -8,9 +8,8 @@ use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
 use crate::fp4::{Format, ScaleRule, Weight, quantize};
-use crate::nn::MmfP4Linear;
+use crate::nn::{MmfP4Linear, RmsNorm};
 use candle_core::{Device, Tensor};
-use candle_nn::RmsNorm;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -30,13 +29,15 @@ pub struct LoadOptions {
     pub keep: Vec<String>,
     /// How activations meet FP4 weights on the CPU: rounded to eight bits, or exactly.
     pub arithmetic: Arithmetic,
+    /// Run the experts that a token chooses one after the other instead of in one fused op: slower, and there to
+    /// measure by how much ([`SeparateMoe`](crate::nn::SeparateMoe)).
+    pub separate_experts: bool,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
-    device: &'a Device,
     keep: Keep<'a>,
     report: RefCell<LoadReport>,
     survey: RefCell<Survey>,
@@ -44,24 +45,18 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// Begins to load a model of so many decoder `layers`; norms and biases go to `device`.
+    /// Begins to load a model of so many decoder `layers`.
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for options that make no sense: a layer that is not there,
     /// an empty pattern, a group that no tensor can have.
-    pub fn new(
-        checkpoint: &'a Checkpoint,
-        options: &'a LoadOptions,
-        device: &'a Device,
-        layers: usize,
-    ) -> Result<Self> {
+    pub fn new(checkpoint: &'a Checkpoint, options: &'a LoadOptions, layers: usize) -> Result<Self> {
         if let Some(format) = options.quantize {
             format.check("load")?;
         }
         Ok(Self {
             checkpoint,
             options,
-            device,
             keep: Keep::new(options, layers)?,
             report: RefCell::default(),
             survey: RefCell::default(),
@@ -137,7 +132,7 @@ impl<'a> Loader<'a> {
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn rms_norm(&self, module: &str, len: usize, eps: f64) -> Result<RmsNorm> {
         let weight = self.vector(&format!("{module}.weight"), len)?;
-        Ok(RmsNorm::new(Tensor::new(weight, self.device)?, eps))
+        RmsNorm::new(weight, eps)
     }
 
     /// The vector `name` of `len` floats.
@@ -150,6 +145,11 @@ impl<'a> Loader<'a> {
         self.mark_used(name.to_string());
         self.report.borrow_mut().dense.add(stored.bytes.len());
         Ok(values)
+    }
+
+    /// Whether [`LoadOptions::separate_experts`] is set.
+    pub(crate) fn separates_experts(&self) -> bool {
+        self.options.separate_experts
     }
 
     /// Records that the experts of `module` were copied to lie together.

@@ -1,14 +1,17 @@
 //! Model folders: safetensors read where they lie, and written.
 
+mod disk;
 mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod keep;
+mod layout;
 mod load;
 mod marlin;
 mod quality;
 mod report;
 mod safetensors;
+mod synthetic;
 mod validate;
 mod write;
 
@@ -16,5 +19,6 @@ pub use files::ModelFiles;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
+pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};
 pub use write::quantize_folder;

@@ -12,22 +12,30 @@
 //! f32's is the activations'. [`Arithmetic::Exact`] multiplies decoded weights with the activations as they are, in f32.
 
 mod activations;
+mod add;
+mod attention;
 mod executor;
 mod heads;
 mod linear;
 mod moe;
+mod norm;
 mod pool;
 pub mod reference;
 pub mod roofline;
+mod rope;
 mod router;
 mod simd;
 mod tile;
 
+pub use add::add;
+pub use attention::{Attention, HeadView, attend};
 pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};
 pub use linear::linear;
 pub use moe::{Expert, fused_moe};
+pub use norm::rms_norm;
 pub use pool::ThreadPool;
+pub use rope::{Pairing, rope};
 pub use router::{Routing, route};
 
 /// How activations meet FP4 weights. Floating-point weights meet them exactly in either.

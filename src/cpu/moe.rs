@@ -25,6 +25,16 @@ pub struct Expert {
 }
 
 impl Expert {
+    /// The three of them.
+    pub fn weights(&self) -> [&Weight; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
+    /// Bytes they take where they lie.
+    pub fn size_in_bytes(&self) -> usize {
+        self.weights().iter().map(|weight| weight.size_in_bytes()).sum()
+    }
+
     /// I, its width.
     fn width(&self) -> usize {
         self.gate.shape().0

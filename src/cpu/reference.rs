@@ -2,7 +2,7 @@
 //!
 //! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
 
-use super::{Arithmetic, Expert, HeadRows, Routing};
+use super::{Arithmetic, Attention, Expert, HeadRows, HeadView, Pairing, Routing};
 use crate::fp4::Weight;
 use std::borrow::Cow;
 
@@ -132,6 +132,79 @@ pub fn fused_moe(
             }
         }
         y.extend(sum.into_iter().map(|v| v as f32));
+    }
+    y
+}
+
+/// `y[i, h] = Σ_t softmax_t(scale · q · k) · v` for `n` queries, over the keys each sees; see
+/// [`cpu::attend`](super::attend).
+pub fn attention(attention: Attention<'_>, n: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(n * attention.heads * attention.values.width);
+    for i in 0..n {
+        for h in 0..attention.heads {
+            let query: Vec<f32> = attention
+                .queries
+                .iter()
+                .flat_map(|part| part.get(i, h))
+                .copied()
+                .collect();
+            let score = |t: usize| {
+                let key = attention.keys.iter().flat_map(|part| part.get(t, h));
+                let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
+                products.sum::<f64>() * f64::from(attention.scale)
+            };
+            let at = attention.position + i;
+            let sees = |t: &usize| attention.window.is_none_or(|window| at - t < window);
+            let visible: Vec<usize> = (0..=at).filter(sees).collect();
+            let scores: Vec<f64> = visible.iter().copied().map(score).collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for c in 0..attention.values.width {
+                let value = |t: usize| f64::from(attention.values.get(t, h)[c]);
+                let seen = visible.iter().zip(&weights);
+                let mixed: f64 = seen.map(|(t, weight)| weight / sum * value(*t)).sum();
+                y.push(mixed as f32);
+            }
+        }
+    }
+    y
+}
+
+/// `x / √(mean(x²) + eps) · weight` for each row, as long as `weight`; see [`cpu::rms_norm`](super::rms_norm).
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mut y = Vec::with_capacity(x.len());
+    for row in x.chunks_exact(weight.len()) {
+        let squares: f64 = row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+        let root = (squares / row.len() as f64 + f64::from(eps)).sqrt();
+        let value = |(x, weight): (&f32, &f32)| (f64::from(*x) / root * f64::from(*weight)) as f32;
+        y.extend(row.iter().zip(weight).map(value));
+    }
+    y
+}
+
+/// Each pair turned by its angle; see [`cpu::rope`](super::rope).
+pub fn rope(
+    pairing: Pairing,
+    x: HeadView<'_>,
+    heads: usize,
+    (cos, sin): (&[f32], &[f32]),
+    tokens: usize,
+) -> Vec<f32> {
+    let half = x.width / 2;
+    let mut y = vec![0.0; tokens * heads * x.width];
+    for (row, y) in y.chunks_exact_mut(x.width).enumerate() {
+        let (t, h) = (row / heads, row % heads);
+        for i in 0..half {
+            let (a, b) = match pairing {
+                Pairing::Interleaved => (2 * i, 2 * i + 1),
+                Pairing::Halves => (i, i + half),
+            };
+            let [cos, sin] = [cos, sin].map(|table| f64::from(table[t * half + i]));
+            let [xa, xb] = [a, b].map(|place| f64::from(x.get(t, h)[place]));
+            y[a] = (xa * cos - xb * sin) as f32;
+            y[b] = (xa * sin + xb * cos) as f32;
+        }
     }
     y
 }

@@ -155,7 +155,7 @@ impl Weight {
     }
 
     /// The bytes it consists of: codes and scales, or floats.
-    pub(crate) fn regions(&self) -> impl Iterator<Item = &Bytes> {
+    pub fn regions(&self) -> impl Iterator<Item = &Bytes> {
         let (first, second) = match self {
             Self::Fp4(tensor) => (tensor.codes(), Some(tensor.scales())),
             Self::Dense(tensor) => (tensor.bytes(), None),

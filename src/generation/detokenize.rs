@@ -198,9 +198,9 @@ static BYTE_OF: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
 
 #[cfg(test)]
 mod tests {
-    use super::super::random::Random;
     use super::super::tokenizer::demo;
     use super::*;
+    use crate::random::Random;
 
     fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> String {
         let mut detokenizer = Detokenizer::new(tokenizer).skip_special(skip);

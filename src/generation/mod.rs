@@ -14,7 +14,6 @@ mod output;
 mod perplexity;
 mod pipeline;
 mod python;
-mod random;
 mod sampling;
 mod softmax;
 mod stop;

@@ -417,8 +417,8 @@ fn accepts(types: &[String], value: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::random::Random;
     use super::*;
+    use crate::random::Random;
     use serde_json::json;
 
     fn joined(events: Vec<OutputEvent>) -> Vec<OutputEvent> {

@@ -4,8 +4,8 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use super::random::Random;
 use super::softmax::{exp, sum_of};
+use crate::random::Random;
 use crate::{Error, Result};
 
 /// How to choose tokens. The default is greedy: the token of the largest logit.

@@ -107,8 +107,8 @@ impl StopStrings {
 
 #[cfg(test)]
 mod tests {
-    use super::super::random::Random;
     use super::*;
+    use crate::random::Random;
 
     /// The text up to the stop string that is complete first, by looking at every prefix.
     fn reference(text: &str, stops: &[String]) -> (String, bool) {

@@ -165,6 +165,11 @@ impl MmfP4Linear {
     pub fn bias(&self) -> Option<&[f32]> {
         self.op.bias()
     }
+
+    /// Bytes of weight and bias.
+    pub fn size_in_bytes(&self) -> usize {
+        self.op.size_in_bytes()
+    }
 }
 
 impl Module for MmfP4Linear {

@@ -7,11 +7,14 @@ pub mod mask;
 mod moe;
 mod rope;
 mod router;
+mod separate;
 
-pub use crate::ops::FusedMoe;
+pub use crate::cpu::Pairing;
+pub use crate::ops::{FusedMoe, GatedMlp, RmsNorm};
 pub use cache::TokenCache;
 pub use embedding::Embedding;
 pub use linear::{MmfP4Linear, linear, linear_no_bias};
 pub use mask::Mask;
-pub use rope::{Angles, Pairing, RotaryEmbedding};
+pub use rope::{Angles, RotaryEmbedding};
 pub use router::{Routed, Router};
+pub use separate::SeparateMoe;

@@ -1,21 +1,14 @@
 //! Rotary position embedding.
 
+use crate::cpu::Pairing;
+use crate::ops::Rope;
 use candle_core::{Device, Result, Tensor};
-
-/// Which elements of a head are rotated together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pairing {
-    /// Neighbours, `(2i, 2i + 1)`: `rope_interleave` true, GLM and DeepSeek.
-    Interleaved,
-    /// Halves, `(i, i + d/2)`: `rope_interleave` false, NeoX and Llama.
-    Halves,
-}
 
 /// Rotates the `d` elements of a head by `position · theta^(-2i/d)`, in f32.
 #[derive(Debug, Clone)]
 pub struct RotaryEmbedding {
     inverse_frequencies: Vec<f32>,
-    pairing: Pairing,
+    op: Rope,
 }
 
 /// Cosines and sines of a forward pass's positions, both `[tokens, d/2]`.
@@ -34,7 +27,7 @@ impl RotaryEmbedding {
             .collect();
         Self {
             inverse_frequencies,
-            pairing,
+            op: Rope::new(pairing),
         }
     }
 
@@ -56,17 +49,12 @@ impl RotaryEmbedding {
         })
     }
 
-    /// Rotates `x` `[tokens, heads, d]`, F32.
+    /// Rotates `x` `[tokens, heads, d]`, F32, F16 or BF16; there must be as many tokens as positions were given.
     ///
     /// # Errors
     /// Where shapes do not fit.
     pub fn forward(&self, x: &Tensor, angles: &Angles) -> Result<Tensor> {
-        let by_head = x.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
-        let rotated = match self.pairing {
-            Pairing::Interleaved => candle_nn::rotary_emb::rope_i(&by_head, &angles.cos, &angles.sin)?,
-            Pairing::Halves => candle_nn::rotary_emb::rope(&by_head, &angles.cos, &angles.sin)?,
-        };
-        rotated.squeeze(0)?.transpose(0, 1)
+        self.op.forward(x, &angles.cos, &angles.sin)
     }
 }
 
@@ -101,6 +89,31 @@ mod tests {
             for (y, expected) in y[1][0].iter().zip(expected) {
                 assert!((y - expected).abs() < 1e-6, "{pairing:?}");
             }
+        }
+    }
+    #[test]
+    fn a_part_of_wider_heads_is_rotated_where_it_lies() {
+        for pairing in [Pairing::Interleaved, Pairing::Halves] {
+            let rope = RotaryEmbedding::new(6, 100.0, pairing);
+            let angles = rope.angles(&[4, 5, 9], &Device::Cpu).unwrap();
+            let wide = Tensor::randn(0f32, 1., (3, 2, 10), &Device::Cpu).unwrap();
+            let part = wide.narrow(2, 3, 6).unwrap();
+            let rotate = |x: &Tensor| rope.forward(x, &angles).unwrap().to_vec3::<f32>().unwrap();
+            let expected = rotate(&part.contiguous().unwrap());
+            assert_eq!(rotate(&part), expected);
+            let elsewhere = part.transpose(1, 2).unwrap().contiguous().unwrap();
+            assert_eq!(rotate(&elsewhere.transpose(1, 2).unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn more_angles_than_tokens_are_refused_and_fewer_too() {
+        let rope = RotaryEmbedding::new(4, 100.0, Pairing::Interleaved);
+        let angles = rope.angles(&[0, 1, 2], &Device::Cpu).unwrap();
+        for shape in [(2, 1, 4), (4, 1, 4), (3, 1, 6), (3, 1, 5), (3, 1, 0)] {
+            let x = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+            let error = rope.forward(&x, &angles).unwrap_err().to_string();
+            assert!(error.contains("`cos`") || error.contains("`x`"), "{error}");
         }
     }
 }

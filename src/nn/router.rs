@@ -17,6 +17,12 @@ impl Router {
         Self { gate, route }
     }
 
+    /// Bytes of the scoring layer and of the experts' correction biases.
+    pub fn size_in_bytes(&self) -> usize {
+        let weight = self.gate.weight();
+        weight.size_in_bytes() + weight.shape().0 * size_of::<f32>()
+    }
+
     /// Expert ids (U32) and weights (F32), both `[T, top_k]`, for `x` `[T, D]`, and the logits `[T, E]`.
     ///
     /// # Errors

@@ -25,6 +25,31 @@ pub(super) fn to_f32<'a>(
     }
 }
 
+/// The elements of a float tensor in f32, with strides; copied only where they are no f32 or a row's do not lie
+/// together.
+pub(super) struct View<'a> {
+    pub data: Cow<'a, [f32]>,
+    pub strides: Cow<'a, [usize]>,
+}
+
+pub(super) fn view<'a>(
+    op: &'static str,
+    argument: &'static str,
+    storage: &'a CpuStorage,
+    layout: &'a Layout,
+) -> Result<View<'a>> {
+    if let (CpuStorage::F32(values), Some(1)) = (storage, layout.stride().last()) {
+        return Ok(View {
+            data: Cow::Borrowed(&values[layout.start_offset()..]),
+            strides: Cow::Borrowed(layout.stride()),
+        });
+    }
+    Ok(View {
+        data: to_f32(op, argument, storage, layout)?,
+        strides: Cow::Owned(Layout::contiguous(layout.shape()).stride().to_vec()),
+    })
+}
+
 /// The elements of a U32 tensor in row-major order.
 pub(super) fn to_u32<'a>(
     op: &'static str,

@@ -59,6 +59,11 @@ impl Linear {
         self.bias.as_deref()
     }
 
+    /// Bytes of weight and bias.
+    pub fn size_in_bytes(&self) -> usize {
+        self.weight.size_in_bytes() + self.bias().map_or(0, size_of_val)
+    }
+
     /// Applies the op to `x` `[…, K]` in F32, F16 or BF16.
     ///
     /// # Errors
@@ -140,6 +145,11 @@ impl JoinedLinear {
             }
         }
         Ok(Self { parts })
+    }
+
+    /// The ops joined.
+    pub fn parts(&self) -> &[Linear] {
+        &self.parts
     }
 
     /// Applies the op to `x` `[…, K]` in F32, F16 or BF16.

@@ -6,15 +6,25 @@
 //! error for now: its kernels come next. There is no backward pass: FP4 weights are not trained.
 
 mod activations;
+mod add;
+mod attention;
 mod linear;
+mod mlp;
 mod moe;
+mod norm;
 mod per_head;
+mod rope;
 mod route;
 mod validate;
 
+pub use add::Add;
+pub use attention::Attention;
 pub use linear::{JoinedLinear, Linear};
+pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
+pub use norm::RmsNorm;
 pub use per_head::{Orientation, PerHead};
+pub use rope::Rope;
 pub use route::Route;
 pub use validate::{
     Comparison, Difference, Kernel, Tolerance, ValueRange, compare_with_reference, validate_kernel_output,

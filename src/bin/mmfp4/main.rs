@@ -1,5 +1,6 @@
-//! `mmfp4`: generate text with 4-bit models, and measure what 4 bits cost.
+//! `mmfp4`: generate text with 4-bit models, and measure their speed and what 4 bits cost.
 
+mod bench;
 mod demo;
 mod generate;
 mod model;
@@ -24,13 +25,14 @@ Examples:
   mmfp4 generate
   mmfp4 generate -m zai-org/GLM-4.7-Flash --quantize mmfp4 -p \"Why is the sky blue?\"
   git diff | mmfp4 generate --system \"Write a commit message.\" --max-tokens 100
+  mmfp4 bench --synthetic slice
   mmfp4 perplexity book.txt -m path/to/model
   mmfp4 validate path/to/bf16-model mmfp4
 
 Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
 `mmfp4 help COMMAND` tells more.";
 
-/// 4-bit floating-point (FP4) models: generate text, measure quality.
+/// 4-bit floating-point (FP4) models: generate text, measure speed and quality.
 #[derive(Parser)]
 #[command(version, after_help = format!("{FORMATS}\n\n{EXAMPLES}"), max_term_width = 110)]
 struct Arguments {
@@ -44,6 +46,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Generate(Box<generate::Arguments>),
+    Bench(Box<bench::Arguments>),
     Perplexity(perplexity::Arguments),
     Validate(validate::Arguments),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = trace::init(arguments.verbose).and_then(|()| match arguments.command {
         Command::Generate(arguments) => generate::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Perplexity(arguments) => perplexity::run(&arguments),
         Command::Validate(arguments) => validate::run(&arguments),
     });

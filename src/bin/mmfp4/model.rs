@@ -12,6 +12,7 @@ use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
 use clap::{Args, ValueEnum};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[derive(Args)]
@@ -48,6 +49,18 @@ pub struct Arguments {
     /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    #[command(flatten)]
+    experts: Experts,
+}
+
+#[derive(Args)]
+pub struct Experts {
+    /// Run the experts that a token chooses one after the other: slower, and there to measure by how much.
+    #[arg(long)]
+    no_fused_moe: bool,
+    /// Run them in one fused op, which is the default.
+    #[arg(long = "use-fused-moe", conflicts_with = "no_fused_moe")]
+    _use_fused_moe: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -67,12 +80,9 @@ impl Arguments {
     /// Fetches the model where it has to be, loads it, and says what the user should know; tells how long loading
     /// took, without the download.
     pub fn load(&self) -> anyhow::Result<(Pipeline, Duration)> {
-        Executor::start(self.threads)?;
+        self.start()?;
         let device = self.device()?;
-        let files = match &self.model {
-            Some(model) => find(model, self.refresh)?,
-            None => demo::files()?,
-        };
+        let files = self.files()?;
         let start = Instant::now();
         let (pipeline, report) = Pipeline::from_files(&files, &self.load_options(), &device)?;
         let elapsed = start.elapsed();
@@ -94,6 +104,11 @@ impl Arguments {
         Ok((pipeline, elapsed))
     }
 
+    /// Starts the threads that were asked for.
+    pub fn start(&self) -> anyhow::Result<Arc<Executor>> {
+        Ok(Executor::start(self.threads)?)
+    }
+
     fn arithmetic(&self) -> Arithmetic {
         match self.exact {
             true => Arithmetic::Exact,
@@ -101,12 +116,26 @@ impl Arguments {
         }
     }
 
-    fn load_options(&self) -> LoadOptions {
+    /// The model's files, fetched first where they have to be.
+    pub fn files(&self) -> anyhow::Result<ModelFiles> {
+        match &self.model {
+            Some(model) => find(model, self.refresh),
+            None => Ok(demo::files()?),
+        }
+    }
+
+    /// Whether weights are quantised while loading.
+    pub fn quantizes(&self) -> bool {
+        self.quantize.is_some()
+    }
+
+    pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
             skip_layers: self.skip_layers.clone(),
             keep: self.keep.clone(),
             arithmetic: self.arithmetic(),
+            separate_experts: self.experts.no_fused_moe,
         }
     }
 

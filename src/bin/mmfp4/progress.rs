@@ -9,6 +9,13 @@ pub fn counting(unit: &str) -> ProgressBar {
     bar(&format!("{{wide_bar}} {{pos}}/{{len}} {unit}, {{eta}} left"))
 }
 
+/// A bar that counts the bytes that are written.
+pub fn writing(what: &str) -> ProgressBar {
+    let bar = bar("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {eta} left");
+    bar.set_message(what.to_string());
+    bar
+}
+
 /// A bar that names the file under way.
 pub struct DownloadBar(ProgressBar);
 

@@ -237,20 +237,6 @@ pub(super) fn is_commit(text: &str) -> bool {
     !text.is_empty() && text.len() <= 64 && text.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
-/// The free bytes of the disk that holds, or will hold, `folder`; None where the system does not say.
-#[cfg(unix)]
-pub(super) fn free_space(folder: &Path) -> Option<u64> {
-    let existing = folder.ancestors().find(|ancestor| ancestor.is_dir())?;
-    let disk = rustix::fs::statvfs(existing).ok()?;
-    disk.f_bavail.checked_mul(disk.f_frsize)
-}
-
-/// As on Unix, where `statvfs` tells; elsewhere nothing is known.
-#[cfg(not(unix))]
-pub(super) fn free_space(_folder: &Path) -> Option<u64> {
-    None
-}
-
 fn length(path: &Path) -> Option<u64> {
     fs::metadata(path)
         .ok()
@@ -329,13 +315,5 @@ mod tests {
         ] {
             assert!(!is_inside(name), "{name:?}");
         }
-    }
-
-    #[test]
-    #[cfg(unix)]
-    fn free_space_is_known() {
-        let folder = tempfile::tempdir().unwrap();
-        let free = free_space(&folder.path().join("not/made/yet")).unwrap();
-        assert!(free > 1 << 20, "{free}");
     }
 }

@@ -120,6 +120,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_add_ps(values) }
     }
 
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+
     /// Sixteen rows of sixteen words, in four rounds of two-register shuffles.
     #[inline(always)]
     unsafe fn transpose(rows: &[*const u8], to: *mut u8) {

@@ -10,6 +10,7 @@
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]
 
+use super::product::{Columns, Rows, aligned, product, transpose};
 use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use crate::fp4::{FloatKind, Fp4Tensor, Weight};
@@ -26,8 +27,9 @@ const BLOCK_LANES: usize = BLOCK_BYTES / 4;
 macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
-            use super::super::{Fp4Rows, Kernels, Scratch, Selection, generic};
+            use super::super::{Fp4Rows, Kernels, Scratch, Selection, attention, generic};
             use crate::cpu::activations::{Block, Rounded};
+            use crate::cpu::attention::Task;
             use crate::fp4::Weight;
             use std::ops::Range;
 
@@ -59,7 +61,7 @@ macro_rules! kernels {
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { generic::exact::<super::$simd>(weight, rows, x, selection, out, scratch) }
+                unsafe { generic::exact::<super::$simd, $registers, $rows>(weight, rows, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -73,12 +75,18 @@ macro_rules! kernels {
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { generic::columns::<super::$simd>(weight, rows, columns, x, selection, out, scratch) }
+                unsafe { generic::columns::<super::$simd, $registers, $rows>(weight, rows, columns, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
                 generic::swiglu(gate, up)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend(task: &Task<'_>, out: &mut [f32], scratch: &mut Scratch) {
+                // SAFETY: as the caller promises.
+                unsafe { attention::attend::<super::$simd, $registers, $rows>(task, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -93,7 +101,7 @@ macro_rules! kernels {
                 unsafe { generic::dots::<super::$simd>(rounds) }
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, read, dots };
+            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read, dots };
         }
         pub(super) use kernels::KERNELS;
     };
@@ -111,8 +119,8 @@ pub(super) unsafe fn round(x: &[f32], row: usize, rows: usize, blocks: *mut Bloc
 /// `out[i, r] = Σ_k x[i, k] · w[first + r, k]` for up to 64 rows of weights and the selected rows of rounded
 /// activations; a row of `out` is 64 long.
 ///
-/// One row of activations runs along the rows of weights as they lie, at the memory's speed. More run over blocks of
-/// 64 rows by 128 codes, decoded once into the first-level cache.
+/// Up to eight rows of activations go along the rows of weights as they lie, at the memory's speed. More run over
+/// blocks of 64 rows by 128 codes, decoded once into the first-level cache.
 #[inline(always)]
 pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     weights: Fp4Rows<'_>,
@@ -122,33 +130,32 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     scratch: &mut Scratch,
 ) {
     let k = weights.tensor.shape().1;
-    let blocks = k.div_ceil(BLOCK);
     let m = selection.len();
     assert!(
-        x.blocks.len() == blocks * x.rows
+        x.blocks.len() == k.div_ceil(BLOCK) * x.rows
             && (0..m).all(|i| selection.row(i) < x.rows)
-            && (m == 1 || weights.rows <= TILE)
-            && out.len() >= if m == 1 { weights.rows } else { m * TILE },
+            && weights.rows <= TILE
+            && out.len() >= m * TILE,
         "w4a8"
     );
-    unsafe {
-        if m == 1 {
-            one::<S>(weights, x, selection.row(0), out, scratch);
-        } else {
-            many::<S, NR, MR>(weights, x, selection, out, scratch);
-        }
+    macro_rules! few {
+        ($($m:literal)*) => {
+            match m {
+                $($m => unsafe { along_rows::<S, $m>(weights, x, selection, out, scratch) },)*
+                _ => unsafe { many::<S, NR, MR>(weights, x, selection, out, scratch) },
+            }
+        };
     }
+    few!(1 2 3 4 5 6 7 8);
 }
 
-/// Rows of weights that run side by side.
-const SIDE_BY_SIDE: usize = 4;
-
-/// Each row of weights along its codes, sums in the lanes of a register.
+/// Each row of weights along its codes, the one stream that memory serves best, with `M` rows of activations; sums
+/// in the lanes of a register each.
 #[inline(always)]
-unsafe fn one<S: Simd>(
+unsafe fn along_rows<S: Simd, const M: usize>(
     weights: Fp4Rows<'_>,
     x: Rounded<'_>,
-    row: usize,
+    selection: Selection<'_>,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
@@ -157,9 +164,8 @@ unsafe fn one<S: Simd>(
     let groups = k / tensor.group();
     let scales = sized(&mut scratch.floats, weights.rows * groups);
     scales::decode(tensor, weights.first * groups, scales);
-    let x = (&x.blocks[row..], x.rows);
     if tensor.group() == BLOCK {
-        return unsafe { each_row::<S, true>(codes, scales, x, &mut out[..weights.rows]) };
+        return unsafe { each_row::<S, M, true>(codes, scales, k, x, selection, out) };
     }
     // A scale a lane, so that the loop is the same for all smaller groups.
     let lanes = tensor.group() / 8;
@@ -171,112 +177,120 @@ unsafe fn one<S: Simd>(
         }
         by_lane[groups * lanes..].fill(0.0);
     }
-    unsafe { each_row::<S, false>(codes, by_lane, x, &mut out[..weights.rows]) }
+    unsafe { each_row::<S, M, false>(codes, by_lane, k, x, selection, out) }
 }
 
-/// A row of weights for each element of `out`. `WIDE`: a scale a block of 128, else one a lane. `x` is a row's first
-/// block, and how far apart its blocks lie.
+/// `WIDE`: a scale a block of 128, else one a lane.
 #[inline(always)]
-unsafe fn each_row<S: Simd, const WIDE: bool>(
+unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
     codes: &[u8],
     scales: &[f32],
-    x: (&[Block], usize),
+    k: usize,
+    x: Rounded<'_>,
+    selection: Selection<'_>,
     out: &mut [f32],
 ) {
-    let (row_bytes, per_row) = (codes.len() / out.len(), scales.len() / out.len());
-    let mut sets = out.chunks_exact_mut(SIDE_BY_SIDE);
-    let mut r = 0;
-    for out in &mut sets {
-        let codes = &codes[r * row_bytes..][..SIDE_BY_SIDE * row_bytes];
-        let scales = &scales[r * per_row..][..SIDE_BY_SIDE * per_row];
-        let sums = unsafe { side_by_side::<S, WIDE, SIDE_BY_SIDE>(codes, scales, x) };
-        out.copy_from_slice(&sums);
-        r += SIDE_BY_SIDE;
+    let blocks = k.div_ceil(BLOCK);
+    let per_row = if WIDE { blocks } else { blocks * BLOCK_LANES };
+    let (whole, rest) = (k / BLOCK, k % BLOCK / 2);
+    let mut first = [x.blocks.as_ptr(); M];
+    for i in 0..M {
+        first[i] = x.blocks[selection.row(i)..].as_ptr();
     }
-    for out in sets.into_remainder() {
-        let codes = &codes[r * row_bytes..][..row_bytes];
-        let scales = &scales[r * per_row..][..per_row];
-        [*out] = unsafe { side_by_side::<S, WIDE, 1>(codes, scales, x) };
-        r += 1;
-    }
-}
-
-/// The products of `R` rows with one row of activations.
-#[inline(always)]
-unsafe fn side_by_side<S: Simd, const WIDE: bool, const R: usize>(
-    codes: &[u8],
-    scales: &[f32],
-    (x, stride): (&[Block], usize),
-) -> [f32; R] {
-    let (row_bytes, per_row) = (codes.len() / R, scales.len() / R);
-    let (whole, rest) = (row_bytes / BLOCK_BYTES, row_bytes % BLOCK_BYTES);
-    unsafe {
-        let mut sums = [S::splat(0.0); R];
-        for b in 0..whole {
-            let at = if WIDE { b } else { b * BLOCK_LANES };
-            let codes = (codes.as_ptr().add(b * BLOCK_BYTES), row_bytes);
-            let scales = (scales.as_ptr().add(at), per_row);
-            block::<S, WIDE, R>(&mut sums, codes, scales, x.get_unchecked(b * stride));
-        }
-        if rest > 0 {
-            let mut padded = [[0u8; BLOCK_BYTES]; R];
-            for (r, padded) in padded.iter_mut().enumerate() {
-                padded[..rest].copy_from_slice(&codes[r * row_bytes + whole * BLOCK_BYTES..][..rest]);
+    for (r, (codes, scales)) in codes
+        .chunks_exact(k / 2)
+        .zip(scales.chunks_exact(per_row))
+        .enumerate()
+    {
+        // SAFETY: a row has `whole` blocks of codes and a rest, and the scales of all of them; block b of a row of
+        // activations lies b · x.rows after its first.
+        unsafe {
+            let mut sums = [S::splat(0.0); M];
+            for b in 0..whole {
+                let scales = scales.as_ptr().add(if WIDE { b } else { b * BLOCK_LANES });
+                block::<S, M, WIDE>(
+                    &mut sums,
+                    codes.as_ptr().add(b * BLOCK_BYTES),
+                    scales,
+                    &first,
+                    b * x.rows,
+                );
             }
-            let at = if WIDE { whole } else { whole * BLOCK_LANES };
-            let codes = (padded.as_ptr().cast(), BLOCK_BYTES);
-            let scales = (scales.as_ptr().add(at), per_row);
-            block::<S, WIDE, R>(&mut sums, codes, scales, &x[whole * stride]);
+            if rest > 0 {
+                let mut padded = [0u8; BLOCK_BYTES];
+                padded[..rest].copy_from_slice(&codes[whole * BLOCK_BYTES..]);
+                let scales = scales.as_ptr().add(whole * BLOCK_LANES);
+                block::<S, M, WIDE>(&mut sums, padded.as_ptr(), scales, &first, whole * x.rows);
+            }
+            for i in 0..M {
+                out[i * TILE + r] = S::sum(sums[i]);
+            }
         }
-        let mut out = [0.0; R];
-        for r in 0..R {
-            out[r] = S::sum(sums[r]);
-        }
-        out
     }
 }
 
-/// Adds the products with one block of 128. Codes and scales are a pointer to the first row's and what lies between
-/// one row's and the next.
+/// As [`block`] with one scale: its sums stay whole numbers to the block's end.
 #[inline(always)]
-unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
-    sums: &mut [S::Float; R],
-    codes: (*const u8, usize),
-    scales: (*const f32, usize),
-    x: &Block,
+unsafe fn wide_block<S: Simd, const M: usize>(
+    sums: &mut [S::Float; M],
+    codes: *const u8,
+    scale: f32,
+    x: &[*const Block; M],
+    offset: usize,
 ) {
     unsafe {
-        let step = S::splat(x.scale);
-        let mut start = S::splat_int(0);
-        if S::BIASED && WIDE {
-            for part in 0..BLOCK_LANES / S::LANES {
-                start = S::add_int(start, S::load_int(x.corrections.as_ptr().add(part * S::LANES)));
-            }
+        let parts = BLOCK_LANES / S::LANES;
+        let mut decoded = [(S::splat_bytes(0), S::splat_bytes(0)); 4];
+        for part in 0..parts {
+            decoded[part] = S::lookup(S::load_bytes(codes.add(part * 4 * S::LANES)));
         }
-        // With one scale the sums stay whole numbers to the block's end.
-        let mut whole = [start; R];
-        for part in 0..BLOCK_LANES / S::LANES {
-            let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
-            let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
-            let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-            if S::BIASED && !WIDE {
-                start = S::load_int(x.corrections.as_ptr().add(lanes));
-            }
-            for r in 0..R {
-                let (low, high) = S::lookup(S::load_bytes(codes.0.add(r * codes.1 + bytes)));
-                if WIDE {
-                    whole[r] = S::dot(S::dot(whole[r], low, even), high, odd);
-                } else {
-                    let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                    let scale = S::load(scales.0.add(r * scales.1 + lanes));
-                    sums[r] = S::fma(whole, S::mul(scale, step), sums[r]);
+        let scale = S::splat(scale);
+        for i in 0..M {
+            let x = &*x[i].add(offset);
+            let mut whole = S::splat_int(0);
+            if S::BIASED {
+                for part in 0..parts {
+                    let corrections = S::load_int(x.corrections.as_ptr().add(part * S::LANES));
+                    whole = S::add_int(whole, corrections);
                 }
             }
+            for part in 0..parts {
+                let even = S::load_bytes(x.even.as_ptr().add(part * 4 * S::LANES).cast());
+                let odd = S::load_bytes(x.odd.as_ptr().add(part * 4 * S::LANES).cast());
+                whole = S::dot(S::dot(whole, decoded[part].0, even), decoded[part].1, odd);
+            }
+            sums[i] = S::fma(S::to_float(whole), S::mul(scale, S::splat(x.scale)), sums[i]);
         }
+    }
+}
+
+/// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
+#[inline(always)]
+unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
+    sums: &mut [S::Float; M],
+    codes: *const u8,
+    scales: *const f32,
+    x: &[*const Block; M],
+    offset: usize,
+) {
+    unsafe {
         if WIDE {
-            for r in 0..R {
-                let scale = S::splat(*scales.0.add(r * scales.1));
-                sums[r] = S::fma(S::to_float(whole[r]), S::mul(scale, step), sums[r]);
+            return wide_block::<S, M>(sums, codes, *scales, x, offset);
+        }
+        for part in 0..BLOCK_LANES / S::LANES {
+            let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
+            let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
+            let scale = S::load(scales.add(lanes));
+            for i in 0..M {
+                let x = &*x[i].add(offset);
+                let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
+                let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
+                let start = match S::BIASED {
+                    true => S::load_int(x.corrections.as_ptr().add(lanes)),
+                    false => S::splat_int(0),
+                };
+                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                sums[i] = S::fma(whole, S::mul(scale, S::splat(x.scale)), sums[i]);
             }
         }
     }
@@ -285,6 +299,9 @@ unsafe fn block<S: Simd, const WIDE: bool, const R: usize>(
 /// Rows of activations that meet a decoded block before the next one's turn: with their sums they fit the first-level
 /// cache beside it.
 const CHUNK: usize = 48;
+
+/// How many blocks ahead codes are asked for: 64 rows are more streams than a processor follows by itself.
+const AHEAD: usize = 3;
 
 /// Blocks of 64 rows by 128 codes, decoded once each, times all selected rows of activations.
 #[inline(always)]
@@ -323,6 +340,12 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
         for b in 0..blocks {
             let codes_of_block = &mut scratch.codes[b % kept].0;
             if chunk == 0 {
+                for row in codes.chunks_exact(row_bytes) {
+                    let ahead = (b + AHEAD) * BLOCK_BYTES;
+                    if ahead < row_bytes {
+                        unsafe { S::prefetch(row[ahead..].as_ptr()) };
+                    }
+                }
                 unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, codes_of_block) };
             }
             let scales = &by_row[b * BLOCK / group * TILE..];
@@ -623,7 +646,7 @@ const MANY: usize = 6;
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
 #[inline(always)]
-pub(super) unsafe fn exact<S: Simd>(
+pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     weight: &Weight,
     rows: Range<usize>,
     x: &[f32],
@@ -644,13 +667,28 @@ pub(super) unsafe fn exact<S: Simd>(
         few!(1 2 3 4 5);
         return;
     }
-    let decoded = sized(&mut scratch.weights, count * k);
-    for (n, row) in rows.zip(decoded.chunks_exact_mut(k)) {
-        unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
+    let packed = aligned(&mut scratch.packed, TILE * k);
+    let set = sized(&mut scratch.weights, S::LANES * k);
+    let sets = packed
+        .chunks_exact_mut(S::LANES * k)
+        .take(count.div_ceil(S::LANES));
+    for (first, packed) in rows.clone().step_by(S::LANES).zip(sets) {
+        for (n, row) in (first..rows.end).zip(set.chunks_exact_mut(k)) {
+            unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
+        }
+        let mut decoded = [&set[..k]; 16];
+        for (decoded, row) in decoded.iter_mut().zip(set.chunks_exact(k)) {
+            *decoded = row;
+        }
+        unsafe { transpose::<S>(decoded, packed) };
     }
-    let x = gather(x, k, selection, &mut scratch.gathered);
-    let decoded = Matrix::rows(decoded, count, k).transposed();
-    product(Matrix::rows(x, m, k), decoded, out, TILE);
+    let (a, b) = (
+        Rows::of(gather(x, k, selection, &mut scratch.gathered), k),
+        Columns::packed::<S>(packed, k),
+    );
+    // Columns beyond the rows there are have room, and nobody reads them.
+    let columns = count.next_multiple_of(S::LANES);
+    unsafe { product::<S, NR, MR>(a, b, (m, k, columns), (out, TILE), false) };
 }
 
 /// Columns that a tile of a transposed product has at most: a multiple of every group.
@@ -659,7 +697,7 @@ pub(in crate::cpu) const COLUMNS: usize = 512;
 /// `out[i, c] = Σ_r x[i, r] · w[rows.start + r, columns.start + c]`: the sum runs over output features. `columns` are
 /// whole groups, 512 at most; `x` has rows of `rows.len()`, a row of `out` is `columns.len()` long.
 #[inline(always)]
-pub(super) unsafe fn columns<S: Simd>(
+pub(super) unsafe fn columns<S: Simd, const NR: usize, const MR: usize>(
     weight: &Weight,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -680,12 +718,8 @@ pub(super) unsafe fn columns<S: Simd>(
                 unsafe { decode_row::<S>(weight, n, columns.start, row, &mut scratch.floats) };
             }
             let x = gather(x, count, selection, &mut scratch.gathered);
-            product(
-                Matrix::rows(x, m, count),
-                Matrix::rows(decoded, count, width),
-                out,
-                width,
-            );
+            let (a, b) = (Rows::of(x, count), Columns::rows::<S>(decoded, width));
+            unsafe { product::<S, NR, MR>(a, b, (m, count, width), (out, width), false) };
         }
     }
 }
@@ -797,7 +831,7 @@ pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
 /// e^x to within two units in the last place, in arithmetic that a compiler turns into vector instructions; x above
 /// 88 counts as 88, below -87 as -87.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     // 2^23 · 1.5: adding it leaves a whole number in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
@@ -851,63 +885,4 @@ pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
         std::hint::black_box(sums);
     }
     u64::from(rounds) * 12 * S::LANE_OPERATIONS * S::LANES as u64
-}
-
-/// A view of a matrix; `transposed` swaps the strides.
-#[derive(Clone, Copy)]
-struct Matrix<'a> {
-    data: &'a [f32],
-    shape: (usize, usize),
-    strides: (isize, isize),
-}
-
-impl<'a> Matrix<'a> {
-    fn rows(data: &'a [f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(data.len(), rows * columns);
-        Self {
-            data,
-            shape: (rows, columns),
-            strides: (columns as isize, 1),
-        }
-    }
-
-    fn transposed(self) -> Self {
-        Self {
-            data: self.data,
-            shape: (self.shape.1, self.shape.0),
-            strides: (self.strides.1, self.strides.0),
-        }
-    }
-}
-
-/// `out = a · b` on this thread; rows of `out` lie `stride` apart.
-fn product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize) {
-    let ((m, k), (inner, n)) = (a.shape, b.shape);
-    assert!(k == inner && n <= stride && (m == 0 || out.len() >= (m - 1) * stride + n));
-    // SAFETY: `Matrix` is built over a slice of exactly rows · columns elements with the strides that reach
-    // each of them once, in either orientation; `out` was checked to hold m rows of n elements `stride` apart and
-    // is borrowed mutably, so that it overlaps neither operand. With `read_dst` false `out` is only written.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            stride as isize,
-            false,
-            a.data.as_ptr(),
-            a.strides.1,
-            a.strides.0,
-            b.data.as_ptr(),
-            b.strides.1,
-            b.strides.0,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }

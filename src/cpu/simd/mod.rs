@@ -3,6 +3,7 @@
 //! [`generic`] holds each loop once, written over the few operations of [`Simd`]; an instruction set is an
 //! implementation of those and a [`Kernels`] table of the loops compiled for it.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -15,12 +16,15 @@ mod i8mm;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod product;
 mod scales;
 
+pub(super) use attention::out_stride;
 pub(super) use generic::COLUMNS;
 
 use super::Isa;
 use super::activations::{BLOCK, Block, Rounded};
+use super::attention::Task;
 use crate::fp4::{Fp4Tensor, Weight};
 use std::ops::Range;
 
@@ -69,6 +73,8 @@ pub(super) struct Scratch {
     pub floats: Vec<f32>,
     pub weights: Vec<f32>,
     pub gathered: Vec<f32>,
+    /// The right side of a product, register by register.
+    pub packed: Vec<f32>,
     /// A tile's result before it goes where it belongs.
     pub tile: Vec<f32>,
     pub other_tile: Vec<f32>,
@@ -112,6 +118,8 @@ pub(super) struct Kernels {
         unsafe fn(&Weight, Range<usize>, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
     /// `silu(gate) · up` in place of `gate`; see [`generic::swiglu`].
     pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// Some rows of attention; see [`attention::attend`].
+    pub attend: unsafe fn(&Task<'_>, &mut [f32], &mut Scratch),
     /// Reads bytes, for the sake of it; see [`generic::read`].
     pub read: unsafe fn(&[u8]) -> u8,
     /// Multiplies bytes, for the sake of it; see [`generic::dots`].
@@ -179,6 +187,10 @@ pub(super) trait Simd: Sized {
     unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float;
     /// The sum of all lanes.
     unsafe fn sum(values: Self::Float) -> f32;
+
+    /// Asks for the line of the cache that holds this byte.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 
     /// Reads 64 bytes at each of `LANES` rows and writes their 32-bit words transposed: `to[word][row]`.
     #[inline(always)]

@@ -14,12 +14,12 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::HeadRows;
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
-use crate::nn::{Angles, MmfP4Linear, RotaryEmbedding};
-use crate::ops::{JoinedLinear, Orientation, PerHead};
+use crate::nn::{Angles, MmfP4Linear, RmsNorm, RotaryEmbedding};
+use crate::ops::{self, JoinedLinear, Orientation, PerHead};
 use candle_core::{D, Module, Tensor};
-use candle_nn::RmsNorm;
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
 const INNER_EPS: f64 = 1e-6;
@@ -60,14 +60,20 @@ impl AttentionPath {
     }
 }
 
+/// Bytes of a norm's weight.
+pub(super) fn norm_bytes(norm: &RmsNorm) -> usize {
+    size_of_val(norm.weight())
+}
+
 /// One sequence's share of a pass, as attention sees it.
-pub(super) struct Segment<'a> {
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Segment {
     /// Its rows in the pass's tensors.
     pub start: usize,
     /// New tokens.
     pub n: usize,
-    /// What hides later tokens from earlier ones, `[n, T]`; none for a single new token, which sees all.
-    pub mask: Option<&'a Tensor>,
+    /// The position of the first of them.
+    pub position: usize,
     /// The way to compute it.
     pub path: AttentionPath,
 }
@@ -87,6 +93,7 @@ pub(super) struct Attention {
     kv_b: MmfP4Linear,
     absorb_query: PerHead,
     expand_value: PerHead,
+    attend: ops::Attention,
     output: MmfP4Linear,
     heads: usize,
     nope: usize,
@@ -142,6 +149,7 @@ impl Attention {
             expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
                 .with_arithmetic(loader.arithmetic()),
             kv_b,
+            attend: ops::Attention::new(heads, 1.0 / ((nope + rope) as f32).sqrt(), None)?,
             output: loader.linear(&name("o_proj"), hidden, heads * value, bias)?,
             heads,
             nope,
@@ -151,6 +159,25 @@ impl Attention {
         })
     }
 
+    pub fn weights(&self) -> Vec<&Weight> {
+        let input = self.input.parts().iter().map(ops::Linear::weight);
+        input.chain(self.linears().map(MmfP4Linear::weight)).collect()
+    }
+
+    /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
+    pub fn bytes_read(&self) -> usize {
+        let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
+        let linears = input.chain(self.linears().map(MmfP4Linear::size_in_bytes));
+        let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(&query.norm));
+        linears.sum::<usize>() + query_norm + norm_bytes(&self.kv_norm)
+    }
+
+    /// All linear layers but those of the input.
+    fn linears(&self) -> impl Iterator<Item = &MmfP4Linear> {
+        let query = self.low_rank.iter().map(|query| &query.b);
+        query.chain([&self.kv_b, &self.output])
+    }
+
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows
     /// `[n, latent + rope]` and gives all of the sequence's rows `[T, latent + rope]`.
     pub fn forward(
@@ -158,7 +185,7 @@ impl Attention {
         x: &Tensor,
         rotary: &RotaryEmbedding,
         angles: &Angles,
-        segments: &[Segment<'_>],
+        segments: &[Segment],
         mut cached: impl FnMut(usize, &Tensor) -> Result<Tensor>,
         trace: &mut Trace<'_, '_>,
     ) -> Result<Tensor> {
@@ -170,7 +197,7 @@ impl Attention {
         let query = match &self.low_rank {
             None => trace.see("q_proj", x, query)?,
             Some(LowRankQuery { norm, b }) => {
-                let low = trace.see("q_a_proj", x, query.contiguous()?)?;
+                let low = trace.see("q_a_proj", x, query)?;
                 let low = trace.see("q_a_layernorm", &low, norm.forward(&low)?)?;
                 trace.see("q_b_proj", &low, b.forward(&low)?)?
             }
@@ -180,7 +207,7 @@ impl Attention {
         let query_rope = rotary.forward(&query.narrow(D::Minus1, self.nope, self.rope)?, angles)?;
 
         let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
-        let latent = kv.narrow(1, 0, self.latent)?.contiguous()?;
+        let latent = kv.narrow(1, 0, self.latent)?;
         let latent = trace.see("kv_a_layernorm", &latent, self.kv_norm.forward(&latent)?)?;
         let key_rope = kv.narrow(1, self.latent, self.rope)?.unsqueeze(1)?;
         let key_rope = rotary.forward(&key_rope, angles)?.squeeze(1)?;
@@ -192,9 +219,9 @@ impl Attention {
             let nope = query_nope.narrow(0, segment.start, segment.n)?;
             let rope = query_rope.narrow(0, segment.start, segment.n)?;
             outputs.push(match segment.path {
-                AttentionPath::Materialised => self.materialised(&nope, &rope, &all, segment.mask)?,
+                AttentionPath::Materialised => self.materialised(&nope, &rope, &all, segment.position)?,
                 AttentionPath::Auto | AttentionPath::Absorbed => {
-                    self.absorbed(&nope, &rope, &all, segment.mask)?
+                    self.absorbed(&nope, &rope, &all, segment.position)?
                 }
             });
         }
@@ -203,60 +230,29 @@ impl Attention {
         trace.see("o_proj", &attended, self.output.forward(&attended)?)
     }
 
-    /// Attends over the latents: `[n, H, nope]`, `[n, H, rope]` and `[T, latent + rope]` to `[n, H · value]`.
-    fn absorbed(
-        &self,
-        nope: &Tensor,
-        rope: &Tensor,
-        all: &Tensor,
-        mask: Option<&Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        let n = nope.dim(0)?;
-        let query = Tensor::cat(&[&self.absorb_query.forward(nope)?, rope], 2)?;
-        let query = query.reshape((n * self.heads, self.latent + self.rope))?;
-        let scores = query.matmul(&all.t()?)?.reshape((n, self.heads, ()))?;
-        let mask = mask.map(|mask| mask.unsqueeze(1)).transpose()?;
-        let weights = self.softmax(scores, mask)?.reshape((n * self.heads, ()))?;
-        let mixed = weights.matmul(&all.narrow(1, 0, self.latent)?.contiguous()?)?;
-        let mixed = mixed.reshape((n, self.heads, self.latent))?;
-        self.expand_value
-            .forward(&mixed)?
-            .reshape((n, self.heads * self.value))
+    /// Attends over the latents: queries `[n, H, nope]`, rotary parts `[n, H, rope]` and cached rows
+    /// `[T, latent + rope]` to `[n, H · value]`.
+    fn absorbed(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
+        let query = self.absorb_query.forward(nope)?;
+        let latents = all.narrow(1, 0, self.latent)?;
+        let mixed = self.attend.forward(&[&query, rope], &[all], &latents, position)?;
+        let values = self.expand_value.forward(&mixed)?;
+        Ok(values.reshape((nope.dim(0)?, self.heads * self.value))?)
     }
 
     /// Attends over expanded keys and values; shapes as in [`absorbed`](Self::absorbed).
-    fn materialised(
-        &self,
-        nope: &Tensor,
-        rope: &Tensor,
-        all: &Tensor,
-        mask: Option<&Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        let (n, total) = (nope.dim(0)?, all.dim(0)?);
+    fn materialised(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
         let expanded = self.kv_b.forward(&all.narrow(1, 0, self.latent)?)?;
-        let expanded = expanded
-            .reshape((total, self.heads, self.nope + self.value))?
-            .transpose(0, 1)?;
-        let keys = expanded.narrow(2, 0, self.nope)?.contiguous()?;
-        let values = expanded.narrow(2, self.nope, self.value)?.contiguous()?;
-        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
-        let rope = by_head(rope)?.reshape((self.heads * n, self.rope))?;
-        let rope_scores = rope.matmul(&all.narrow(1, self.latent, self.rope)?.contiguous()?.t()?)?;
-        let scores = by_head(nope)?.matmul(&keys.t()?)? + rope_scores.reshape((self.heads, n, total))?;
-        let weights = self.softmax(scores?, mask.cloned())?;
-        weights
-            .matmul(&values)?
-            .transpose(0, 1)?
-            .reshape((n, self.heads * self.value))
-    }
-
-    fn softmax(&self, scores: Tensor, mask: Option<Tensor>) -> candle_core::Result<Tensor> {
-        let scores = (scores * (1.0 / ((self.nope + self.rope) as f64).sqrt()))?;
-        let scores = match mask {
-            Some(mask) => scores.broadcast_add(&mask)?,
-            None => scores,
-        };
-        candle_nn::ops::softmax_last_dim(&scores)
+        let expanded = expanded.reshape((all.dim(0)?, self.heads, self.nope + self.value))?;
+        let (keys, values) = (
+            expanded.narrow(2, 0, self.nope)?,
+            expanded.narrow(2, self.nope, self.value)?,
+        );
+        let key_rope = all.narrow(1, self.latent, self.rope)?;
+        let mixed = self
+            .attend
+            .forward(&[nope, rope], &[&keys, &key_rope], &values, position)?;
+        Ok(mixed.reshape((nope.dim(0)?, self.heads * self.value))?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
+use crate::checkpoint::ModelFiles;
 use crate::nn::Pairing;
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
@@ -82,6 +83,15 @@ impl Config {
         let bytes =
             std::fs::read(path).map_err(|e| Error::io(path, e, "a model folder needs its config.json"))?;
         Self::parse(&bytes, path)
+    }
+
+    /// Reads the `config.json` of a model.
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file).
+    pub fn from_files(files: &ModelFiles) -> Result<Self> {
+        files.check()?;
+        Self::parse(&files.read("config.json")?, &files.path("config.json"))
     }
 
     /// Reads a file's contents; `path` names it in messages.

@@ -1,15 +1,18 @@
 //! The decoder: embeddings, layers, head.
 
-use super::attention::{Attention, AttentionPath, Segment};
+use super::attention::{Attention, AttentionPath, Segment, norm_bytes};
 use super::config::Config;
 use super::experts::FeedForward;
-use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader};
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
+use crate::fp4::Weight;
 use crate::models::observe::{Observer, Trace};
-use crate::nn::{Embedding, Mask, MmfP4Linear, RotaryEmbedding, TokenCache};
-use crate::{Error, Result};
+use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
+use crate::{Error, Result, ops};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_nn::RmsNorm;
+
+/// What the cache holds.
+const CACHE_TYPE: DType = DType::F32;
 
 /// For which tokens logits are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,8 +76,20 @@ impl Model {
         options: &LoadOptions,
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
-        let config = Config::from_file(folder.as_ref().join("config.json"))?;
-        Self::load(config, &Checkpoint::open(folder)?, options, device)
+        Self::from_files(&ModelFiles::folder(folder.as_ref()), options, device)
+    }
+
+    /// As [`from_folder`](Self::from_folder), of files that may be in memory.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder).
+    pub fn from_files(
+        files: &ModelFiles,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Self, LoadReport)> {
+        let config = Config::from_files(files)?;
+        Self::load(config, &Checkpoint::from_files(files)?, options, device)
     }
 
     /// Loads a model from its config and an open checkpoint, and reports what was found there.
@@ -98,7 +113,7 @@ impl Model {
         }
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
-        let loader = Loader::new(checkpoint, options, device, config.layers.len())?;
+        let loader = Loader::new(checkpoint, options, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
         let mut layers = Vec::with_capacity(config.layers.len());
@@ -148,6 +163,46 @@ impl Model {
         self.path = path;
     }
 
+    /// The weights of the layers' products and of the output head, where they lie; the routers' and, unless it is the
+    /// head, the embedding are not among them.
+    pub fn weights(&self) -> Vec<&Weight> {
+        let layers = self.layers.iter();
+        layers
+            .flat_map(|layer| [layer.attention.weights(), layer.feed_forward.weights()].concat())
+            .chain([self.head.weight()])
+            .collect()
+    }
+
+    /// Bytes of weights that a pass over `tokens` tokens of one sequence reads at least, for the logits of the last:
+    /// codes and scales, routers, norms, output head, each once; one row of the embedding a token; and as many experts
+    /// as the tokens choose if no two choose alike, up to all of them. The cache is not counted: see
+    /// [`cache_bytes_per_token`](Self::cache_bytes_per_token).
+    ///
+    /// ```no_run
+    /// # use candle_mmfp4::models::glm4_moe_lite::Model;
+    /// # fn told(model: &Model) {
+    /// let decode = model.bytes_read(1);
+    /// let prompt = model.bytes_read(512) / 512;
+    /// println!("a token reads {decode} bytes of weights, in a prompt of 512 tokens {prompt}");
+    /// # }
+    /// ```
+    pub fn bytes_read(&self, tokens: usize) -> u64 {
+        let layers = self.layers.iter().map(|layer| {
+            norm_bytes(&layer.input_norm)
+                + norm_bytes(&layer.post_attention_norm)
+                + layer.attention.bytes_read()
+                + layer.feed_forward.bytes_read(tokens)
+        });
+        let embedding = self.embedding.weight();
+        let rows = embedding.size_in_bytes() / embedding.shape().0 * tokens;
+        (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
+    }
+
+    /// Bytes that a token takes in a cache; each later token reads them.
+    pub fn cache_bytes_per_token(&self) -> u64 {
+        (self.layers.len() * self.config.cache_width() * CACHE_TYPE.size_in_bytes()) as u64
+    }
+
     /// An empty cache for one sequence, up to the model's context.
     pub fn new_cache(&self) -> TokenCache {
         let config = &self.config;
@@ -156,7 +211,7 @@ impl Model {
             config.layers.len(),
             config.cache_width(),
             limit,
-            DType::F32,
+            CACHE_TYPE,
             &self.device,
         )
     }
@@ -232,19 +287,15 @@ impl Model {
             }
         }
 
-        let masks = sequences
-            .iter()
-            .map(|sequence| self.mask(sequence))
-            .collect::<Result<Vec<_>>>()?;
         let mut segments = Vec::with_capacity(sequences.len());
         let mut start = 0;
-        for (sequence, mask) in sequences.iter().zip(&masks) {
+        for sequence in sequences.iter() {
             let n = sequence.tokens.len();
             let path = self.path.decide(&self.config, n, sequence.position + n);
             segments.push(Segment {
                 start,
                 n,
-                mask: mask.as_ref(),
+                position: sequence.position,
                 path,
             });
             start += n;
@@ -263,13 +314,13 @@ impl Model {
                 layer
                     .attention
                     .forward(&normed, &self.rotary, &angles, &segments, cached, &mut trace)?;
-            let middle = (&input + attended)?;
+            let middle = ops::Add.forward(&input, &attended)?;
             let normed = trace.see(
                 "post_attention_layernorm",
                 &middle,
                 layer.post_attention_norm.forward(&middle)?,
             )?;
-            let output = (middle + layer.feed_forward.forward(&normed, &mut trace)?)?;
+            let output = ops::Add.forward(&middle, &layer.feed_forward.forward(&normed, &mut trace)?)?;
             x = trace.see("layer", &input, output)?;
         }
         trace.enter(None);
@@ -286,19 +337,5 @@ impl Model {
             }
         }
         Ok(logits)
-    }
-
-    fn mask(&self, sequence: &Sequence<'_>) -> Result<Option<Tensor>> {
-        let (position, n) = (sequence.position, sequence.tokens.len());
-        if n == 1 {
-            return Ok(None);
-        }
-        let total = position + n;
-        Ok(Some(Mask::causal().tensor(
-            position..total,
-            0..total,
-            DType::F32,
-            &self.device,
-        )?))
     }
 }

@@ -3,36 +3,28 @@
 use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
+use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::models::observe::Trace;
-use crate::nn::{FusedMoe, MmfP4Linear, Router};
+use crate::nn::{FusedMoe, GatedMlp, Router, SeparateMoe};
 use crate::ops;
-use candle_core::{Module, Tensor};
+use candle_core::Tensor;
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
-    Dense {
-        gate: MmfP4Linear,
-        up: MmfP4Linear,
-        down: MmfP4Linear,
-    },
+    Dense(GatedMlp),
     Sparse {
         router: Router,
         experts: FusedMoe,
+        /// Runs instead of the fused op, where that was asked for.
+        separate: Option<SeparateMoe>,
+        top_k: usize,
     },
 }
 
 impl FeedForward {
     pub fn load(loader: &Loader<'_>, prefix: &str, kind: Layer, config: &Config) -> Result<Self> {
         let hidden = config.hidden_size;
-        if kind == Layer::Dense {
-            let width = config.intermediate_size;
-            return Ok(Self::Dense {
-                gate: loader.linear(&format!("{prefix}.gate_proj"), width, hidden, false)?,
-                up: loader.linear(&format!("{prefix}.up_proj"), width, hidden, false)?,
-                down: loader.linear(&format!("{prefix}.down_proj"), hidden, width, false)?,
-            });
-        }
         let expert = |name: String, width: usize| -> Result<Expert> {
             Ok(Expert {
                 gate: loader.weight(&format!("{name}.gate_proj"), width, hidden)?,
@@ -40,6 +32,10 @@ impl FeedForward {
                 down: loader.weight(&format!("{name}.down_proj"), hidden, width)?,
             })
         };
+        if kind == Layer::Dense {
+            let mlp = GatedMlp::new(expert(prefix.to_string(), config.intermediate_size)?)?;
+            return Ok(Self::Dense(mlp.with_arithmetic(loader.arithmetic())));
+        }
         let width = config.moe_intermediate_size;
         let routed = (0..config.n_routed_experts).map(|e| expert(format!("{prefix}.experts.{e}"), width));
         let routed = routed.collect::<Result<_>>()?;
@@ -63,21 +59,63 @@ impl FeedForward {
         )?;
         let gate = loader.kept_weight(&format!("{prefix}.gate"), config.n_routed_experts, hidden)?;
         let router = Router::new(ops::Linear::new(gate, None)?, ops::Route::new(routing, bias)?);
-        Ok(Self::Sparse { router, experts })
+        let separate = loader.separates_experts().then(|| SeparateMoe::new(&experts));
+        Ok(Self::Sparse {
+            router,
+            separate: separate.transpose()?,
+            experts,
+            top_k: routing.top_k,
+        })
+    }
+
+    /// All weights but the router's, which is small.
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Self::Dense(mlp) => mlp.weights().weights().into(),
+            Self::Sparse { experts, .. } => {
+                let all = experts.experts().iter().chain(experts.shared());
+                all.flat_map(Expert::weights).collect()
+            }
+        }
+    }
+
+    /// Bytes of weights that `tokens` tokens read, each weight once, experts as many as they can choose.
+    pub fn bytes_read(&self, tokens: usize) -> usize {
+        match self {
+            Self::Dense(mlp) => mlp.weights().size_in_bytes(),
+            Self::Sparse {
+                router,
+                experts,
+                top_k,
+                ..
+            } => {
+                let all = experts.experts();
+                // A checkpoint may keep some of them in floating point: their mean counts.
+                let chosen = tokens.saturating_mul(*top_k).min(all.len());
+                let routed = all.iter().map(Expert::size_in_bytes).sum::<usize>() * chosen / all.len();
+                router.size_in_bytes()
+                    + routed
+                    + experts.shared().iter().map(Expert::size_in_bytes).sum::<usize>()
+            }
+        }
     }
 
     /// `[T, hidden]` to the same.
     pub fn forward(&self, x: &Tensor, trace: &mut Trace<'_, '_>) -> Result<Tensor> {
         match self {
-            Self::Dense { gate, up, down } => {
-                let gated = trace.see("mlp.gate_proj", x, gate.forward(x)?)?.silu()?;
-                let hidden = (gated * trace.see("mlp.up_proj", x, up.forward(x)?)?)?;
-                trace.see("mlp.down_proj", &hidden, down.forward(&hidden)?)
-            }
-            Self::Sparse { router, experts } => {
+            Self::Dense(mlp) => trace.see("mlp", x, mlp.forward(x)?),
+            Self::Sparse {
+                router,
+                experts,
+                separate,
+                ..
+            } => {
                 let routed = router.forward(x)?;
                 trace.see("mlp.gate", x, routed.logits)?;
-                let mixed = experts.forward(x, &routed.ids, &routed.weights)?;
+                let mixed = match separate {
+                    Some(experts) => experts.forward(x, &routed.ids, &routed.weights)?,
+                    None => experts.forward(x, &routed.ids, &routed.weights)?,
+                };
                 trace.see("mlp.experts", x, mixed)
             }
         }

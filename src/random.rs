@@ -1,14 +1,14 @@
-//! The random numbers of sampling: the same on every machine and in every release.
+//! Random numbers of sampling and of synthetic weights: the same on every machine and in every release.
 
 /// xoshiro256++ 1.0 (Blackman and Vigna, <https://prng.di.unimi.it>), seeded through splitmix64 as its
 /// authors advise. Not for secrets.
 #[derive(Debug, Clone)]
-pub(super) struct Random {
+pub(crate) struct Random {
     state: [u64; 4],
 }
 
 impl Random {
-    pub(super) fn new(mut seed: u64) -> Self {
+    pub(crate) fn new(mut seed: u64) -> Self {
         Self {
             state: std::array::from_fn(|_| splitmix64(&mut seed)),
         }
@@ -28,13 +28,24 @@ impl Random {
     }
 
     /// Uniform in [0, 1): the upper 53 bits.
-    pub(super) fn uniform(&mut self) -> f64 {
+    pub(crate) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Uniform bytes: eight a number, the lowest first.
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+        let mut words = bytes.chunks_exact_mut(8);
+        for word in words.by_ref() {
+            word.copy_from_slice(&self.next().to_le_bytes());
+        }
+        let rest = words.into_remainder();
+        let last = self.next().to_le_bytes();
+        rest.copy_from_slice(&last[..rest.len()]);
     }
 
     /// Uniform below a bound that is small beside 2^64.
     #[cfg(test)]
-    pub(super) fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
 }
@@ -67,6 +78,10 @@ mod tests {
                 9973669472204895162
             ]
         );
+        let mut bytes = [0; 19];
+        Random { state: [1, 2, 3, 4] }.fill(&mut bytes);
+        let words: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        assert_eq!(bytes, words[..19]);
         assert_eq!(splitmix64(&mut 0), 0xE220_A839_7B1D_CDAF);
         assert_eq!(splitmix64(&mut 1477776061723855037), 1985237415132408290);
     }

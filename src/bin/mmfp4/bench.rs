@@ -1,0 +1,266 @@
+//! `mmfp4 bench`: how fast a model is, beside how fast this machine can read it.
+
+mod fit;
+mod measure;
+mod report;
+mod row;
+
+use crate::output::{Usage, print_json, say};
+use crate::{model, progress};
+use anyhow::Context;
+use candle_mmfp4::checkpoint::{Checkpoint, ModelFiles, Synthetic};
+use candle_mmfp4::models::glm4_moe_lite::Config;
+use row::{Outcome, Row};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Set by programs that run commands unattended, for whom minutes at full load are no use.
+const TASK_MODE: &str = "ALPHAHENG_TASK_MODE";
+
+const EXAMPLES: &str = "\
+Rows:
+  pp  prompt processing: all tokens of a prompt, in chunks of 512, behind DEPTH cached tokens.
+  tg  text generation: one token after the other, behind DEPTH cached tokens.
+  load, first_prompt, first_decode: loading, and then the first single token of a prompt and the first one after it, in
+  a process that has computed nothing before; later_prompt, later_decode: the same again, as the median.
+
+Each test runs in a process of its own, after its files have been read once. The median of the repetitions counts; the
+spread is the largest less the smallest, as a share of it. Bytes are those of the weights that the tokens read at least:
+each weight once a pass, of the experts as many as the tokens choose if no two choose alike; the cache is told apart.
+The bandwidth is that of plain loads of the same weights by the same threads, 256 MB at a time between repetitions. Where
+it spreads by more than 15 %, other programs disturbed the run, and the row is marked noisy.
+
+Examples:
+  mmfp4 bench
+  mmfp4 bench --synthetic slice -p 128,512 -n 64
+  mmfp4 bench -m path/to/model -p 512 -n 32 -d 0,1024,4096 --json > speed.json
+  mmfp4 bench --synthetic slice -p 0 --no-fused-moe";
+
+/// Measure speed: prompts, generation and latency, beside what this machine's memory allows.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Tokens of a prompt, a test each; 0 for none.
+    #[arg(
+        short,
+        long,
+        value_name = "TOKENS",
+        value_delimiter = ',',
+        default_value = "128,512"
+    )]
+    prompt_tokens: Vec<usize>,
+    /// Tokens to generate, a test each; 0 for none.
+    #[arg(
+        short = 'n',
+        long,
+        value_name = "TOKENS",
+        value_delimiter = ',',
+        default_value = "64"
+    )]
+    generate_tokens: Vec<usize>,
+    /// Tokens that the cache holds before each test.
+    #[arg(
+        short,
+        long,
+        value_name = "TOKENS",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    depth: Vec<usize>,
+    /// How often each test is repeated; one more comes first and does not count.
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+    /// Print a JSON array of all rows.
+    #[arg(long, conflicts_with = "csv")]
+    json: bool,
+    /// Print all rows as CSV.
+    #[arg(long)]
+    csv: bool,
+    #[command(flatten)]
+    model: model::Arguments,
+    /// A model of random weights, made where it is not there: glm-4.7-flash (16 GB), or slice, its first four layers
+    /// with the whole vocabulary (2 GB).
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "quantize"], help_heading = "Model")]
+    synthetic: Option<Synthetic>,
+    /// Where the model of random weights lies [default: target/synthetic/NAME].
+    #[arg(long, value_name = "FOLDER", requires = "synthetic", help_heading = "Model")]
+    synthetic_dir: Option<PathBuf>,
+    /// The one test that this process, started by another, measures.
+    #[arg(long, hide = true, value_parser = parse_test)]
+    one: Option<Test>,
+}
+
+/// What one process measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Test {
+    kind: Kind,
+    tokens: usize,
+    depth: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Latency,
+    Prompt,
+    Decode,
+}
+
+fn parse_test(text: &str) -> serde_json::Result<Test> {
+    serde_json::from_str(text)
+}
+
+impl std::fmt::Display for Test {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            Kind::Latency => f.write_str("latency")?,
+            Kind::Prompt => write!(f, "pp {}", self.tokens)?,
+            Kind::Decode => write!(f, "tg {}", self.tokens)?,
+        }
+        match self.depth {
+            0 => Ok(()),
+            depth => write!(f, " at depth {depth}"),
+        }
+    }
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    if let Some(test) = arguments.one {
+        return measure_here(arguments, test);
+    }
+    if std::env::var_os(TASK_MODE).is_some_and(|value| value == "1") {
+        say(format!(
+            "{TASK_MODE}=1: the benchmark is skipped, and nothing is loaded"
+        ));
+        return match arguments.json {
+            true => print_json(&json!([])),
+            false => Ok(()),
+        };
+    }
+    let tests = arguments.tests();
+    let files = arguments.files()?;
+    let config = Config::from_files(&files)?;
+    let weights = Checkpoint::from_files(&files)?;
+    arguments.check(&tests, &config, &weights)?;
+    let mut rows = Vec::new();
+    for (index, test) in tests.iter().enumerate() {
+        say(format!("{test} ({} of {})", index + 1, tests.len()));
+        read_once(&weights)?;
+        rows.extend(measure_elsewhere(*test)?);
+    }
+    say(report::table(&rows));
+    match (arguments.json, arguments.csv) {
+        (true, _) => print_json(&rows),
+        (_, true) => report::print_csv(&rows),
+        _ => Ok(()),
+    }
+}
+
+impl Arguments {
+    fn tests(&self) -> Vec<Test> {
+        let latency = Test {
+            kind: Kind::Latency,
+            tokens: 1,
+            depth: 0,
+        };
+        let mut tests = vec![latency];
+        for &depth in &self.depth {
+            let of = |kind, tokens: &[usize]| {
+                let tokens: Vec<_> = tokens.iter().copied().filter(|&tokens| tokens > 0).collect();
+                tokens.into_iter().map(move |tokens| Test { kind, tokens, depth })
+            };
+            tests.extend(of(Kind::Prompt, &self.prompt_tokens));
+            tests.extend(of(Kind::Decode, &self.generate_tokens));
+        }
+        tests
+    }
+
+    /// What rows call the model.
+    fn name(&self) -> &str {
+        match &self.synthetic {
+            Some(synthetic) => synthetic.name(),
+            None => self.model.name(),
+        }
+    }
+
+    fn files(&self) -> anyhow::Result<ModelFiles> {
+        let Some(synthetic) = &self.synthetic else {
+            return self.model.files();
+        };
+        let folder = self.synthetic_dir.clone().unwrap_or_else(|| {
+            let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
+            target.join("synthetic").join(synthetic.name())
+        });
+        let bar = progress::writing(&format!("writing {}", folder.display()));
+        synthetic.ensure(&folder, |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        })?;
+        bar.finish_and_clear();
+        Ok(ModelFiles::folder(folder))
+    }
+
+    /// Refuses what cannot run before anything does.
+    fn check(&self, tests: &[Test], config: &Config, weights: &Checkpoint) -> anyhow::Result<()> {
+        let stored = weights
+            .tensors()
+            .map(|(_, tensor)| tensor.bytes.len() as u64)
+            .sum();
+        for test in tests {
+            let needs = fit::Needs::of(config, stored, self.model.quantizes(), test);
+            let limit = config.max_position_embeddings;
+            if needs.tokens > limit {
+                let problem = format!(
+                    "{test}: {} tokens do not fit the model's context of {limit}",
+                    needs.tokens
+                );
+                return Err(Usage(problem).into());
+            }
+            needs.check(test, candle_mmfp4::memory::available())?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the model's files, so that the process to come finds them in memory.
+fn read_once(weights: &Checkpoint) -> anyhow::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    // What is in memory is no file.
+    for path in weights.files().iter().filter(|path| path.exists()) {
+        let reading = || format!("{} cannot be read", path.display());
+        let mut file = std::fs::File::open(path).with_context(reading)?;
+        while file.read(&mut buffer).with_context(reading)? > 0 {}
+    }
+    Ok(())
+}
+
+/// Runs `test` in a process of its own, with this one's arguments.
+fn measure_elsewhere(test: Test) -> anyhow::Result<Vec<Row>> {
+    let program = std::env::current_exe().context("the program does not find itself")?;
+    let output = Command::new(&program)
+        .args(std::env::args_os().skip(1))
+        .args(["--one", &serde_json::to_string(&test)?])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("{} cannot be started", Path::new(&program).display()))?;
+    if !output.status.success() {
+        anyhow::bail!("the process that measured {test} ended early: {}", output.status);
+    }
+    match serde_json::from_slice(&output.stdout)? {
+        Outcome::Rows(rows) => Ok(rows),
+        Outcome::Failed(problem) => anyhow::bail!("{test}: {problem}"),
+    }
+}
+
+/// Measures `test` and hands the result, or the error, to the process that asked.
+fn measure_here(arguments: &Arguments, test: Test) -> anyhow::Result<()> {
+    let outcome = match measure::measure(arguments, test) {
+        Ok(rows) => Outcome::Rows(rows),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    };
+    print_json(&outcome)
+}

@@ -1,0 +1,125 @@
+//! Whether a test fits in memory: better refused with the numbers than ended by the system, or measured while it swaps.
+
+use super::{Kind, Test};
+use candle_mmfp4::generation::Options;
+use candle_mmfp4::models::glm4_moe_lite::Config;
+
+/// Bytes of a number in activations and cache.
+const FLOAT: u64 = 4;
+
+/// What a test takes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Tokens the cache will hold.
+    pub tokens: usize,
+    weights: u64,
+    cache: u64,
+    activations: u64,
+}
+
+impl Needs {
+    /// `stored` is the bytes of the checkpoint's tensors; those of weights quantised while loading come on top.
+    pub fn of(config: &Config, stored: u64, quantizes: bool, test: &Test) -> Self {
+        let tokens = test.depth.saturating_add(match test.kind {
+            // A prompt of one token and what follows it, a few times.
+            Kind::Latency => 2,
+            Kind::Prompt | Kind::Decode => test.tokens,
+        });
+        let total = tokens as u64;
+        let pass = tokens.min(Options::default().prefill_chunk) as u64;
+        let of = |size: usize| size as u64;
+        let heads = of(config.num_attention_heads);
+        let head = of(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim);
+        // Scores, their sum and their softmax; keys and values, as expanded and as laid out for the product.
+        let attention = [
+            pass.saturating_mul(heads).saturating_mul(total),
+            total.saturating_mul(2 * heads * head),
+        ];
+        let attention = attention
+            .into_iter()
+            .fold(0, |sum: u64, part| sum.saturating_add(part.saturating_mul(3)));
+        let width = of(config.intermediate_size)
+            .max(of(config.moe_intermediate_size) * of(config.num_experts_per_tok + config.n_shared_experts));
+        let layer = pass * (3 * width + of(config.num_experts_per_tok + 8) * of(config.hidden_size));
+        // E2M1 with a scale for 16 elements, the largest of the formats, in place of 16 bits.
+        let quantized = if quantizes { stored / 16 * 9 / 2 } else { 0 };
+        Self {
+            tokens,
+            weights: stored.saturating_add(quantized),
+            cache: (of(config.layers.len()) * of(config.cache_width()) * FLOAT).saturating_mul(total),
+            activations: attention
+                .saturating_add(layer)
+                .saturating_add(of(config.vocab_size))
+                .saturating_mul(FLOAT),
+        }
+    }
+
+    /// Refuses a test that takes more than is `available`.
+    pub fn check(&self, test: &Test, available: Option<u64>) -> anyhow::Result<()> {
+        let needed = self
+            .weights
+            .saturating_add(self.cache)
+            .saturating_add(self.activations);
+        match available {
+            Some(available) if available < needed => anyhow::bail!(
+                "{test} does not fit in memory: it takes {needed} bytes ({} of weights, {} of cache, about {} of \
+                 activations), {available} are available; choose fewer tokens or a smaller model, or end other programs",
+                self.weights,
+                self.cache,
+                self.activations
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_mmfp4::checkpoint::Synthetic;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_numbers() {
+        let full: Synthetic = "glm-4.7-flash".parse().unwrap();
+        let stored = full.size_in_bytes();
+        let test = |kind, tokens, depth| Test { kind, tokens, depth };
+        let needs = |test: &Test| Needs::of(full.config(), stored, false, test);
+        let decode = test(Kind::Decode, 24, 1000);
+        let Needs {
+            tokens,
+            cache,
+            activations,
+            ..
+        } = needs(&decode);
+        // 106 KiB a token, as docs/troubleshooting.md says.
+        assert_eq!((tokens, cache), (1024, 1024 * 47 * 576 * 4));
+        assert!((16 << 20..1 << 30).contains(&activations), "{activations}");
+        assert!(
+            needs(&decode)
+                .check(&decode, Some(stored + cache + activations))
+                .is_ok()
+        );
+        assert!(needs(&decode).check(&decode, None).is_ok());
+        let error = needs(&decode)
+            .check(&decode, Some(8_000_000_000))
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "tg 24 at depth 1000",
+            &stored.to_string(),
+            &cache.to_string(),
+            "8000000000 are available",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        let quantized = Needs::of(full.config(), stored, true, &decode);
+        assert!(
+            quantized
+                .check(&decode, Some(stored + cache + activations))
+                .is_err()
+        );
+        // Beyond any machine, and no overflow.
+        let absurd = test(Kind::Prompt, usize::MAX, usize::MAX);
+        assert!(needs(&absurd).check(&absurd, Some(1 << 50)).is_err());
+    }
+}

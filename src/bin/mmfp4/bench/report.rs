@@ -1,0 +1,120 @@
+//! Rows as a table, and as CSV.
+
+use super::row::Row;
+use crate::output::mib;
+use serde_json::Value;
+use std::io::Write;
+
+/// A table for people.
+pub fn table(rows: &[Row]) -> String {
+    let head = [
+        "test", "tokens/s", "spread", "ms", "first ms", "MB/token", "GB/s", "share", "peak", "private", "",
+    ];
+    let lines: Vec<_> = rows.iter().map(line).collect();
+    let all = || std::iter::once(head.map(String::from)).chain(lines.iter().cloned());
+    let widths: Vec<_> = (0..head.len())
+        .map(|column| all().map(|line| line[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = heading(rows);
+    for line in all() {
+        let mut row = String::new();
+        for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
+            row += &match column {
+                0 => format!("{cell:<width$}"),
+                _ => format!("  {cell:>width$}"),
+            };
+        }
+        text += &format!("\n{}", row.trim_end());
+    }
+    text
+}
+
+/// What all rows share.
+fn heading(rows: &[Row]) -> String {
+    rows.first().map_or_else(String::new, |row| {
+        let setup = &row.setup;
+        let experts = if setup.fused_moe { "fused" } else { "one by one" };
+        format!("{}, {} threads, experts {experts}", setup.model, setup.threads)
+    })
+}
+
+fn line(row: &Row) -> [String; 11] {
+    let tokens = row.prompt_tokens + row.generated_tokens;
+    let name = match (row.test.as_str(), row.depth) {
+        ("pp" | "tg", 0) => format!("{} {tokens}", row.test),
+        ("pp" | "tg", depth) => format!("{} {tokens} at {depth}", row.test),
+        (latency, _) => latency.to_string(),
+    };
+    let show = |value: f64, digits: usize| format!("{value:.digits$}");
+    // What has no tokens has no rate, and one measurement no spread.
+    let rate = |text: String| if tokens > 0 { text } else { String::new() };
+    let spread = if row.repetitions > 1 {
+        percent(row.spread)
+    } else {
+        String::new()
+    };
+    [
+        name,
+        rate(show(row.tokens_per_s, 1)),
+        spread,
+        show(row.latency_ms, 1),
+        row.first_ms.map_or(String::new(), |ms| show(ms, 1)),
+        rate(show(row.bytes_per_token as f64 / 1e6, 2)),
+        show(row.read_bandwidth_gb_s, 1),
+        rate(percent(row.share_of_bandwidth)),
+        mib(row.peak_memory_bytes),
+        mib(row.private_memory_bytes),
+        if row.noisy { "noisy" } else { "" }.into(),
+    ]
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// All there is, with the names that the JSON has.
+pub fn print_csv(rows: &[Row]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for (index, row) in rows.iter().enumerate() {
+        let Value::Object(row) = serde_json::to_value(row)? else {
+            anyhow::bail!("a row is no object");
+        };
+        if index == 0 {
+            writeln!(
+                out,
+                "{}",
+                row.keys().map(String::as_str).collect::<Vec<_>>().join(",")
+            )?;
+        }
+        let cells: Vec<_> = row.values().map(cell).collect();
+        writeln!(out, "{}", cells.join(","))?;
+    }
+    Ok(())
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::Array(values) => values.iter().map(cell).collect::<Vec<_>>().join(" "),
+        Value::String(text) if text.contains([',', '"', '\n', '\r']) => {
+            format!("\"{}\"", text.replace('"', "\"\""))
+        }
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn cells_of_csv() {
+        assert_eq!(cell(&json!("a, \"b\"")), "\"a, \"\"b\"\"\"");
+        assert_eq!(cell(&json!("plain")), "plain");
+        assert_eq!(cell(&json!([1.5, 2])), "1.5 2");
+        assert_eq!(cell(&Value::Null), "");
+        assert_eq!(cell(&json!(true)), "true");
+    }
+}
