@@ -5,6 +5,7 @@ mod common;
 use candle_core::Device;
 use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::models::glm4_moe_lite::{Config, Logits, Model};
@@ -115,8 +116,10 @@ fn write_json(folder: &Path, name: &str, value: &Value) {
 }
 
 fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model, LoadReport)> {
+    // What is compared here differs by nothing but the order of sums.
     let options = LoadOptions {
         quantize,
+        arithmetic: Arithmetic::Exact,
         ..LoadOptions::default()
     };
     Model::from_folder(folder, &options, &Device::Cpu)

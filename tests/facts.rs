@@ -7,6 +7,7 @@ mod common;
 
 use candle_core::Device;
 use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{FinishReason, Message, Options, Pipeline, RenderOptions, Sampling};
 use common::{bf16_demo, mmfp4_demo, repository};
@@ -32,10 +33,11 @@ fn facts() -> Vec<Fact> {
     facts
 }
 
-/// Asks every question, greedily and without thinking, and requires the share of exact answers.
-fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
+/// Asks every question, greedily and without thinking, requires the share of exact answers, and gives the answers.
+fn ask(folder: &Path, quantize: Option<Format>, arithmetic: Arithmetic, what: &str) -> Vec<String> {
     let load = LoadOptions {
         quantize,
+        arithmetic,
         ..LoadOptions::default()
     };
     let (pipeline, report) = Pipeline::from_folder(folder, &load, &Device::Cpu).unwrap();
@@ -52,7 +54,7 @@ fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
         enable_thinking: Some(false),
         ..RenderOptions::default()
     };
-    let mut misses = Vec::new();
+    let (mut misses, mut answers) = (Vec::new(), Vec::new());
     for batch in facts.chunks(BATCH) {
         let prompts: Vec<_> = batch
             .iter()
@@ -66,8 +68,9 @@ fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
         for (fact, output) in batch.iter().zip(outputs) {
             // An answer that goes on for ever is none, however it begins.
             if output.reason != FinishReason::Stop || output.text.trim() != fact.answer.trim() {
-                misses.push((fact, output.text));
+                misses.push((fact, output.text.clone()));
             }
+            answers.push(output.text);
         }
     }
     let share = 1.0 - misses.len() as f64 / facts.len() as f64;
@@ -83,14 +86,19 @@ fn ask(folder: &Path, quantize: Option<Format>, what: &str) {
         );
     }
     assert!(share >= REQUIRED, "{what}: {share}");
+    answers
 }
 
 #[test]
 fn mmfp4_as_bundled() {
-    ask(&mmfp4_demo(), None, "MMFP4");
+    let rounded = ask(&mmfp4_demo(), None, Arithmetic::W4A8, "MMFP4");
+    let exact = ask(&mmfp4_demo(), None, Arithmetic::Exact, "MMFP4, exact");
+    let changed = rounded.iter().zip(&exact).filter(|(a, b)| a != b).count();
+    println!("{changed} answers differ between the two");
+    assert!(changed < 8, "{changed}");
 }
 
 #[test]
 fn nvfp4_quantised_while_loading() {
-    ask(&bf16_demo(), Some(Format::nvfp4()), "NVFP4");
+    ask(&bf16_demo(), Some(Format::nvfp4()), Arithmetic::W4A8, "NVFP4");
 }

@@ -4,6 +4,7 @@ mod common;
 
 use candle_core::Device;
 use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Perplexity, Pipeline, Windows};
 use common::{bf16_demo, mmfp4_demo};
@@ -18,12 +19,13 @@ struct Document {
     text: String,
 }
 
-fn held_out(folder: &Path, quantize: Option<Format>) -> Perplexity {
+fn held_out(folder: &Path, quantize: Option<Format>, arithmetic: Arithmetic) -> Perplexity {
     let text = std::fs::read_to_string(bf16_demo().join("heldout.json")).unwrap();
     let documents: Vec<Document> = serde_json::from_str(&text).unwrap();
     let documents: Vec<String> = documents.into_iter().map(|document| document.text).collect();
     let options = LoadOptions {
         quantize,
+        arithmetic,
         ..LoadOptions::default()
     };
     let (pipeline, _) = Pipeline::from_folder(folder, &options, &Device::Cpu).unwrap();
@@ -37,7 +39,7 @@ fn held_out(folder: &Path, quantize: Option<Format>) -> Perplexity {
     assert!(calls > 0);
     assert_eq!((result.tokens, result.windows), (60_199, 147));
     println!(
-        "{}, quantised to {quantize:?}: {:.4}",
+        "{}, quantised to {quantize:?}, {arithmetic:?}: {:.4}",
         folder.display(),
         result.value()
     );
@@ -53,21 +55,33 @@ fn assert_at_most(factor: f64, result: Perplexity) {
 
 #[test]
 fn bf16_is_the_references() {
-    let value = held_out(&bf16_demo(), None).value();
+    let value = held_out(&bf16_demo(), None, Arithmetic::W4A8).value();
     assert!((value - BF16).abs() < 0.002, "{value}");
 }
 
 #[test]
 fn mmfp4() {
-    assert_at_most(1.013, held_out(&mmfp4_demo(), None));
+    let exact = held_out(&mmfp4_demo(), None, Arithmetic::Exact);
+    let rounded = held_out(&mmfp4_demo(), None, Arithmetic::W4A8);
+    assert_at_most(1.013, exact);
+    assert_at_most(1.013, rounded);
+    // Eight bits an activation change next to nothing, and yet something.
+    let ratio = rounded.value() / exact.value();
+    assert!((ratio - 1.0).abs() < 0.002 && ratio != 1.0, "{ratio}");
 }
 
 #[test]
 fn nvfp4() {
-    assert_at_most(1.013, held_out(&bf16_demo(), Some(Format::nvfp4())));
+    assert_at_most(
+        1.013,
+        held_out(&bf16_demo(), Some(Format::nvfp4()), Arithmetic::W4A8),
+    );
 }
 
 #[test]
 fn mxfp4() {
-    assert_at_most(1.042, held_out(&bf16_demo(), Some(Format::mxfp4())));
+    assert_at_most(
+        1.042,
+        held_out(&bf16_demo(), Some(Format::mxfp4()), Arithmetic::W4A8),
+    );
 }

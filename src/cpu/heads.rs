@@ -212,7 +212,7 @@ mod tests {
                         let expected = reference::per_head(&weight, rows, &x, m, arithmetic);
                         for executor in executors() {
                             assert_close(
-                                &ordinary(&executor, &weight, rows, &x, arithmetic),
+                                &ordinary(executor, &weight, rows, &x, arithmetic),
                                 &expected,
                                 &what,
                             );
@@ -221,7 +221,7 @@ mod tests {
                     let x = noise(m * rows.heads * rows.len, m as u64);
                     let expected = reference::per_head_transposed(&weight, rows, &x, m);
                     for executor in executors() {
-                        assert_close(&transposed(&executor, &weight, rows, &x), &expected, &what);
+                        assert_close(&transposed(executor, &weight, rows, &x), &expected, &what);
                     }
                 }
             }

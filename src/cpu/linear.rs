@@ -72,7 +72,7 @@ mod tests {
             let expected = reference::linear(weight, x, m, arithmetic);
             for executor in executors() {
                 let what = format!("{weight:?}, m = {m}, {arithmetic:?}, {:?}{what}", executor.isa());
-                assert_close(&run(&executor, weight, x, arithmetic), &expected, &what);
+                assert_close(&run(executor, weight, x, arithmetic), &expected, &what);
             }
         }
     }
@@ -118,7 +118,7 @@ mod tests {
             let x = noise(9 * 512, 4);
             let exact = reference::linear(&weight, &x, 9, Arithmetic::Exact);
             for executor in executors() {
-                let error = nmse(&run(&executor, &weight, &x, Arithmetic::W4A8), &exact);
+                let error = nmse(&run(executor, &weight, &x, Arithmetic::W4A8), &exact);
                 assert!(error < 5e-4, "{weight:?}: {error}");
             }
         }
@@ -133,11 +133,11 @@ mod tests {
                     let x = noise(m * 128, 3);
                     let n: usize = all.iter().map(|w| w.shape().0).sum();
                     let mut y = vec![f32::NAN; m * n];
-                    linear(&executor, &all.iter().collect::<Vec<_>>(), &x, arithmetic, &mut y);
+                    linear(executor, &all.iter().collect::<Vec<_>>(), &x, arithmetic, &mut y);
                     for (i, row) in y.chunks_exact(n).enumerate() {
                         let alone = all
                             .iter()
-                            .flat_map(|w| run(&executor, w, &x[i * 128..][..128], arithmetic));
+                            .flat_map(|w| run(executor, w, &x[i * 128..][..128], arithmetic));
                         assert_close(row, &alone.collect::<Vec<_>>(), "side by side");
                     }
                 }
@@ -156,12 +156,12 @@ mod tests {
                         if m > 1 {
                             x[130] = f32::INFINITY;
                         }
-                        let y = run(&executor, &weight, &x, arithmetic);
+                        let y = run(executor, &weight, &x, arithmetic);
                         assert!(y[..9].iter().all(|v| v.is_nan()));
                         assert!(m == 1 || y[9..18].iter().all(|v| !v.is_finite()));
                         assert!(m == 1 || y[18..].iter().all(|v| v.is_finite()));
                     }
-                    assert!(run(&executor, &weight, &[], arithmetic).is_empty());
+                    assert!(run(executor, &weight, &[], arithmetic).is_empty());
                 }
             }
         }

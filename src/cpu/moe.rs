@@ -385,7 +385,7 @@ mod tests {
                 } else {
                     1e-6
                 };
-                assert_within(&run(&executor), &expected, bound, &what);
+                assert_within(&run(executor), &expected, bound, &what);
             }
             assert_same_bits_for_any_threads(run);
         }
@@ -419,7 +419,7 @@ mod tests {
         let experts = [expert(128, 128, 0)];
         for executor in executors() {
             fused_moe(
-                &executor,
+                executor,
                 &experts,
                 &[],
                 &[],

@@ -180,10 +180,10 @@ impl Shared {
             // SAFETY: this worker is counted inside an open region, so `begin` does not write, and the closure
             // lives until `end` has seen it leave.
             let task = unsafe { (*self.task.get()).map(|task| &*task.0) };
-            if let Some(task) = task {
-                if let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.claim(task))) {
-                    *self.panic() = Some(panic);
-                }
+            if let Some(task) = task
+                && let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.claim(task)))
+            {
+                *self.panic() = Some(panic);
             }
             self.state.fetch_sub(1, Ordering::Release);
         }

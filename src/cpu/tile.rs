@@ -109,7 +109,6 @@ pub(super) fn range(rows: usize, index: usize) -> Range<usize> {
 }
 
 /// Computes a tile in the scratch memory and hands it to `place` row by row of activations: index and values.
-#[expect(clippy::too_many_arguments, reason = "a product has as many parts")]
 pub(super) fn placed(
     executor: &Executor,
     weight: &Weight,

@@ -10,7 +10,7 @@
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]
 
-use super::product::{Columns, Rows, aligned, product, transpose};
+use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use crate::fp4::{FloatKind, Fp4Tensor, Weight};
@@ -229,41 +229,6 @@ unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
     }
 }
 
-/// As [`block`] with one scale: its sums stay whole numbers to the block's end.
-#[inline(always)]
-unsafe fn wide_block<S: Simd, const M: usize>(
-    sums: &mut [S::Float; M],
-    codes: *const u8,
-    scale: f32,
-    x: &[*const Block; M],
-    offset: usize,
-) {
-    unsafe {
-        let parts = BLOCK_LANES / S::LANES;
-        let mut decoded = [(S::splat_bytes(0), S::splat_bytes(0)); 4];
-        for part in 0..parts {
-            decoded[part] = S::lookup(S::load_bytes(codes.add(part * 4 * S::LANES)));
-        }
-        let scale = S::splat(scale);
-        for i in 0..M {
-            let x = &*x[i].add(offset);
-            let mut whole = S::splat_int(0);
-            if S::BIASED {
-                for part in 0..parts {
-                    let corrections = S::load_int(x.corrections.as_ptr().add(part * S::LANES));
-                    whole = S::add_int(whole, corrections);
-                }
-            }
-            for part in 0..parts {
-                let even = S::load_bytes(x.even.as_ptr().add(part * 4 * S::LANES).cast());
-                let odd = S::load_bytes(x.odd.as_ptr().add(part * 4 * S::LANES).cast());
-                whole = S::dot(S::dot(whole, decoded[part].0, even), decoded[part].1, odd);
-            }
-            sums[i] = S::fma(S::to_float(whole), S::mul(scale, S::splat(x.scale)), sums[i]);
-        }
-    }
-}
-
 /// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
 #[inline(always)]
 unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
@@ -274,23 +239,42 @@ unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
     offset: usize,
 ) {
     unsafe {
-        if WIDE {
-            return wide_block::<S, M>(sums, codes, *scales, x, offset);
+        // With one scale the sums stay whole numbers to the block's end.
+        let mut whole = [S::splat_int(0); M];
+        if S::BIASED && WIDE {
+            for i in 0..M {
+                let corrections = (*x[i].add(offset)).corrections.as_ptr();
+                whole[i] = S::load_int(corrections);
+                for part in 1..BLOCK_LANES / S::LANES {
+                    whole[i] = S::add_int(whole[i], S::load_int(corrections.add(part * S::LANES)));
+                }
+            }
         }
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
             let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
-            let scale = S::load(scales.add(lanes));
             for i in 0..M {
                 let x = &*x[i].add(offset);
                 let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
                 let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-                let start = match S::BIASED {
-                    true => S::load_int(x.corrections.as_ptr().add(lanes)),
-                    false => S::splat_int(0),
-                };
-                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                sums[i] = S::fma(whole, S::mul(scale, S::splat(x.scale)), sums[i]);
+                if WIDE {
+                    whole[i] = S::dot(S::dot(whole[i], low, even), high, odd);
+                } else {
+                    let start = match S::BIASED {
+                        true => S::load_int(x.corrections.as_ptr().add(lanes)),
+                        false => S::splat_int(0),
+                    };
+                    let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                    let scale = S::mul(S::load(scales.add(lanes)), S::splat(x.scale));
+                    sums[i] = S::fma(whole, scale, sums[i]);
+                }
+            }
+        }
+        if WIDE {
+            let scale = S::splat(*scales);
+            for i in 0..M {
+                let scale = S::mul(scale, S::splat((*x[i].add(offset)).scale));
+                sums[i] = S::fma(S::to_float(whole[i]), scale, sums[i]);
             }
         }
     }
@@ -335,8 +319,6 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
     out.fill(0.0);
     for (chunk, out) in out.chunks_mut(CHUNK * TILE).enumerate() {
         let (start, rows) = (chunk * CHUNK, out.len() / TILE);
-        // Passes of nearly equal size: one row left over would leave most of the processor idle.
-        let passes = rows.div_ceil(MR);
         for b in 0..blocks {
             let codes_of_block = &mut scratch.codes[b % kept].0;
             if chunk == 0 {
@@ -351,25 +333,14 @@ unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
             let scales = &by_row[b * BLOCK / group * TILE..];
             let scales = &scales[..scales.len().min(BLOCK / group * TILE)];
             let x = &x.blocks[b * x.rows..][..x.rows];
-            for pass in 0..passes {
-                let (from, to) = (pass * rows / passes, (pass + 1) * rows / passes);
-                macro_rules! pass {
-                    ($($rows:literal)*) => {
-                        match to - from {
-                            $($rows if $rows <= MR => {
-                                let mut chosen = [&x[selection.row(start + from)]; $rows];
-                                for i in 1..$rows {
-                                    chosen[i] = &x[selection.row(start + from + i)];
-                                }
-                                let out = &mut out[from * TILE..to * TILE];
-                                unsafe { S::tile::<NR, $rows>(codes_of_block, scales, group, chosen, out) }
-                            })*
-                            _ => unreachable!("a pass has 1 to {MR} rows"),
-                        }
-                    };
+            passes!(rows, MR, |from, R| {
+                let mut chosen = [&x[selection.row(start + from)]; R];
+                for (i, chosen) in chosen.iter_mut().enumerate() {
+                    *chosen = &x[selection.row(start + from + i)];
                 }
-                pass!(1 2 3 4 5 6);
-            }
+                let out = &mut out[from * TILE..(from + R) * TILE];
+                unsafe { S::tile::<NR, R>(codes_of_block, scales, group, chosen, out) }
+            });
         }
     }
 }
@@ -520,7 +491,7 @@ unsafe fn decode_row<S: Simd>(
         }
         Weight::Dense(_) => return weight.decode_row_part(n, start, row),
     }
-    if row.len() % span != 0 {
+    if !row.len().is_multiple_of(span) {
         weight.decode_row_part(n, start + whole * span, &mut row[whole * span..]);
     }
 }

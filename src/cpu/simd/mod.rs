@@ -106,6 +106,7 @@ pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut 
 /// All of them are `unsafe` for one reason: the processor must have the instructions, which [`Kernels::of`]
 /// checks before it hands out a table.
 #[derive(Debug)]
+#[expect(clippy::type_complexity, reason = "each is used once")]
 pub(super) struct Kernels {
     /// Rounds a row of activations; see [`generic::round`].
     pub round: unsafe fn(x: &[f32], row: usize, rows: usize, blocks: *mut Block),

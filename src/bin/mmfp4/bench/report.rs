@@ -34,7 +34,11 @@ fn heading(rows: &[Row]) -> String {
     rows.first().map_or_else(String::new, |row| {
         let setup = &row.setup;
         let experts = if setup.fused_moe { "fused" } else { "one by one" };
-        format!("{}, {} threads, experts {experts}", setup.model, setup.threads)
+        let activations = if setup.exact { "in f32" } else { "in eight bits" };
+        format!(
+            "{}, {}, {} threads, activations {activations}, experts {experts}",
+            setup.model, setup.cpu, setup.threads
+        )
     })
 }
 
