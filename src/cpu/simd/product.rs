@@ -178,11 +178,7 @@ pub(super) unsafe fn transpose<S: Simd>(rows: [&[f32]; 16], to: &mut [f32]) {
     assert_eq!(to.len(), rows[0].len() * S::LANES);
     let (wholes, tail) = to.split_at_mut(whole * S::LANES);
     for (step, to) in wholes.chunks_exact_mut(16 * S::LANES).enumerate() {
-        // Not `map`, which is not inlined here.
-        let mut pointers = [std::ptr::null(); 16];
-        for (pointer, row) in pointers.iter_mut().zip(&rows) {
-            *pointer = row[step * 16..][..16].as_ptr().cast();
-        }
+        let pointers = rows.map(|row| row[step * 16..][..16].as_ptr().cast());
         unsafe { S::transpose(&pointers[..S::LANES], to.as_mut_ptr().cast()) };
     }
     for (k, to) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {
