@@ -130,6 +130,11 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
         }
     }
 
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+
     /// Eight rows of eight words, twice, in three rounds of two-register shuffles.
     #[inline(always)]
     unsafe fn transpose(rows: &[*const u8], to: *mut u8) {

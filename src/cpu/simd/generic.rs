@@ -240,6 +240,41 @@ unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
     }
 }
 
+/// As [`block`] with one scale: its sums stay whole numbers to the block's end.
+#[inline(always)]
+unsafe fn wide_block<S: Simd, const M: usize>(
+    sums: &mut [S::Float; M],
+    codes: *const u8,
+    scale: f32,
+    x: &[*const Block; M],
+    offset: usize,
+) {
+    unsafe {
+        let parts = BLOCK_LANES / S::LANES;
+        let mut decoded = [(S::splat_bytes(0), S::splat_bytes(0)); 4];
+        for part in 0..parts {
+            decoded[part] = S::lookup(S::load_bytes(codes.add(part * 4 * S::LANES)));
+        }
+        let scale = S::splat(scale);
+        for i in 0..M {
+            let x = &*x[i].add(offset);
+            let mut whole = S::splat_int(0);
+            if S::BIASED {
+                for part in 0..parts {
+                    let corrections = S::load_int(x.corrections.as_ptr().add(part * S::LANES));
+                    whole = S::add_int(whole, corrections);
+                }
+            }
+            for part in 0..parts {
+                let even = S::load_bytes(x.even.as_ptr().add(part * 4 * S::LANES).cast());
+                let odd = S::load_bytes(x.odd.as_ptr().add(part * 4 * S::LANES).cast());
+                whole = S::dot(S::dot(whole, decoded[part].0, even), decoded[part].1, odd);
+            }
+            sums[i] = S::fma(S::to_float(whole), S::mul(scale, S::splat(x.scale)), sums[i]);
+        }
+    }
+}
+
 /// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
 #[inline(always)]
 unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
@@ -250,42 +285,23 @@ unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
     offset: usize,
 ) {
     unsafe {
-        // With one scale the sums stay whole numbers to the block's end.
-        let mut whole = [S::splat_int(0); M];
-        if S::BIASED && WIDE {
-            for i in 0..M {
-                let corrections = (*x[i].add(offset)).corrections.as_ptr();
-                whole[i] = S::load_int(corrections);
-                for part in 1..BLOCK_LANES / S::LANES {
-                    whole[i] = S::add_int(whole[i], S::load_int(corrections.add(part * S::LANES)));
-                }
-            }
+        if WIDE {
+            return wide_block::<S, M>(sums, codes, *scales, x, offset);
         }
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
             let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
+            let scale = S::load(scales.add(lanes));
             for i in 0..M {
                 let x = &*x[i].add(offset);
                 let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());
                 let odd = S::load_bytes(x.odd.as_ptr().add(bytes).cast());
-                if WIDE {
-                    whole[i] = S::dot(S::dot(whole[i], low, even), high, odd);
-                } else {
-                    let start = match S::BIASED {
-                        true => S::load_int(x.corrections.as_ptr().add(lanes)),
-                        false => S::splat_int(0),
-                    };
-                    let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
-                    let scale = S::mul(S::load(scales.add(lanes)), S::splat(x.scale));
-                    sums[i] = S::fma(whole, scale, sums[i]);
-                }
-            }
-        }
-        if WIDE {
-            let scale = S::splat(*scales);
-            for i in 0..M {
-                let scale = S::mul(scale, S::splat((*x[i].add(offset)).scale));
-                sums[i] = S::fma(S::to_float(whole[i]), scale, sums[i]);
+                let start = match S::BIASED {
+                    true => S::load_int(x.corrections.as_ptr().add(lanes)),
+                    false => S::splat_int(0),
+                };
+                let whole = S::to_float(S::dot(S::dot(start, low, even), high, odd));
+                sums[i] = S::fma(whole, S::mul(scale, S::splat(x.scale)), sums[i]);
             }
         }
     }

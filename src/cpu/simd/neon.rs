@@ -129,6 +129,14 @@ impl<const I8MM: bool> Simd for Bits128<I8MM> {
         unsafe { vaddvq_f32(values) }
     }
 
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        // Rust's intrinsic for it is not stable.
+        unsafe {
+            asm!("prfm pldl1keep, [{from}]", from = in(reg) from, options(nomem, nostack, preserves_flags))
+        }
+    }
+
     /// Four rows of four words, four times.
     #[inline(always)]
     unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
