@@ -24,16 +24,21 @@ fn main() {
     let file = std::env::var("F").ok().map(|f| Bytes::map_file(f).unwrap());
     let group: usize = std::env::args().nth(1).map_or(128, |s| s.parse().unwrap());
     for _ in 0..copies {
-        let codes = if let Some(f) = &file { let at = 4096 + w.len() * n * k / 2; f.slice(at..at + n * k / 2).unwrap() } else { Bytes::build(n * k / 2, |m| {
-            for b in m.chunks_exact_mut(8) {
-                seed = seed
-                    .wrapping_mul(6364136223846793005)
-                    .wrapping_add(1442695040888963407);
-                b.copy_from_slice(&(seed ^ (seed >> 29)).to_le_bytes());
-            }
-            Ok(())
-        })
-        .unwrap() };
+        let codes = if let Some(f) = &file {
+            let at = 4096 + w.len() * n * k / 2;
+            f.slice(at..at + n * k / 2).unwrap()
+        } else {
+            Bytes::build(n * k / 2, |m| {
+                for b in m.chunks_exact_mut(8) {
+                    seed = seed
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
+                    b.copy_from_slice(&(seed ^ (seed >> 29)).to_le_bytes());
+                }
+                Ok(())
+            })
+            .unwrap()
+        };
         let scales: Vec<u8> = (0..n * k / group)
             .flat_map(|i| half::f16::from_f32(0.01 + (i % 7) as f32 * 0.001).to_le_bytes())
             .collect();

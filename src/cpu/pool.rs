@@ -159,11 +159,17 @@ impl Shared {
     /// Runs tasks until none is left: always a part of those that are, so that a thread goes on where it was (and
     /// memory with it) and yet all end together.
     fn claim(&self, task: &(dyn Fn(usize) + Sync)) {
-        let (tasks, shares) = (self.tasks.load(Ordering::Relaxed), self.shares.load(Ordering::Relaxed));
+        let (tasks, shares) = (
+            self.tasks.load(Ordering::Relaxed),
+            self.shares.load(Ordering::Relaxed),
+        );
         let mut start = self.next.load(Ordering::Relaxed);
         while start < tasks {
             let end = start + ((tasks - start) / shares).max(1);
-            match self.next.compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed) {
+            match self
+                .next
+                .compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed)
+            {
                 Ok(_) => {
                     (start..end).for_each(task);
                     start = self.next.load(Ordering::Relaxed);

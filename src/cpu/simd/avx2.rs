@@ -168,6 +168,18 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn spread<const SHARE: usize>(from: *const f32) -> __m256 {
+        unsafe {
+            let index = match SHARE {
+                2 => _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
+                4 => _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
+                _ => return _mm256_set1_ps(*from),
+            };
+            _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), index)
+        }
+    }
+
+    #[inline(always)]
     unsafe fn splat_halves(low: f32, high: f32) -> __m256 {
         unsafe { _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)) }
     }

@@ -164,6 +164,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn spread<const SHARE: usize>(from: *const f32) -> __m512 {
+        unsafe {
+            let index = match SHARE {
+                2 => _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                4 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                _ => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+            };
+            _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(from)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn splat_halves(low: f32, high: f32) -> __m512 {
         unsafe { _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1) }
     }

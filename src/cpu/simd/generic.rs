@@ -162,37 +162,34 @@ unsafe fn along_rows<S: Simd, const M: usize>(
     let (tensor, k) = (weights.tensor, weights.tensor.shape().1);
     let codes = &tensor.codes()[weights.first * k / 2..][..weights.rows * k / 2];
     let groups = k / tensor.group();
-    let scales = sized(&mut scratch.floats, weights.rows * groups);
-    scales::decode(tensor, weights.first * groups, scales);
+    // A register of scales may begin at the last one; what follows meets zeros.
+    let scales = sized(&mut scratch.floats, weights.rows * groups + 8);
+    let (decoded, after) = scales.split_at_mut(weights.rows * groups);
+    scales::decode(tensor, weights.first * groups, decoded);
+    after.fill(0.0);
     // Those of the tile to come: a stream too thin for the processor to follow by itself.
     let row = groups * tensor.scale_kind().size();
     let next = (weights.first + weights.rows) * row;
     for line in (next..tensor.scales().len().min(next + weights.rows * row)).step_by(64) {
         unsafe { S::prefetch(tensor.scales()[line..].as_ptr()) };
     }
-    if tensor.group() == BLOCK {
-        return unsafe { each_row::<S, M, true>(codes, scales, k, x, selection, out) };
-    }
-    // A scale a lane, so that the loop is the same for all smaller groups.
-    let lanes = tensor.group() / 8;
-    let per_row = k.div_ceil(BLOCK) * BLOCK_LANES;
-    let by_lane = sized(&mut scratch.weights, weights.rows * per_row);
-    for (by_lane, scales) in by_lane.chunks_exact_mut(per_row).zip(scales.chunks_exact(groups)) {
-        for (by_lane, scale) in by_lane.chunks_exact_mut(lanes).zip(scales) {
-            by_lane.fill(*scale);
+    unsafe {
+        match tensor.group() {
+            BLOCK => each_row::<S, M, BLOCK_LANES>(codes, scales, k, x, selection, out),
+            64 => each_row::<S, M, 8>(codes, scales, k, x, selection, out),
+            32 => each_row::<S, M, 4>(codes, scales, k, x, selection, out),
+            _ => each_row::<S, M, 2>(codes, scales, k, x, selection, out),
         }
-        by_lane[groups * lanes..].fill(0.0);
     }
-    unsafe { each_row::<S, M, false>(codes, by_lane, k, x, selection, out) }
 }
 
 /// How many bytes ahead codes are asked for, in the rows to come too: what memory takes to answer, at its speed. (Found by
 /// trial: 2 KiB gave four fifths of the speed of plain reading, 4 to 8 KiB all of it.)
 const DISTANCE: usize = 6144;
 
-/// `WIDE`: a scale a block of 128, else one a lane.
+/// `SHARE` lanes, of eight codes each, have one scale.
 #[inline(always)]
-unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
+unsafe fn each_row<S: Simd, const M: usize, const SHARE: usize>(
     codes: &[u8],
     scales: &[f32],
     k: usize,
@@ -200,26 +197,23 @@ unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
     selection: Selection<'_>,
     out: &mut [f32],
 ) {
-    let blocks = k.div_ceil(BLOCK);
-    let per_row = if WIDE { blocks } else { blocks * BLOCK_LANES };
+    let (per_row, per_block) = (k / (8 * SHARE), BLOCK_LANES / SHARE);
     let (whole, rest) = (k / BLOCK, k % BLOCK / 2);
     let mut first = [x.blocks.as_ptr(); M];
     for i in 0..M {
         first[i] = x.blocks[selection.row(i)..].as_ptr();
     }
-    for (r, (codes, scales)) in codes
-        .chunks_exact(k / 2)
-        .zip(scales.chunks_exact(per_row))
-        .enumerate()
-    {
-        // SAFETY: a row has `whole` blocks of codes and a rest, and the scales of all of them; block b of a row of
-        // activations lies b · x.rows after its first.
+    assert!(scales.len() >= codes.len() / (k / 2) * per_row + 8);
+    for (r, codes) in codes.chunks_exact(k / 2).enumerate() {
+        // SAFETY: a row has `whole` blocks of codes and a rest, and scales for all of them, with eight behind the last
+        // row's; block b of a row of activations lies b · x.rows after its first.
         unsafe {
+            let scales = scales.as_ptr().add(r * per_row);
             let mut sums = [S::splat(0.0); M];
             for b in 0..whole {
                 S::prefetch(codes.as_ptr().wrapping_add(b * BLOCK_BYTES + DISTANCE));
-                let scales = scales.as_ptr().add(if WIDE { b } else { b * BLOCK_LANES });
-                block::<S, M, WIDE>(
+                let scales = scales.add(b * per_block);
+                block::<S, M, SHARE>(
                     &mut sums,
                     codes.as_ptr().add(b * BLOCK_BYTES),
                     scales,
@@ -230,8 +224,8 @@ unsafe fn each_row<S: Simd, const M: usize, const WIDE: bool>(
             if rest > 0 {
                 let mut padded = [0u8; BLOCK_BYTES];
                 padded[..rest].copy_from_slice(&codes[whole * BLOCK_BYTES..]);
-                let scales = scales.as_ptr().add(whole * BLOCK_LANES);
-                block::<S, M, WIDE>(&mut sums, padded.as_ptr(), scales, &first, whole * x.rows);
+                let scales = scales.add(whole * per_block);
+                block::<S, M, SHARE>(&mut sums, padded.as_ptr(), scales, &first, whole * x.rows);
             }
             for i in 0..M {
                 out[i * TILE + r] = S::sum(sums[i]);
@@ -277,7 +271,7 @@ unsafe fn wide_block<S: Simd, const M: usize>(
 
 /// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
 #[inline(always)]
-unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
+unsafe fn block<S: Simd, const M: usize, const SHARE: usize>(
     sums: &mut [S::Float; M],
     codes: *const u8,
     scales: *const f32,
@@ -285,13 +279,13 @@ unsafe fn block<S: Simd, const M: usize, const WIDE: bool>(
     offset: usize,
 ) {
     unsafe {
-        if WIDE {
+        if SHARE == BLOCK_LANES {
             return wide_block::<S, M>(sums, codes, *scales, x, offset);
         }
         for part in 0..BLOCK_LANES / S::LANES {
             let (bytes, lanes) = (part * 4 * S::LANES, part * S::LANES);
             let (low, high) = S::lookup(S::load_bytes(codes.add(bytes)));
-            let scale = S::load(scales.add(lanes));
+            let scale = S::spread::<SHARE>(scales.add(lanes / SHARE));
             for i in 0..M {
                 let x = &*x[i].add(offset);
                 let even = S::load_bytes(x.even.as_ptr().add(bytes).cast());

@@ -238,6 +238,8 @@ pub(super) trait Simd: Sized {
         unsafe { Self::dot(sums, codes, x) }
     }
 
+    /// The first number in the first `SHARE` lanes (2, 4 or 8), the next in the next, and so on; eight may be read.
+    unsafe fn spread<const SHARE: usize>(from: *const f32) -> Self::Float;
     /// `low` in the lower half of the lanes, `high` in the upper one.
     unsafe fn splat_halves(low: f32, high: f32) -> Self::Float;
     /// The values of the low and of the high nibbles of `LANES` bytes.

@@ -195,6 +195,16 @@ impl<const I8MM: bool> Simd for Bits128<I8MM> {
     }
 
     #[inline(always)]
+    unsafe fn spread<const SHARE: usize>(from: *const f32) -> float32x4_t {
+        unsafe {
+            match SHARE {
+                2 => Self::splat_halves(*from, *from.add(1)),
+                _ => vdupq_n_f32(*from),
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn splat_halves(low: f32, high: f32) -> float32x4_t {
         unsafe { vcombine_f32(vdup_n_f32(low), vdup_n_f32(high)) }
     }

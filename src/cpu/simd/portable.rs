@@ -114,6 +114,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn spread<const SHARE: usize>(from: *const f32) -> Self::Float {
+        // SAFETY: the caller's promise.
+        std::array::from_fn(|lane| unsafe { *from.add(lane / SHARE) })
+    }
+
+    #[inline(always)]
     unsafe fn splat_halves(low: f32, high: f32) -> Self::Float {
         std::array::from_fn(|lane| if lane < LANES / 2 { low } else { high })
     }
