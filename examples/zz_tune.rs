@@ -79,6 +79,14 @@ fn main() {
                     ) / 1e9,
                 );
             }
+            let smaps = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+            println!(
+                "{:?}",
+                smaps
+                    .lines()
+                    .filter(|l| l.contains("Pmd") || l.starts_with("Rss") || l.starts_with("AnonHuge"))
+                    .collect::<Vec<_>>()
+            );
             println!(
                 "{threads} threads {isa:?}: read GB/s {best:.1?}; dot peak GOP/s {:.0}",
                 cpu::roofline::dot_peak(&ex) / 1e9

@@ -30,14 +30,8 @@ impl Needs {
         let of = |size: usize| size as u64;
         let heads = of(config.num_attention_heads);
         let head = of(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim);
-        // Scores, their sum and their softmax; keys and values, as expanded and as laid out for the product.
-        let attention = [
-            pass.saturating_mul(heads).saturating_mul(total),
-            total.saturating_mul(2 * heads * head),
-        ];
-        let attention = attention
-            .into_iter()
-            .fold(0, |sum: u64, part| sum.saturating_add(part.saturating_mul(3)));
+        // Keys and values, as expanded and as laid out for the product; scores exist a block at a time.
+        let attention = total.saturating_mul(2 * heads * head);
         let width = of(config.intermediate_size)
             .max(of(config.moe_intermediate_size) * of(config.num_experts_per_tok + config.n_shared_experts));
         let layer = pass * (3 * width + of(config.num_experts_per_tok + 8) * of(config.hidden_size));
