@@ -146,13 +146,14 @@ pub fn prefill(executor: &Arc<Executor>, tokens: usize) -> Case {
                     head: width,
                     width: NOPE,
                 };
-                let key_rope = shared_row(&cached[LATENT..], ROPE);
+
+                let key_parts = [keys, shared_row(&cached[LATENT..], ROPE)];
                 let values = HeadView {
                     data: &expanded[NOPE..],
                     width: VALUE,
                     ..keys
                 };
-                let attention = attention(&queries, &[keys, key_rope], values, 0);
+                let attention = attention(&queries, &key_parts, values, 0);
                 cpu::attend(&executor, attention, &mut y);
             }),
             regions: Vec::new(),
