@@ -67,8 +67,8 @@ fn repeated(bytes: &[u8], times: usize) -> Bytes {
     .expect("memory")
 }
 
-/// A weight `[N, K]` of Candle's own, ready for products of `rows` rows: on x86 Candle
-/// repacks some formats at the first call that wants them so, and keeps both.
+/// A weight `[N, K]` of Candle's own, ready for products of up to `rows` rows: Candle repacks some
+/// formats at the first call that wants them so, and keeps both.
 pub fn candle((n, k): (usize, usize), dtype: GgmlDType, rows: usize) -> QMatMul {
     let strip = activations(STRIP, k);
     let strip = QTensor::quantize(&strip, dtype).expect("K is whole blocks");
@@ -77,8 +77,10 @@ pub fn candle((n, k): (usize, usize), dtype: GgmlDType, rows: usize) -> QMatMul 
     let weight = QTensor::new(storage, (n, k))
         .and_then(QMatMul::from_qtensor)
         .expect("whole strips");
-    // Two rows repack what any larger number does.
-    weight.forward(&activations(rows.min(2), k)).expect("shapes fit");
+    // What decides which repacking a product wants: one row, several, enough for x86's matrix unit.
+    for m in [1, 2, 32].into_iter().filter(|m| *m <= rows) {
+        weight.forward(&activations(m, k)).expect("shapes fit");
+    }
     weight
 }
 

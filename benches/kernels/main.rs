@@ -6,6 +6,8 @@
 //! cargo bench --bench kernels -- --quick vector  # seconds, to see that it works
 //! ```
 //!
+//! Quote no numbers of a `--quick` run, nor of one whose limit the table calls noisy.
+//!
 //! Each case goes twice: through criterion, which keeps its history under `target/criterion`, and then, all contenders
 //! and the machine's limits in turn, into the table on stderr at the end. Only the table's ratios are fit to be quoted:
 //! criterion measures one contender after the other, minutes apart. In criterion's output an element is an operation, a
@@ -70,7 +72,7 @@ fn main() -> anyhow::Result<()> {
 fn effort() -> Option<Effort> {
     let given = |flags: &[&str]| std::env::args().any(|argument| flags.contains(&&*argument));
     let measures = given(&["--bench"]) && !given(&["--test", "--list", "--profile-time"]);
-    let (milliseconds, rounds) = if given(&["--quick"]) { (5, 5) } else { (100, 9) };
+    let (milliseconds, rounds) = if given(&["--quick"]) { (5, 3) } else { (100, 9) };
     measures.then_some(Effort {
         turn: Duration::from_millis(milliseconds),
         rounds,

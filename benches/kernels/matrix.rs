@@ -41,7 +41,6 @@ pub fn cases(executor: &Arc<Executor>, k: usize, n: usize, rows: &[usize]) -> Ve
         let size = size(shape, format());
         (name, size, shared(move || copies(size, || fp4(shape, format()))))
     });
-    // A single row may want no repacking.
     let most = rows.iter().copied().max().unwrap_or(1);
     let theirs = QUANTIZED.map(|(name, dtype)| {
         let size = n * k / dtype.block_size() * dtype.type_size();

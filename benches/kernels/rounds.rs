@@ -12,7 +12,7 @@ pub struct Effort {
     pub rounds: usize,
 }
 
-/// Calls before those that are timed: until then another side's threads may still wait for work on the processor.
+/// A pause before each turn: until then another side's threads may still wait for work on the processor.
 const SETTLE: Duration = Duration::from_millis(2);
 
 /// A number a round.
@@ -115,11 +115,7 @@ pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outco
 
 /// Seconds a call takes.
 fn turn(call: &mut dyn FnMut(), at_least: Duration) -> f64 {
-    calls(call, SETTLE);
-    calls(call, at_least)
-}
-
-fn calls(call: &mut dyn FnMut(), at_least: Duration) -> f64 {
+    std::thread::sleep(SETTLE);
     let (start, mut count) = (Instant::now(), 0u32);
     loop {
         call();

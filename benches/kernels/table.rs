@@ -48,7 +48,8 @@ pub fn print(outcomes: &[Outcome]) {
          The limit of a case is the read bandwidth over the weights of its first contender, or the peak of byte\n\
          products; `exact` and attention multiply in f32, of which a register holds a quarter as many.\n\
          Bytes are those of the weights as stored: on x86 Candle repacks Q4K to 6 bits a weight and, for more than\n\
-         one row, Q6K to 10; it reads those. Q4K and Q6K need K in blocks of 256, in all other cases there is Q4_0.",
+         one row, Q6K to 10; it reads those. Candle refuses Q4K and Q6K where K is no multiple of 256 (kv_b's 192):\n\
+         Q4_0 stands there.",
         outcomes.first().map_or(0, |outcome| outcome.limit.len())
     );
     for outcome in outcomes {
@@ -68,21 +69,23 @@ fn print_case(outcome: &Outcome) {
         range(&outcome.limit, |rate| rate / 1e9, 1),
         if noisy { ", NOISY" } else { "" },
     );
-    let peer = outcome.peer.unwrap_or("-");
-    eprintln!("| | ms a call | {unit} | share of the limit | {unit} ÷ {peer} | calls ÷ {peer} |");
-    eprintln!("|---|---|---|---|---|---|");
     let peer = outcome.rows.iter().find(|row| Some(row.name) == outcome.peer);
+    let compared = peer.map_or(String::new(), |peer| {
+        format!(" {unit} ÷ {0} | calls ÷ {0} |", peer.name)
+    });
+    eprintln!("| | ms a call | {unit} | share of the limit |{compared}");
+    eprintln!("|---|---|---|---|{}", peer.map_or("", |_| "---|---|"));
     for row in &outcome.rows {
-        let ratio =
-            |of: fn(&Row) -> f64| peer.map_or("-".into(), |peer| format!("{:.2}", of(row) / of(peer)));
+        let ratios = peer.map_or(String::new(), |peer| {
+            let calls = peer.seconds.median() / row.seconds.median();
+            format!(" {:.2} | {calls:.2} |", rate(row) / rate(peer))
+        });
         eprintln!(
-            "| {} | {} | {:.1} | {:.1} % | {} | {} |",
+            "| {} | {} | {:.1} | {:.1} % |{ratios}",
             row.name,
             range(&row.seconds, |seconds| seconds * 1e3, 3),
             rate(row) / 1e9,
             100.0 * rate(row) / outcome.limit.median(),
-            ratio(rate),
-            ratio(|row| 1.0 / row.seconds.median()),
         );
     }
 }
