@@ -30,8 +30,11 @@ use rounds::Effort;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// All cases, in groups whose weights are let go together.
-const GROUPS: [fn(&Arc<Executor>) -> Vec<Case>; 8] = [
+/// Cases that share weights.
+type Group = fn(&Arc<Executor>) -> Vec<Case>;
+
+/// All cases; a group's weights are let go before the next one's are made.
+const GROUPS: [Group; 8] = [
     |executor| matrix::cases(executor, 2048, 8192, &[1, 16, 128, 512]),
     |executor| matrix::cases(executor, 5120, 2048, &[1]),
     |executor| matrix::cases(executor, 1536, 2048, &[1]),

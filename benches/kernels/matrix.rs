@@ -18,12 +18,14 @@ fn shared<T>(make: impl FnOnce() -> Vec<T> + 'static) -> Shared<T> {
     Rc::new(LazyCell::new(Box::new(make)))
 }
 
-/// Elements of a scale's group and its kind are in the name.
-const FORMATS: [(&str, fn() -> Format); 3] = [
-    ("MMFP4 (128, F16)", Format::mmfp4),
-    ("MXFP4 (32, E8M0)", Format::mxfp4),
-    ("NVFP4 (16, E4M3)", Format::nvfp4),
-];
+/// FP4 formats, with the elements that share a scale, and its kind.
+fn formats() -> [(&'static str, Format); 3] {
+    [
+        ("MMFP4 (128, F16)", Format::mmfp4()),
+        ("MXFP4 (32, E8M0)", Format::mxfp4()),
+        ("NVFP4 (16, E4M3)", Format::nvfp4()),
+    ]
+}
 
 /// What others are compared with.
 const PEER: &str = "Candle Q4K";
@@ -37,9 +39,9 @@ const QUANTIZED: [(&str, GgmlDType); 3] = [
 /// `[K → N]` for each number of rows, weights shared among them.
 pub fn cases(executor: &Arc<Executor>, k: usize, n: usize, rows: &[usize]) -> Vec<Case> {
     let shape = (n, k);
-    let ours = FORMATS.map(|(name, format)| {
-        let size = size(shape, format());
-        (name, size, shared(move || copies(size, || fp4(shape, format()))))
+    let ours = formats().map(|(name, format)| {
+        let size = size(shape, format);
+        (name, size, shared(move || copies(size, || fp4(shape, format))))
     });
     let most = rows.iter().copied().max().unwrap_or(1);
     let theirs = QUANTIZED.map(|(name, dtype)| {
