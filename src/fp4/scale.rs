@@ -39,6 +39,28 @@ impl ScaleKind {
         }
     }
 
+    /// Whether no scale in `bytes` is NaN or infinite. A checkpoint has some hundred million of them, so this looks at
+    /// bits, in a loop that a compiler turns into vector instructions.
+    pub(super) fn all_finite(self, bytes: &[u8]) -> bool {
+        let halves = |exponent: u16| {
+            // A part at a time: an early end within would keep the loop from being one over vectors.
+            bytes.chunks(1 << 12).all(|part| {
+                let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & exponent == exponent;
+                !part.chunks_exact(2).fold(false, |any, b| any | bad(b))
+            })
+        };
+        let octets = |mask: u8, nan: u8| {
+            let mut parts = bytes.chunks(1 << 12);
+            parts.all(|part| !part.iter().fold(false, |any, b| any | (b & mask == nan)))
+        };
+        match self {
+            Self::F16 => halves(0x7c00),
+            Self::BF16 => halves(0x7f80),
+            Self::E8M0 => octets(0xff, 0xff),
+            Self::E4M3 => octets(0x7f, 0x7f),
+        }
+    }
+
     /// The largest finite scale.
     pub(crate) fn max(self) -> f32 {
         match self {
@@ -165,6 +187,27 @@ mod tests {
             assert_eq!(f32_to_e4m3(middle.next_up()), code + 1);
         }
         assert_eq!(ScaleKind::E4M3.encode(1e9), 0x7e);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_wherever_it_is() {
+        for kind in [ScaleKind::F16, ScaleKind::BF16, ScaleKind::E8M0, ScaleKind::E4M3] {
+            for code in 0..1u32 << (8 * kind.size()) {
+                let bits = code as u16;
+                let mut bytes = 0x0100u16.to_le_bytes()[..kind.size()].repeat(3);
+                bytes[kind.size()..2 * kind.size()].copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
+                assert_eq!(
+                    kind.all_finite(&bytes),
+                    kind.value(bits).is_finite(),
+                    "{kind:?} {bits:#x}"
+                );
+            }
+            let mut long = vec![0; 3 << 12];
+            assert!(kind.all_finite(&long));
+            let last = long.len() - kind.size();
+            long[last..].fill(0xff);
+            assert!(!kind.all_finite(&long));
+        }
     }
 
     #[test]

@@ -116,6 +116,11 @@ impl Fp4Tensor {
             factor,
         };
         let groups = k / group;
+        // With the factor no scale may overflow either; where none can, bits tell quickly.
+        let quick = tensor.with_factor(kind.max()).is_finite();
+        if quick && kind.all_finite(&tensor.scales) {
+            return Ok(tensor);
+        }
         if let Some(index) = (0..n * groups).find(|&i| !tensor.scale(i).is_finite()) {
             return refuse(format!(
                 "scale [{}, {}] is {}; expected finite scales",
@@ -175,7 +180,10 @@ impl Fp4Tensor {
     /// The scale with this flat index, factor included, in f32.
     #[inline]
     pub(crate) fn scale(&self, index: usize) -> f32 {
-        let scale = self.kind.decode(&self.scales, index);
+        self.with_factor(self.kind.decode(&self.scales, index))
+    }
+
+    fn with_factor(&self, scale: f32) -> f32 {
         match self.factor {
             Factor::None => scale,
             Factor::Mul(factor) => scale * factor,

@@ -755,6 +755,7 @@ unsafe fn one_transposed<S: Simd>(
                 }
                 for r in 0..x.len() {
                     let codes = &tensor.codes()[((first + r) * k + start + column) / 2..][..set / 2];
+                    S::prefetch(codes.as_ptr().wrapping_add(DISTANCE));
                     let scales = &scales[r * groups..][..groups];
                     for i in 0..4 {
                         let scale = span_scale::<S>(scales, group, column / span + i);
