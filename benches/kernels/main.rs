@@ -1,9 +1,9 @@
 //! How fast the CPU kernels are, beside what the machine can do at most and beside Candle's `QMatMul`.
 //!
 //! ```sh
-//! cargo bench --bench kernels                    # all, some minutes
-//! cargo bench --bench kernels -- vector          # what has this in its name
-//! cargo bench --bench kernels -- --quick vector  # seconds, to see that it works
+//! cargo bench --features bench --bench kernels                    # all, some minutes
+//! cargo bench --features bench --bench kernels -- vector          # what has this in its name
+//! cargo bench --features bench --bench kernels -- --quick vector  # seconds, to see that it works
 //! ```
 //!
 //! Quote no numbers of a `--quick` run, nor of one whose limit the table calls noisy.

@@ -138,15 +138,31 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
             && out.len() >= m * TILE,
         "w4a8"
     );
-    macro_rules! few {
-        ($($m:literal)*) => {
-            match m {
-                $($m => unsafe { along_rows::<S, $m>(weights, x, selection, out, scratch) },)*
-                _ => unsafe { many::<S, NR, MR>(weights, x, selection, out, scratch) },
+    unsafe {
+        if m > 8 {
+            return many::<S, NR, MR>(weights, x, selection, out, scratch);
+        }
+        // Twice for more than four: the second time the weights are in the second-level cache.
+        halved(m, 4, |part| {
+            let (out, selection) = (&mut out[part.start * TILE..], selection.part(part));
+            match selection.len() {
+                1 => along_rows::<S, 1>(weights, x, selection, out, scratch),
+                2 => along_rows::<S, 2>(weights, x, selection, out, scratch),
+                3 => along_rows::<S, 3>(weights, x, selection, out, scratch),
+                _ => along_rows::<S, 4>(weights, x, selection, out, scratch),
             }
-        };
+        });
     }
-    few!(1 2 3 4 5 6 7 8);
+}
+
+/// All of `rows` where they are no more than `limit`, else both halves: fewer sizes to compile loops for.
+#[inline(always)]
+fn halved(rows: usize, limit: usize, mut work: impl FnMut(Range<usize>)) {
+    if rows <= limit {
+        return work(0..rows);
+    }
+    work(0..rows.div_ceil(2));
+    work(rows.div_ceil(2)..rows);
 }
 
 /// Each row of weights along its codes, the one stream that memory serves best, with `M` rows of activations; sums
@@ -650,16 +666,17 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
 ) {
     let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
     if m < MANY {
-        macro_rules! few {
-            ($($m:literal)*) => {
-                match m {
-                    $($m => unsafe { few::<S, $m>(weight, rows, x, selection, out, scratch) },)*
-                    _ => {}
+        return halved(m, 3, |part| {
+            let (out, selection) = (&mut out[part.start * TILE..], selection.part(part));
+            let rows = rows.clone();
+            unsafe {
+                match selection.len() {
+                    1 => few::<S, 1>(weight, rows, x, selection, out, scratch),
+                    2 => few::<S, 2>(weight, rows, x, selection, out, scratch),
+                    _ => few::<S, 3>(weight, rows, x, selection, out, scratch),
                 }
-            };
-        }
-        few!(1 2 3 4 5);
-        return;
+            }
+        });
     }
     let packed = aligned(&mut scratch.packed, TILE * k);
     let set = sized(&mut scratch.weights, S::LANES * k);

@@ -48,7 +48,20 @@ pub(super) enum Selection<'a> {
     Rows(&'a [u32]),
 }
 
-impl Selection<'_> {
+impl<'a> Selection<'a> {
+    /// Some consecutive ones of them.
+    #[inline(always)]
+    pub fn part(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Every { first, step, .. } => Self::Every {
+                first: first + range.start * step,
+                step,
+                count: range.len(),
+            },
+            Self::Rows(rows) => Self::Rows(&rows[range]),
+        }
+    }
+
     #[inline(always)]
     pub fn len(&self) -> usize {
         match self {
