@@ -85,7 +85,8 @@ fn mmfp4() {
     assert!((ratio - 1.0).abs() < 0.002 && ratio != 1.0, "{ratio}");
 }
 
-/// An output head in eight bits, over FP4 and over BF16 layers.
+/// An output head in eight bits, over FP4 and over BF16 layers: measured × 1.00017 and × 1.00019. The bound is half of
+/// what rounding all activations may cost.
 #[test]
 fn int8_head() {
     for folder in [mmfp4_demo(), bf16_demo()] {

@@ -100,7 +100,7 @@ pub(super) fn rows(
                 rows: rows.len(),
             };
             // SAFETY: as above.
-            unsafe { (kernels.int8)(weights, rounded, selection, out) }
+            unsafe { (kernels.int8)(weights, rounded, selection, out, scratch) }
         }
         // SAFETY: as above.
         _ => unsafe { (kernels.exact)(weight, rows, x.values, selection, out, scratch) },

@@ -57,9 +57,10 @@ macro_rules! kernels {
                 x: Rounded<'_>,
                 selection: Selection<'_>,
                 out: &mut [f32],
+                scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { int8::int8::<super::$simd>(weights, x, selection, out) }
+                unsafe { int8::int8::<super::$simd>(weights, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?

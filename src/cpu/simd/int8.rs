@@ -8,7 +8,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::product::passes;
-use super::{Int8Rows, Selection, Simd, TILE};
+use super::{Int8Rows, Scratch, Selection, Simd, TILE};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use crate::fp4::INT8_BLOCK;
 
@@ -32,6 +32,7 @@ pub(super) unsafe fn int8<S: Simd>(
     x: Rounded<'_>,
     selection: Selection<'_>,
     out: &mut [f32],
+    scratch: &mut Scratch,
 ) {
     let (blocks, m) = (weights.tensor.blocks(), selection.len());
     assert!(
@@ -46,7 +47,20 @@ pub(super) unsafe fn int8<S: Simd>(
         for (i, row) in rows.iter_mut().enumerate() {
             *row = x.blocks[selection.row(first + i)..].as_ptr();
         }
-        unsafe { along_rows::<S, R>(weights, rows, x.rows, &mut out[first * TILE..]) }
+        let mut stride = x.rows;
+        if x.rows > 2 * TOGETHER {
+            // Many rows lie so far apart that their blocks take each other's place in the first-level cache.
+            stride = R;
+            scratch.blocks.clear();
+            for b in 0..blocks {
+                let chosen = (0..R).map(|i| x.blocks[b * x.rows + selection.row(first + i)]);
+                scratch.blocks.extend(chosen);
+            }
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = scratch.blocks[i..].as_ptr();
+            }
+        }
+        unsafe { along_rows::<S, R>(weights, rows, stride, &mut out[first * TILE..]) }
     });
 }
 

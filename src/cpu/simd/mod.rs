@@ -82,6 +82,8 @@ pub(super) struct Scratch {
     pub floats: Vec<f32>,
     pub weights: Vec<f32>,
     pub gathered: Vec<f32>,
+    /// Gathered rounded activations.
+    pub blocks: Vec<Block>,
     /// The right side of a product, register by register.
     pub packed: Vec<f32>,
     /// A tile's result before it goes where it belongs.
@@ -122,7 +124,7 @@ pub(super) struct Kernels {
     /// FP4 weights times rounded activations; see [`generic::w4a8`].
     pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
     /// Weights of eight bits times rounded activations; see [`int8::int8`].
-    pub int8: unsafe fn(Int8Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32]),
+    pub int8: unsafe fn(Int8Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
     /// Any weights times f32 activations; see [`generic::exact`].
     pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
     /// The transposed product; see [`generic::columns`].
