@@ -66,7 +66,7 @@ pub enum Error {
     },
 
     /// A value that cannot be quantised: NaN or infinity.
-    #[error("tensor `{name}`: element {index} is {value}; only finite values can be quantised to FP4")]
+    #[error("tensor `{name}`: element {index} is {value}; only finite values can be quantised")]
     NonFinite {
         /// The tensor's name.
         name: String,

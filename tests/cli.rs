@@ -621,6 +621,28 @@ fn a_model_comes_from_the_hub_by_its_name() {
 }
 
 #[test]
+fn a_head_in_eight_bits_answers_and_is_told_of() {
+    let output = run(&mut mmfp4(&["generate", "--int8-head", "-v", "-p", QUESTION]));
+    assert!(stdout(&output).contains(ANSWER), "{output:?}");
+    assert!(
+        stderr(&output).contains("output head rounded to 8 bits"),
+        "{output:?}"
+    );
+    let rows = |more: &[&str]| {
+        let all = json(&[&["bench", "--json", "-p", "0", "-n", "2", "-r", "1"][..], more].concat());
+        let last = all.as_array().unwrap().last().unwrap().clone();
+        (
+            last["int8_head"].clone(),
+            last["bytes_per_token"].as_u64().unwrap(),
+        )
+    };
+    let ((no, plain), (yes, rounded)) = (rows(&[]), rows(&["--int8-head"]));
+    assert_eq!((no, yes), (false.into(), true.into()));
+    // 4,096 rows of 256 numbers: in BF16, and in two blocks of 132 bytes.
+    assert_eq!(plain - rounded, 4096 * (512 - 264));
+}
+
+#[test]
 fn experts_one_by_one_say_the_same() {
     let fused = run(&mut mmfp4(&["generate", "--use-fused-moe", "-p", QUESTION]));
     let separate = run(&mut mmfp4(&["generate", "--no-fused-moe", "-p", QUESTION]));

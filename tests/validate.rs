@@ -6,13 +6,14 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{FloatKind, Format, ScaleRule, quantize, validate};
 use candle_mmfp4::generation::{Options, Pipeline};
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use candle_mmfp4::models::{Site, check_finite};
 use candle_mmfp4::nn::MmfP4Linear;
 use candle_mmfp4::ops::{Tolerance, compare_with_reference, validate_kernel_output};
-use common::{Written, bf16_demo, mmfp4_demo, repository, rewritten};
+use common::{Written, assert_nmse, bf16_demo, mmfp4_demo, repository, rewritten, values};
 use half::bf16;
 use safetensors::Dtype;
 use std::path::Path;
@@ -285,25 +286,30 @@ fn mxfp4_is_warned_of_once() {
     assert!(report.to_string().contains("\nwarning: "), "{report}");
 }
 
+/// The tiny model with the weights whose modules end so in MMFP4.
+fn in_four_bits(names: &[&str]) -> tempfile::TempDir {
+    rewritten(&tiny(), |name, stored| {
+        let [n, k] = stored.shape[..] else { return None };
+        let module = name.strip_suffix(".weight")?;
+        if !names.iter().any(|end| module.ends_with(end)) {
+            return None;
+        }
+        let values = stored.matrix(name, n, k).unwrap().to_f32();
+        let format = Format::mmfp4();
+        let packed = quantize(name, &values, (n, k), format, ScaleRule::SquaredError).unwrap();
+        let codes: Written = (name.into(), Dtype::U32, vec![n, k / 8], packed.codes().to_vec());
+        let scales = packed.scales().to_vec();
+        Some(vec![
+            codes,
+            (format!("{module}.scales"), Dtype::F16, vec![n, 1], scales),
+        ])
+    })
+}
+
 #[test]
 fn four_bits_where_they_hurt_are_warned_of() {
     let four_bits = |names: &[&str]| {
-        let folder = rewritten(&tiny(), |name, stored| {
-            let [n, k] = stored.shape[..] else { return None };
-            let module = name.strip_suffix(".weight")?;
-            if !names.iter().any(|end| module.ends_with(end)) {
-                return None;
-            }
-            let values = stored.matrix(name, n, k).unwrap().to_f32();
-            let format = Format::mmfp4();
-            let packed = quantize(name, &values, (n, k), format, ScaleRule::SquaredError).unwrap();
-            let codes: Written = (name.into(), Dtype::U32, vec![n, k / 8], packed.codes().to_vec());
-            let scales = packed.scales().to_vec();
-            Some(vec![
-                codes,
-                (format!("{module}.scales"), Dtype::F16, vec![n, 1], scales),
-            ])
-        });
+        let folder = in_four_bits(names);
         let (model, report) = load(folder.path(), &LoadOptions::default()).unwrap();
         let logits = model
             .forward(&[1, 2], 0, &mut model.new_cache(), Logits::Last)
@@ -321,4 +327,110 @@ fn four_bits_where_they_hurt_are_warned_of() {
         warnings.len() == 1 && warnings[0].contains("embed_tokens and lm_head"),
         "{warnings:?}"
     );
+}
+
+fn with_int8_head(arithmetic: Arithmetic) -> LoadOptions {
+    LoadOptions {
+        int8_head: true,
+        arithmetic,
+        ..LoadOptions::default()
+    }
+}
+
+fn all_logits(model: &Model) -> Vec<f32> {
+    let tokens = [1, 2, 3, 4, 5, 6, 7];
+    values(
+        &model
+            .forward(&tokens, 0, &mut model.new_cache(), Logits::All)
+            .unwrap(),
+    )
+}
+
+#[test]
+fn a_head_is_rounded_to_eight_bits_while_loading() {
+    for (folder, tied) in [
+        (mmfp4_demo(), false),
+        (repository("tests/data/tiny-models/tied-and-biased"), true),
+    ] {
+        for arithmetic in [Arithmetic::W4A8, Arithmetic::Exact] {
+            let options = LoadOptions {
+                arithmetic,
+                ..LoadOptions::default()
+            };
+            let (plain, without) = load(&folder, &options).unwrap();
+            let (model, report) = load(&folder, &with_int8_head(arithmetic)).unwrap();
+            let (n, k) = (model.config().vocab_size, model.config().hidden_size);
+            let head = report.int8_head.unwrap();
+            let stored = without.dense.bytes - report.dense.bytes;
+            // Blocks of 128 codes and a scale.
+            assert_eq!(head.after, n * k.div_ceil(128) * 132);
+            assert!(head.before == n * k * 2 || head.before == n * k * 4, "{head:?}");
+            assert_eq!(stored, if tied { 0 } else { head.before });
+            assert!(without.int8_head.is_none() && report.warnings.is_empty() && report.unused.is_empty());
+            assert!(
+                report.to_string().contains("output head rounded to 8 bits ("),
+                "{report}"
+            );
+            // The last of the weights, and all that differs.
+            let head_bytes = |model: &Model| model.weights().last().unwrap().size_in_bytes() as u64;
+            assert_eq!(
+                (head_bytes(&plain), head_bytes(&model)),
+                (head.before as u64, head.after as u64)
+            );
+            assert_eq!(
+                plain.bytes_read(1) - head.before as u64,
+                model.bytes_read(1) - head.after as u64
+            );
+            let (expected, actual) = (all_logits(&plain), all_logits(&model));
+            assert_nmse(&actual, &expected, 5e-4, &format!("{arithmetic:?}"));
+            assert_ne!(actual, expected);
+        }
+    }
+}
+
+#[test]
+fn a_head_in_four_bits_stays_and_a_broken_one_is_refused() {
+    let folder = in_four_bits(&["lm_head"]);
+    let (plain, _) = load(folder.path(), &LoadOptions::default()).unwrap();
+    let (model, report) = load(folder.path(), &with_int8_head(Arithmetic::W4A8)).unwrap();
+    assert!(report.int8_head.is_none());
+    assert!(
+        report
+            .warnings
+            .iter()
+            .any(|w| w.contains("in 8 bits was asked for")),
+        "{report}"
+    );
+    assert_eq!(all_logits(&model), all_logits(&plain));
+
+    let folder = rewritten(&tiny(), |name, stored| {
+        let mut bytes = stored.bytes.to_vec();
+        // The highest bits of the second number, all ones: NaN in every float kind.
+        let size = bytes.len() / stored.shape.iter().product::<usize>();
+        bytes[size..2 * size].fill(0xff);
+        (name == "lm_head.weight").then(|| vec![(name.into(), stored.dtype, stored.shape.clone(), bytes)])
+    });
+    assert!(load(folder.path(), &LoadOptions::default()).is_ok());
+    match load(folder.path(), &with_int8_head(Arithmetic::W4A8)) {
+        Err(Error::NonFinite { name, index, .. }) => assert_eq!((&*name, index), ("lm_head.weight", 1)),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// [`Arithmetic::Exact`] holds for a head in FP4 too.
+#[test]
+fn a_head_in_four_bits_takes_the_arithmetic() {
+    let folder = in_four_bits(&["lm_head"]);
+    let logits = |arithmetic| {
+        let options = LoadOptions {
+            arithmetic,
+            ..LoadOptions::default()
+        };
+        let (model, _) = load(folder.path(), &options).unwrap();
+        all_logits(&model)
+    };
+    let (rounded, exact) = (logits(Arithmetic::W4A8), logits(Arithmetic::Exact));
+    // Nothing else in this model is in four bits.
+    assert_nmse(&rounded, &exact, 5e-4, "rounded activations");
+    assert_ne!(rounded, exact);
 }

@@ -3,11 +3,11 @@
 use super::keep::Keep;
 use super::marlin;
 use super::quality::Survey;
-use super::report::{Kept, LoadReport};
+use super::report::{Kept, LoadReport, RoundedHead};
 use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
-use crate::fp4::{Format, ScaleRule, Weight, quantize};
+use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize};
 use crate::nn::{MmfP4Linear, RmsNorm};
 use candle_core::{Device, Tensor};
 use std::cell::RefCell;
@@ -32,6 +32,10 @@ pub struct LoadOptions {
     /// Run the experts that a token chooses one after the other instead of in one fused op: slower, and there to
     /// measure by how much ([`SeparateMoe`](crate::nn::SeparateMoe)).
     pub separate_experts: bool,
+    /// Round a floating-point output head to eight bits while loading ([`Int8Tensor`]), in memory of this process: half
+    /// the bytes of a BF16 one to read a token. One that shares its matrix with the embeddings is rounded beside them;
+    /// one in FP4 stays, which [`LoadReport::warnings`] says.
+    pub int8_head: bool,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -118,11 +122,36 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn kept_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self.stored_weight(module, n, k)?;
-        self.survey.borrow_mut().sensitive(module, &weight);
-        // A pattern that names it is met, if not by this.
-        self.keep.reason(&format!("{module}.weight"));
+        let weight = self.sensitive_weight(module, n, k)?;
         self.account(&weight);
+        Ok(weight)
+    }
+
+    /// The output head `[N, K]`: `tied` where it shares the embeddings' matrix, else that of `module`; rounded to eight
+    /// bits where [`LoadOptions::int8_head`] asks for it, else as it is.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed,
+    /// [`Error::NonFinite`](crate::Error::NonFinite) a value that cannot be rounded.
+    pub fn head(&self, module: &str, n: usize, k: usize, tied: Option<&Weight>) -> Result<Weight> {
+        let weight = match tied {
+            Some(weight) => weight.clone(),
+            None => self.sensitive_weight(module, n, k)?,
+        };
+        if self.options.int8_head {
+            if let Weight::Dense(dense) = &weight {
+                let rounded = Int8Tensor::round(&format!("{module}.weight"), dense)?;
+                self.report.borrow_mut().int8_head = Some(RoundedHead {
+                    before: weight.size_in_bytes(),
+                    after: rounded.size_in_bytes(),
+                });
+                return Ok(rounded.into());
+            }
+            self.survey.borrow_mut().int8_head_without_effect();
+        }
+        if tied.is_none() {
+            self.account(&weight);
+        }
         Ok(weight)
     }
 
@@ -199,11 +228,21 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
+    fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
+        let weight = self.stored_weight(module, n, k)?;
+        self.survey.borrow_mut().sensitive(module, &weight);
+        // A pattern that names it is met, if not by this.
+        self.keep.reason(&format!("{module}.weight"));
+        Ok(weight)
+    }
+
     fn account(&self, weight: &Weight) {
         let mut report = self.report.borrow_mut();
         match weight {
             Weight::Fp4(tensor) => report.fp4.add(tensor.size_in_bytes()),
             Weight::Dense(tensor) => report.dense.add(tensor.bytes().len()),
+            // Made here and told apart; a checkpoint has none.
+            Weight::Int8(_) => {}
         }
     }
 

@@ -17,7 +17,7 @@ mod write;
 
 pub use files::ModelFiles;
 pub use load::{LoadOptions, Loader};
-pub use report::{Kept, LoadReport, Tally};
+pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
 pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};

@@ -18,6 +18,7 @@ pub(super) struct Survey {
     routers: usize,
     embeddings: bool,
     head: bool,
+    int8_head: bool,
 }
 
 impl Survey {
@@ -40,6 +41,11 @@ impl Survey {
             Some("embed_tokens") => self.embeddings = true,
             _ => self.head = true,
         }
+    }
+
+    /// An eight-bit head was asked for, and the head has fewer already.
+    pub fn int8_head_without_effect(&mut self) {
+        self.int8_head = true;
     }
 
     /// Maximum scales make the largest code of every block ±6, whatever the values. Scales of least squared
@@ -89,6 +95,13 @@ impl Survey {
                  keeps embeddings and output head in BF16",
                 tables.join(" and ")
             ));
+        }
+        if self.int8_head {
+            warnings.push(
+                "an output head in 8 bits was asked for, and it is in 4 already: it stays as it is; leave the option \
+                 out, or use a checkpoint that keeps the output head in BF16"
+                    .into(),
+            );
         }
         warnings
     }
@@ -176,5 +189,7 @@ mod tests {
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[0].contains("of 2 layers"));
         assert!(warnings[1].starts_with("embed_tokens and lm_head in 4 bits"));
+        survey.int8_head_without_effect();
+        assert!(survey.warnings()[2].starts_with("an output head in 8 bits was asked for"));
     }
 }

@@ -27,6 +27,15 @@ pub struct Kept {
     pub reason: String,
 }
 
+/// An output head that was rounded to eight bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoundedHead {
+    /// Bytes it takes in the file.
+    pub before: usize,
+    /// Bytes it takes in this process's memory, scales included.
+    pub after: usize,
+}
+
 /// What loading a model found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadReport {
@@ -36,6 +45,8 @@ pub struct LoadReport {
     pub quantized: Tally,
     /// Weights in floating point, used where they lie.
     pub dense: Tally,
+    /// The output head, where it was rounded to eight bits; it is not among the others then.
+    pub int8_head: Option<RoundedHead>,
     /// Linear layers' weights that were not quantised although that was asked for: because of
     /// [`LoadOptions`](super::LoadOptions), or because they could not be.
     pub kept: Vec<Kept>,
@@ -76,6 +87,14 @@ impl fmt::Display for LoadReport {
         )?;
         if self.quantized.tensors > 0 {
             write!(f, "; {} quantised while loading", self.quantized.tensors)?;
+        }
+        if let Some(RoundedHead { before, after }) = self.int8_head {
+            write!(
+                f,
+                "; output head rounded to 8 bits ({:.1} MiB, {:.1} before)",
+                mib(after),
+                mib(before)
+            )?;
         }
         if !self.copied.is_empty() {
             let bytes = self.copied.iter().map(|(_, bytes)| bytes).sum();

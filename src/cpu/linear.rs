@@ -58,6 +58,7 @@ pub fn linear(executor: &Executor, weights: &[&Weight], x: &[f32], arithmetic: A
 mod tests {
     use super::*;
     use crate::cpu::{reference, testing::*};
+    use crate::fp4::{Bytes, DenseTensor, FloatKind, Int8Tensor};
 
     fn run(executor: &Executor, weight: &Weight, x: &[f32], arithmetic: Arithmetic) -> Vec<f32> {
         let (n, k) = weight.shape();
@@ -120,6 +121,28 @@ mod tests {
             for executor in executors() {
                 let error = nmse(&run(executor, &weight, &x, Arithmetic::W4A8), &exact);
                 assert!(error < 5e-4, "{weight:?}: {error}");
+            }
+        }
+    }
+
+    /// Where sixteen bits took two products of an unsigned and a signed byte, they would overflow.
+    #[test]
+    fn the_largest_products_fit() {
+        let one = |n, k| {
+            let bytes = Bytes::copy_from(&1f32.to_le_bytes().repeat(n * k)).unwrap();
+            DenseTensor::new("w", (n, k), FloatKind::F32, bytes).unwrap()
+        };
+        let weight = Weight::from(Int8Tensor::round("w", &one(3, 256)).unwrap());
+        for sign in [1.0, -1.0] {
+            for m in [1, 5] {
+                for executor in executors() {
+                    let y = run(executor, &weight, &vec![sign; m * 256], Arithmetic::W4A8);
+                    let isa = executor.isa();
+                    assert!(
+                        y.iter().all(|y| (y - sign * 256.0).abs() < 1e-3),
+                        "{isa:?}: {y:?}"
+                    );
+                }
             }
         }
     }

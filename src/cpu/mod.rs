@@ -9,7 +9,8 @@
 //!
 //! [`Arithmetic::W4A8`] rounds activations to eight bits, 128 consecutive elements of a row sharing a scale, and adds up
 //! whole numbers within a block: codes doubled are whole (0, 1, 2, 3, 4, 6, 8, 12), so that the only rounding beside
-//! f32's is the activations'. [`Arithmetic::Exact`] multiplies decoded weights with the activations as they are, in f32.
+//! f32's is the activations'. So it does with weights of eight bits ([`Int8Tensor`](crate::fp4::Int8Tensor)), whole numbers
+//! already. [`Arithmetic::Exact`] multiplies decoded weights with the activations as they are, in f32.
 
 mod activations;
 mod add;
@@ -38,7 +39,7 @@ pub use pool::ThreadPool;
 pub use rope::{Pairing, rope};
 pub use router::{Routing, route};
 
-/// How activations meet FP4 weights. Floating-point weights meet them exactly in either.
+/// How activations meet FP4 weights, and weights of eight bits. Floating-point weights meet them exactly in either.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Arithmetic {
     /// Activations rounded to eight bits, blocks of 128; integer dot products.

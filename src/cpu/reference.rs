@@ -51,7 +51,7 @@ pub fn round(x: &[f32], k: usize) -> Vec<f32> {
 /// What a product with this weight makes of its activations.
 fn taken<'a>(weight: &Weight, x: &'a [f32], arithmetic: Arithmetic) -> Cow<'a, [f32]> {
     match (weight, arithmetic) {
-        (Weight::Fp4(tensor), Arithmetic::W4A8) => round(x, tensor.shape().1).into(),
+        (Weight::Fp4(_) | Weight::Int8(_), Arithmetic::W4A8) => round(x, weight.shape().1).into(),
         _ => x.into(),
     }
 }

@@ -2,7 +2,8 @@
 
 use super::{Arithmetic, Executor, Isa};
 use crate::fp4::{
-    Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize,
+    Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Int8Tensor, Parts, ScaleKind, ScaleRule,
+    Weight, quantize,
 };
 use std::sync::{Arc, LazyLock};
 
@@ -21,7 +22,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Weights of every scale kind and group that fits, and of every float kind, at all four 4-byte alignments.
+/// Weights of every scale kind and group that fits, at all four 4-byte alignments; one in BF16, and that in eight bits.
 pub fn weights(rows: &[usize], columns: &[usize]) -> Vec<Weight> {
     weights_seeded(rows, columns, 0)
 }
@@ -48,11 +49,9 @@ pub fn weights_seeded(rows: &[usize], columns: &[usize], seed: u64) -> Vec<Weigh
                 .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
                 .collect();
             let bytes = Bytes::copy_from(&bytes).unwrap();
-            all.push(
-                DenseTensor::new("w", (n, k), FloatKind::BF16, bytes)
-                    .unwrap()
-                    .into(),
-            );
+            let dense = DenseTensor::new("w", (n, k), FloatKind::BF16, bytes).unwrap();
+            all.push(Int8Tensor::round("w", &dense).unwrap().into());
+            all.push(dense.into());
         }
     }
     all

@@ -1,7 +1,7 @@
 //! What all matrix kernels share: tiles of a weight's rows, the activations they meet, where results go.
 
 use super::activations::{self, Block, Rounded};
-use super::simd::{Fp4Rows, Scratch, Selection, TILE, sized};
+use super::simd::{Fp4Rows, Int8Rows, Scratch, Selection, TILE, sized};
 use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
 use std::cell::RefCell;
@@ -69,7 +69,7 @@ pub(super) fn round<'a>(executor: &Executor, x: &[f32], k: usize, memory: &'a mu
 
 /// Whether a product of this weight takes rounded activations.
 pub(super) fn rounds(weight: &Weight, arithmetic: Arithmetic) -> bool {
-    arithmetic == Arithmetic::W4A8 && matches!(weight, Weight::Fp4(_))
+    arithmetic == Arithmetic::W4A8 && matches!(weight, Weight::Fp4(_) | Weight::Int8(_))
 }
 
 /// `out[i · 64 + r] = Σ_k x[i, k] · w[rows.start + r, k]` for the selected rows of `x`, at most 64 rows of the weight.
@@ -92,6 +92,15 @@ pub(super) fn rows(
             };
             // SAFETY: the executor has checked the instructions.
             unsafe { (kernels.w4a8)(weights, rounded, selection, out, scratch) }
+        }
+        (Weight::Int8(tensor), Some(rounded)) => {
+            let weights = Int8Rows {
+                tensor,
+                first: rows.start,
+                rows: rows.len(),
+            };
+            // SAFETY: as above.
+            unsafe { (kernels.int8)(weights, rounded, selection, out, scratch) }
         }
         // SAFETY: as above.
         _ => unsafe { (kernels.exact)(weight, rows, x.values, selection, out, scratch) },

@@ -1,6 +1,6 @@
 //! Matrices that stay in floating point, used where they lie as the FP4 ones are.
 
-use super::{Bytes, Fp4Tensor};
+use super::{Bytes, Fp4Tensor, Int8Tensor};
 use crate::{Error, Result};
 use half::{bf16, f16};
 
@@ -113,13 +113,15 @@ impl DenseTensor {
     }
 }
 
-/// A weight matrix `[N, K]` as a checkpoint holds it: the ops take either kind, tensor by tensor.
+/// A weight matrix `[N, K]` as a checkpoint holds it, or rounded while loading: the ops take any kind, tensor by tensor.
 #[derive(Debug, Clone)]
 pub enum Weight {
     /// 4-bit codes and scales.
     Fp4(Fp4Tensor),
     /// Floating point.
     Dense(DenseTensor),
+    /// Eight bits and a scale a block of 128.
+    Int8(Int8Tensor),
 }
 
 impl Weight {
@@ -128,6 +130,7 @@ impl Weight {
         match self {
             Self::Fp4(tensor) => tensor.shape(),
             Self::Dense(tensor) => tensor.shape(),
+            Self::Int8(tensor) => tensor.shape(),
         }
     }
 
@@ -151,6 +154,7 @@ impl Weight {
         match self {
             Self::Fp4(tensor) => tensor.decode_row_part(n, start, row),
             Self::Dense(tensor) => tensor.decode_row_part(n, start, row),
+            Self::Int8(tensor) => tensor.decode_row_part(n, start, row),
         }
     }
 
@@ -159,6 +163,7 @@ impl Weight {
         let (first, second) = match self {
             Self::Fp4(tensor) => (tensor.codes(), Some(tensor.scales())),
             Self::Dense(tensor) => (tensor.bytes(), None),
+            Self::Int8(tensor) => (tensor.codes(), Some(tensor.scales())),
         };
         std::iter::once(first).chain(second)
     }
@@ -171,6 +176,10 @@ impl Weight {
                 Self::Fp4(tensor.relocated(codes, regions(tensor.scales())))
             }
             Self::Dense(tensor) => Self::Dense(tensor.relocated(regions(tensor.bytes()))),
+            Self::Int8(tensor) => {
+                let codes = regions(tensor.codes());
+                Self::Int8(tensor.relocated(codes, regions(tensor.scales())))
+            }
         }
     }
 }
@@ -184,6 +193,12 @@ impl From<Fp4Tensor> for Weight {
 impl From<DenseTensor> for Weight {
     fn from(tensor: DenseTensor) -> Self {
         Self::Dense(tensor)
+    }
+}
+
+impl From<Int8Tensor> for Weight {
+    fn from(tensor: Int8Tensor) -> Self {
+        Self::Int8(tensor)
     }
 }
 

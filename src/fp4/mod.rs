@@ -22,6 +22,7 @@
 mod bytes;
 pub mod code;
 mod dense;
+mod int8;
 mod quantize;
 mod scale;
 mod tensor;
@@ -29,6 +30,8 @@ mod validate;
 
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
+pub(crate) use int8::INT8_BLOCK;
+pub use int8::Int8Tensor;
 pub use quantize::{Format, ScaleRule, quantize};
 pub use scale::ScaleKind;
 pub use tensor::{Factor, Fp4Tensor, GROUPS, Parts};

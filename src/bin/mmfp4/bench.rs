@@ -209,8 +209,9 @@ impl Arguments {
             .tensors()
             .map(|(_, tensor)| tensor.bytes.len() as u64)
             .sum();
+        let options = self.model.load_options();
         for test in tests {
-            let needs = fit::Needs::of(config, stored, self.model.quantizes(), test);
+            let needs = fit::Needs::of(config, stored, &options, test);
             let limit = config.max_position_embeddings;
             if needs.tokens > limit {
                 let problem = format!(

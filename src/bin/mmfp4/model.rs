@@ -46,6 +46,10 @@ pub struct Arguments {
     /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
     #[arg(long)]
     exact: bool,
+    /// Round the output head to eight bits while loading: half of a BF16 one's bytes to read a token, for memory of this
+    /// program's own.
+    #[arg(long)]
+    int8_head: bool,
     /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -124,11 +128,6 @@ impl Arguments {
         }
     }
 
-    /// Whether weights are quantised while loading.
-    pub fn quantizes(&self) -> bool {
-        self.quantize.is_some()
-    }
-
     pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
@@ -136,6 +135,7 @@ impl Arguments {
             keep: self.keep.clone(),
             arithmetic: self.arithmetic(),
             separate_experts: self.experts.no_fused_moe,
+            int8_head: self.int8_head,
         }
     }
 

@@ -64,11 +64,18 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
             if VNNI {
                 _mm256_dpbusd_avx_epi32(sums, codes, x)
             } else {
-                // Two products are at most 2 · 24 · 127 in magnitude: sixteen bits hold them.
+                // Sixteen bits hold two products: of codes at most 2 · 24 · 127 in magnitude, and see `dot_int8`.
                 let pairs = _mm256_maddubs_epi16(codes, x);
                 _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
             }
         }
+    }
+
+    /// One factor is unsigned: the weights' signs go to the activations. Sixteen bits hold two products, at most
+    /// 2 · 127 · 127 in magnitude, which they would not with 128 added to the weights instead.
+    #[inline(always)]
+    unsafe fn dot_int8(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+        unsafe { Self::dot(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
     }
 
     #[inline(always)]
@@ -201,6 +208,11 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 _mm256_or_ps(high, _mm256_and_ps(high_signs, sign)),
             )
         }
+    }
+
+    #[inline(always)]
+    unsafe fn signed(from: *const u8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
 
     #[inline(always)]

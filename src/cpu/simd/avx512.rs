@@ -65,6 +65,16 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sums, codes, x) }
     }
 
+    /// One factor is unsigned: the weights' signs go to the activations.
+    #[inline(always)]
+    unsafe fn dot_int8(sums: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+        unsafe {
+            let negative = _mm512_movepi8_mask(weights);
+            let x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+            _mm512_dpbusd_epi32(sums, _mm512_abs_epi8(weights), x)
+        }
+    }
+
     #[inline(always)]
     unsafe fn load_int(from: *const i32) -> __m512i {
         unsafe { _mm512_loadu_si512(from.cast()) }
@@ -189,6 +199,11 @@ impl Simd for Avx512 {
             let low = _mm512_permutexvar_ps(bytes, table);
             (low, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn signed(from: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
     }
 
     #[inline(always)]

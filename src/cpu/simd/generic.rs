@@ -13,7 +13,7 @@
 use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
-use crate::fp4::{FloatKind, Fp4Tensor, Weight};
+use crate::fp4::{FloatKind, Fp4Tensor, INT8_BLOCK, Int8Tensor, Weight};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ const BLOCK_LANES: usize = BLOCK_BYTES / 4;
 macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
-            use super::super::{Fp4Rows, Kernels, Scratch, Selection, attention, generic};
+            use super::super::{Fp4Rows, Int8Rows, Kernels, Scratch, Selection, attention, generic, int8};
             use crate::cpu::activations::{Block, Rounded};
             use crate::cpu::attention::Task;
             use crate::fp4::Weight;
@@ -49,6 +49,18 @@ macro_rules! kernels {
             ) {
                 // SAFETY: as the caller promises.
                 unsafe { generic::w4a8::<super::$simd, $registers, $rows>(weights, x, selection, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn int8(
+                weights: Int8Rows<'_>,
+                x: Rounded<'_>,
+                selection: Selection<'_>,
+                out: &mut [f32],
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe { int8::int8::<super::$simd>(weights, x, selection, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -101,7 +113,7 @@ macro_rules! kernels {
                 unsafe { generic::dots::<super::$simd>(rounds) }
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, exact, columns, swiglu, attend, read, dots };
+            pub static KERNELS: Kernels = Kernels { round, w4a8, int8, exact, columns, swiglu, attend, read, dots };
         }
         pub(super) use kernels::KERNELS;
     };
@@ -527,9 +539,34 @@ unsafe fn decode_row<S: Simd>(
             }
         }
         Weight::Dense(_) => return weight.decode_row_part(n, start, row),
+        Weight::Int8(tensor) => {
+            for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                unsafe {
+                    let (even, odd) = int8_span::<S>(tensor, n, start + i * span);
+                    S::store_interleaved(row.as_mut_ptr(), even, odd);
+                }
+            }
+        }
     }
     if !row.len().is_multiple_of(span) {
         weight.decode_row_part(n, start + whole * span, &mut row[whole * span..]);
+    }
+}
+
+/// The even and the odd ones of `2 · LANES` elements of row `n` from `start` on, which is a multiple of that.
+#[inline(always)]
+unsafe fn int8_span<S: Simd>(tensor: &Int8Tensor, n: usize, start: usize) -> (S::Float, S::Float) {
+    debug_assert!(start.is_multiple_of(2 * S::LANES));
+    let index = n * tensor.blocks() + start / INT8_BLOCK;
+    let (even, odd) = tensor.block(index).split_at(INT8_BLOCK / 2);
+    let at = start % INT8_BLOCK / 2;
+    // SAFETY: a block's half is a whole number of registers.
+    unsafe {
+        let scale = S::splat(tensor.scale(index));
+        (
+            S::mul(S::signed(even[at..].as_ptr()), scale),
+            S::mul(S::signed(odd[at..].as_ptr()), scale),
+        )
     }
 }
 
@@ -613,6 +650,14 @@ unsafe fn few<S: Simd, const M: usize>(
                     unsafe {
                         S::prefetch(bytes.as_ptr().wrapping_add(2 * i * span + DISTANCE));
                         let (even, odd) = S::bf16(bytes.as_ptr().add(2 * i * span));
+                        add::<S, M>(&mut sums, even, odd, &split[i * span..], k);
+                    }
+                }
+            }
+            Weight::Int8(tensor) => {
+                for i in 0..whole {
+                    unsafe {
+                        let (even, odd) = int8_span::<S>(tensor, n, i * span);
                         add::<S, M>(&mut sums, even, odd, &split[i * span..], k);
                     }
                 }

@@ -13,6 +13,7 @@ mod avxvnni;
 mod generic;
 #[cfg(target_arch = "aarch64")]
 mod i8mm;
+mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -25,7 +26,7 @@ pub(super) use generic::COLUMNS;
 use super::Isa;
 use super::activations::{BLOCK, Block, Rounded};
 use super::attention::Task;
-use crate::fp4::{Fp4Tensor, Weight};
+use crate::fp4::{Fp4Tensor, Int8Tensor, Weight};
 use std::ops::Range;
 
 /// Rows of weights in a tile.
@@ -35,6 +36,14 @@ pub(super) const TILE: usize = 64;
 #[derive(Clone, Copy)]
 pub(super) struct Fp4Rows<'a> {
     pub tensor: &'a Fp4Tensor,
+    pub first: usize,
+    pub rows: usize,
+}
+
+/// Some rows of a matrix of eight bits.
+#[derive(Clone, Copy)]
+pub(super) struct Int8Rows<'a> {
+    pub tensor: &'a Int8Tensor,
     pub first: usize,
     pub rows: usize,
 }
@@ -86,6 +95,8 @@ pub(super) struct Scratch {
     pub floats: Vec<f32>,
     pub weights: Vec<f32>,
     pub gathered: Vec<f32>,
+    /// Gathered rounded activations.
+    pub blocks: Vec<Block>,
     /// The right side of a product, register by register.
     pub packed: Vec<f32>,
     /// A tile's result before it goes where it belongs.
@@ -125,6 +136,8 @@ pub(super) struct Kernels {
     pub round: unsafe fn(x: &[f32], row: usize, rows: usize, blocks: *mut Block),
     /// FP4 weights times rounded activations; see [`generic::w4a8`].
     pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
+    /// Weights of eight bits times rounded activations; see [`int8::int8`].
+    pub int8: unsafe fn(Int8Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
     /// Any weights times f32 activations; see [`generic::exact`].
     pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
     /// The transposed product; see [`generic::columns`].
@@ -186,6 +199,16 @@ pub(super) trait Simd: Sized {
     unsafe fn lookup(codes: Self::Bytes) -> (Self::Bytes, Self::Bytes);
     /// Adds in each lane the products of four bytes: doubled codes times activations.
     unsafe fn dot(sums: Self::Int, codes: Self::Bytes, x: Self::Bytes) -> Self::Int;
+
+    /// Adds in each lane the products of four bytes, weights of eight bits times activations: both from -127 to 127.
+    ///
+    /// What `dot` does already where it takes signed codes.
+    #[inline(always)]
+    unsafe fn dot_int8(sums: Self::Int, weights: Self::Bytes, x: Self::Bytes) -> Self::Int {
+        const { assert!(!Self::BIASED) };
+        // SAFETY: the caller's promise.
+        unsafe { Self::dot(sums, weights, x) }
+    }
 
     unsafe fn load_int(from: *const i32) -> Self::Int;
     unsafe fn splat_int(value: i32) -> Self::Int;
@@ -257,6 +280,8 @@ pub(super) trait Simd: Sized {
     unsafe fn splat_halves(low: f32, high: f32) -> Self::Float;
     /// The values of the low and of the high nibbles of `LANES` bytes.
     unsafe fn values(codes: *const u8) -> (Self::Float, Self::Float);
+    /// `LANES` signed bytes.
+    unsafe fn signed(from: *const u8) -> Self::Float;
     /// The even and the odd ones of `2 · LANES` BF16 numbers.
     unsafe fn bf16(from: *const u8) -> (Self::Float, Self::Float);
     /// Writes `2 · LANES` numbers, the even ones from the first register, the odd ones from the second.

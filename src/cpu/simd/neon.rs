@@ -224,6 +224,14 @@ impl<const I8MM: bool> Simd for Bits128<I8MM> {
     }
 
     #[inline(always)]
+    unsafe fn signed(from: *const u8) -> float32x4_t {
+        unsafe {
+            let bytes = Self::splat_bytes(from.cast::<i32>().read_unaligned());
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vget_low_s8(bytes)))))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bf16(from: *const u8) -> (float32x4_t, float32x4_t) {
         unsafe {
             let both = vld1q_u32(from.cast());

@@ -135,6 +135,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn signed(from: *const u8) -> Self::Float {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+
+    #[inline(always)]
     unsafe fn bf16(from: *const u8) -> (Self::Float, Self::Float) {
         // SAFETY: the caller's promise.
         let pairs = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };

@@ -127,10 +127,8 @@ impl Model {
             });
         }
         let norm = loader.rms_norm("model.norm", hidden, eps)?;
-        let head = match config.tie_word_embeddings {
-            true => embedding.weight().clone(),
-            false => loader.kept_weight("lm_head", vocab, hidden)?,
-        };
+        let tied = config.tie_word_embeddings.then(|| embedding.weight());
+        let head = loader.head("lm_head", vocab, hidden, tied)?;
         let predicted = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
         let ignored: Vec<_> = predicted.map(|layer| format!("model.layers.{layer}.")).collect();
         let report = loader.finish(&ignored, config.tie_word_embeddings.then_some("lm_head.weight"));
@@ -139,7 +137,7 @@ impl Model {
             embedding,
             layers,
             norm,
-            head: MmfP4Linear::new(head, None)?,
+            head: MmfP4Linear::new(head, None)?.with_arithmetic(options.arithmetic),
             rotary,
             path: AttentionPath::Auto,
             device: device.clone(),

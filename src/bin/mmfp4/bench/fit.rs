@@ -1,6 +1,7 @@
 //! Whether a test fits in memory: better refused with the numbers than ended by the system, or measured while it swaps.
 
 use super::{Kind, Test};
+use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::generation::Options;
 use candle_mmfp4::models::glm4_moe_lite::Config;
 
@@ -18,8 +19,9 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// `stored` is the bytes of the checkpoint's tensors; those of weights quantised while loading come on top.
-    pub fn of(config: &Config, stored: u64, quantizes: bool, test: &Test) -> Self {
+    /// `stored` is the bytes of the checkpoint's tensors; those of weights quantised or rounded while loading come on
+    /// top.
+    pub fn of(config: &Config, stored: u64, load: &LoadOptions, test: &Test) -> Self {
         let tokens = test.depth.saturating_add(match test.kind {
             // A prompt of one token and what follows it, a few times.
             Kind::Latency => 2,
@@ -36,10 +38,17 @@ impl Needs {
             .max(of(config.moe_intermediate_size) * of(config.num_experts_per_tok + config.n_shared_experts));
         let layer = pass * (3 * width + of(config.num_experts_per_tok + 8) * of(config.hidden_size));
         // E2M1 with a scale for 16 elements, the largest of the formats, in place of 16 bits.
-        let quantized = if quantizes { stored / 16 * 9 / 2 } else { 0 };
+        let quantized = if load.quantize.is_some() {
+            stored / 16 * 9 / 2
+        } else {
+            0
+        };
+        // Blocks of 128 bytes and a scale.
+        let head = of(config.vocab_size) * of(config.hidden_size).div_ceil(128) * (128 + FLOAT);
+        let head = if load.int8_head { head } else { 0 };
         Self {
             tokens,
-            weights: stored.saturating_add(quantized),
+            weights: stored.saturating_add(quantized).saturating_add(head),
             cache: (of(config.layers.len()) * of(config.cache_width()) * FLOAT).saturating_mul(total),
             activations: attention
                 .saturating_add(layer)
@@ -71,13 +80,15 @@ impl Needs {
 mod tests {
     use super::*;
     use candle_mmfp4::checkpoint::Synthetic;
+    use candle_mmfp4::fp4::Format;
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_numbers() {
         let full: Synthetic = "glm-4.7-flash".parse().unwrap();
         let stored = full.size_in_bytes();
         let test = |kind, tokens, depth| Test { kind, tokens, depth };
-        let needs = |test: &Test| Needs::of(full.config(), stored, false, test);
+        let as_it_is = LoadOptions::default();
+        let needs = |test: &Test| Needs::of(full.config(), stored, &as_it_is, test);
         let decode = test(Kind::Decode, 24, 1000);
         let Needs {
             tokens,
@@ -106,12 +117,18 @@ mod tests {
         ] {
             assert!(error.contains(part), "{error}");
         }
-        let quantized = Needs::of(full.config(), stored, true, &decode);
-        assert!(
-            quantized
-                .check(&decode, Some(stored + cache + activations))
-                .is_err()
-        );
+        let quantizing = LoadOptions {
+            quantize: Some(Format::mmfp4()),
+            ..LoadOptions::default()
+        };
+        let rounding = LoadOptions {
+            int8_head: true,
+            ..LoadOptions::default()
+        };
+        for options in [quantizing, rounding] {
+            let more = Needs::of(full.config(), stored, &options, &decode);
+            assert!(more.check(&decode, Some(stored + cache + activations)).is_err());
+        }
         // Beyond any machine, and no overflow.
         let absurd = test(Kind::Prompt, usize::MAX, usize::MAX);
         assert!(needs(&absurd).check(&absurd, Some(1 << 50)).is_err());

@@ -15,7 +15,7 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
     let options = arguments.model.load_options();
     let executor = arguments.model.start()?;
     let start = Instant::now();
-    let (model, _) = Model::from_files(&files, &options, &arguments.model.device()?)?;
+    let (model, report) = Model::from_files(&files, &options, &arguments.model.device()?)?;
     let load_ms = milliseconds(start);
     let mut run = Run {
         memory: ReadBandwidth::new(&model)?,
@@ -24,6 +24,7 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
         setup: Setup {
             model: arguments.name().to_string(),
             fused_moe: !options.separate_experts,
+            int8_head: report.int8_head.is_some(),
             exact: options.arithmetic == Arithmetic::Exact,
             cpu: executor.isa().name().to_string(),
             threads: executor.threads(),

@@ -35,8 +35,13 @@ fn heading(rows: &[Row]) -> String {
         let setup = &row.setup;
         let experts = if setup.fused_moe { "fused" } else { "one by one" };
         let activations = if setup.exact { "in f32" } else { "in eight bits" };
+        let head = if setup.int8_head {
+            ", output head in eight bits"
+        } else {
+            ""
+        };
         format!(
-            "{}, {}, {} threads, activations {activations}, experts {experts}",
+            "{}, {}, {} threads, activations {activations}, experts {experts}{head}",
             setup.model, setup.cpu, setup.threads
         )
     })

@@ -52,6 +52,8 @@ pub struct Row {
 pub struct Setup {
     pub model: String,
     pub fused_moe: bool,
+    /// Whether the output head was rounded to eight bits.
+    pub int8_head: bool,
     /// Whether activations were f32.
     pub exact: bool,
     /// The instruction set of the kernels.
