@@ -8,8 +8,8 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use candle_mmfp4::cpu::{
-    Arithmetic, Attention, Executor, Expert, HeadRows, HeadView, Isa, Pairing, attend, fused_moe, linear,
-    per_head, per_head_transposed, rms_norm, rope,
+    Arithmetic, Attention, Executor, Expert, HeadRows, HeadView, Isa, Pairing, Routing, attend, fused_moe,
+    linear, per_head, per_head_transposed, rms_norm, rope, route,
 };
 use candle_mmfp4::fp4::{Format, ScaleRule, Weight, quantize};
 use candle_mmfp4::models::Site;
@@ -135,6 +135,17 @@ fn kernels_allocate_nothing_once_they_have_run() {
                     fused_moe(
                         &executor, &experts, &shared, &x, &ids, &weights, 2, arithmetic, &mut y,
                     )
+                });
+                let routing = Routing {
+                    top_k: 2,
+                    n_group: 2,
+                    topk_group: 1,
+                    normalize: true,
+                    scaling_factor: 1.8,
+                };
+                let (mut chosen, mut shares) = (vec![0; 2 * m], vec![0.0; 2 * m]);
+                expect_none("route", &mut || {
+                    route(&x[..8 * m], &[0.0; 8], &routing, &mut chosen, &mut shares)
                 });
                 expect_none("rms_norm", &mut || {
                     rms_norm(&executor, &x, d, &norm, 1e-5, &mut y)

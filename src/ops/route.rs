@@ -76,8 +76,14 @@ impl CustomOp1 for Route {
             let expected = format!("[tokens, {}]", self.bias.len());
             return Err(Error::argument(OP, "logits", expected, format!("{:?}", layout.dims())).into());
         }
-        let (ids, weights) = cpu::route(&to_f32(OP, "logits", storage, layout)?, &self.bias, &self.routing);
-        let both = ids.into_iter().map(|id| id as f32).chain(weights).collect();
+        let slots = tokens * self.routing.top_k;
+        let (mut ids, mut both) = (vec![0; slots], vec![0.0; 2 * slots]);
+        let logits = to_f32(OP, "logits", storage, layout)?;
+        let (first, weights) = both.split_at_mut(slots);
+        cpu::route(&logits, &self.bias, &self.routing, &mut ids, weights);
+        for (place, id) in first.iter_mut().zip(ids) {
+            *place = id as f32;
+        }
         Ok((CpuStorage::F32(both), (2, *tokens, self.routing.top_k).into()))
     }
 
