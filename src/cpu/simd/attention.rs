@@ -1,10 +1,10 @@
 //! The inner loops of attention, once for all instruction sets.
 
-// SAFETY, for the whole file: the functions are unsafe because the operations of `Simd` are; their callers promise
-// the instructions. Memory is checked where pointers are made from slices.
-#![allow(clippy::undocumented_unsafe_blocks)]
+// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
+// set, which nothing guarantees.
+#![allow(clippy::needless_range_loop)]
 
-use super::generic::exp;
+use super::elementwise::exp;
 use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{Scratch, Simd, sized};
 use crate::cpu::attention::Task;
@@ -201,14 +201,20 @@ unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
         let mut rests = [[0f32; NR]; MR];
         let mut query = queries.start;
         for part in task.attention.keys {
-            let keys: [_; NR] = std::array::from_fn(|v| part.get(first + v.min(count - 1), task.head()));
+            let mut keys = [part.get(first, task.head()); NR];
+            for v in 1..count.min(NR) {
+                keys[v] = part.get(first + v, task.head());
+            }
             let whole = part.width / S::LANES * S::LANES;
             for k in (0..whole).step_by(S::LANES) {
-                let b = keys.map(|key| S::load(key.as_ptr().add(k)));
-                for (i, sums) in sums.iter_mut().enumerate() {
+                let mut b = [S::splat(0.0); NR];
+                for v in 0..NR {
+                    b[v] = S::load(keys[v].as_ptr().add(k));
+                }
+                for i in 0..MR {
                     let a = S::load(query.add(i * queries.stride + k));
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum = S::fma(a, b, *sum);
+                    for v in 0..NR {
+                        sums[i][v] = S::fma(a, b[v], sums[i][v]);
                     }
                 }
             }

@@ -1,7 +1,7 @@
 //! AVX2 and FMA: Intel from Haswell, AMD from Zen. With AVX-VNNI (see [`avxvnni`](super::avxvnni)) the dot product is
 //! one instruction; all else is the same.
 
-use super::Simd;
+use super::{Simd, operations};
 use crate::fp4::code;
 use std::arch::x86_64::*;
 
@@ -17,8 +17,6 @@ type Avx2 = Bits256<false>;
 /// Twice the value of each code, plus 12.
 const DOUBLED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
-// SAFETY, for every function below: the instructions are the caller's promise, as is the memory behind pointers.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl<const VNNI: bool> Simd for Bits256<VNNI> {
     const LANES: usize = 8;
     const BIASED: bool = true;
@@ -26,29 +24,13 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
     type Float = __m256;
     type Bytes = __m256i;
 
-    #[inline(always)]
-    unsafe fn load_bytes(from: *const u8) -> __m256i {
-        unsafe { _mm256_loadu_si256(from.cast()) }
-    }
+    operations! {
+        fn load_bytes(from: *const u8) -> __m256i { _mm256_loadu_si256(from.cast()) }
+        fn store_bytes(to: *mut u8, bytes: __m256i) { _mm256_storeu_si256(to.cast(), bytes) }
+        fn xor(a: __m256i, b: __m256i) -> __m256i { _mm256_xor_si256(a, b) }
+        fn splat_bytes(bytes: i32) -> __m256i { _mm256_set1_epi32(bytes) }
 
-    #[inline(always)]
-    unsafe fn store_bytes(to: *mut u8, bytes: __m256i) {
-        unsafe { _mm256_storeu_si256(to.cast(), bytes) }
-    }
-
-    #[inline(always)]
-    unsafe fn xor(a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_xor_si256(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat_bytes(bytes: i32) -> __m256i {
-        unsafe { _mm256_set1_epi32(bytes) }
-    }
-
-    #[inline(always)]
-    unsafe fn lookup(codes: __m256i) -> (__m256i, __m256i) {
-        unsafe {
+        fn lookup(codes: __m256i) -> (__m256i, __m256i) {
             let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(DOUBLED.as_ptr().cast()));
             let low = _mm256_set1_epi8(15);
             (
@@ -56,11 +38,8 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), low)),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn dot(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
-        unsafe {
+        fn dot(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
             if VNNI {
                 _mm256_dpbusd_avx_epi32(sums, codes, x)
             } else {
@@ -69,83 +48,32 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
             }
         }
-    }
 
-    /// One factor is unsigned: the weights' signs go to the activations. Sixteen bits hold two products, at most
-    /// 2 · 127 · 127 in magnitude, which they would not with 128 added to the weights instead.
-    #[inline(always)]
-    unsafe fn dot_int8(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-        unsafe { Self::dot(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
-    }
+        /// One factor is unsigned: the weights' signs go to the activations. Sixteen bits hold two products, at most
+        /// 2 · 127 · 127 in magnitude, which they would not with 128 added to the weights instead.
+        fn dot_int8(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i { Self::dot(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
 
-    #[inline(always)]
-    unsafe fn load_int(from: *const i32) -> __m256i {
-        unsafe { _mm256_loadu_si256(from.cast()) }
-    }
+        fn load_int(from: *const i32) -> __m256i { _mm256_loadu_si256(from.cast()) }
+        fn splat_int(value: i32) -> __m256i { _mm256_set1_epi32(value) }
+        fn add_int(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
+        fn to_float(values: __m256i) -> __m256 { _mm256_cvtepi32_ps(values) }
+        fn load(from: *const f32) -> __m256 { _mm256_loadu_ps(from) }
+        fn store(to: *mut f32, values: __m256) { _mm256_storeu_ps(to, values) }
+        fn splat(value: f32) -> __m256 { _mm256_set1_ps(value) }
+        fn mul(a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
+        fn fma(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
+        fn add(a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
 
-    #[inline(always)]
-    unsafe fn splat_int(value: i32) -> __m256i {
-        unsafe { _mm256_set1_epi32(value) }
-    }
-
-    #[inline(always)]
-    unsafe fn add_int(a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_add_epi32(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn to_float(values: __m256i) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(values) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> __m256 {
-        unsafe { _mm256_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(to: *mut f32, values: __m256) {
-        unsafe { _mm256_storeu_ps(to, values) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> __m256 {
-        unsafe { _mm256_set1_ps(value) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-        unsafe { _mm256_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_add_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum(values: __m256) -> f32 {
-        unsafe {
+        fn sum(values: __m256) -> f32 {
             let four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
-    }
 
-    #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
-    }
+        fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
 
-    /// Eight rows of eight words, twice, in three rounds of two-register shuffles.
-    #[inline(always)]
-    unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
-        unsafe {
+        /// Eight rows of eight words, twice, in three rounds of two-register shuffles.
+        fn transpose(rows: &[*const u8], to: *mut u8) {
             for half in 0..2 {
                 let mut a = [_mm256_setzero_si256(); 8];
                 for r in 0..8 {
@@ -172,11 +100,8 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 }
             }
         }
-    }
 
-    #[inline(always)]
-    unsafe fn spread<const SHARE: usize>(from: *const f32) -> __m256 {
-        unsafe {
+        fn spread<const SHARE: usize>(from: *const f32) -> __m256 {
             let index = match SHARE {
                 2 => _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
                 4 => _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
@@ -184,16 +109,10 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
             };
             _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), index)
         }
-    }
 
-    #[inline(always)]
-    unsafe fn splat_halves(low: f32, high: f32) -> __m256 {
-        unsafe { _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)) }
-    }
+        fn splat_halves(low: f32, high: f32) -> __m256 { _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)) }
 
-    #[inline(always)]
-    unsafe fn values(codes: *const u8) -> (__m256, __m256) {
-        unsafe {
+        fn values(codes: *const u8) -> (__m256, __m256) {
             // The first eight values are the magnitudes: a permutation takes the low three bits of each index. The
             // fourth is the sign.
             let magnitudes = _mm256_loadu_ps(code::VALUES.as_ptr());
@@ -208,16 +127,10 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 _mm256_or_ps(high, _mm256_and_ps(high_signs, sign)),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn signed(from: *const u8) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
-    }
+        fn signed(from: *const u8) -> __m256 { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
 
-    #[inline(always)]
-    unsafe fn bf16(from: *const u8) -> (__m256, __m256) {
-        unsafe {
+        fn bf16(from: *const u8) -> (__m256, __m256) {
             let both = _mm256_loadu_si256(from.cast());
             let odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000_u32 as i32));
             (
@@ -225,11 +138,8 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
                 _mm256_castsi256_ps(odd),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn store_interleaved(to: *mut f32, even: __m256, odd: __m256) {
-        unsafe {
+        fn store_interleaved(to: *mut f32, even: __m256, odd: __m256) {
             let low = _mm256_unpacklo_ps(even, odd);
             let high = _mm256_unpackhi_ps(even, odd);
             _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
@@ -240,4 +150,4 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
 
 // Of sixteen registers a product of two by five takes ten for sums, two for weights, one for an activation, one for
 // ones and one for pairs on their way.
-super::generic::kernels!(Avx2, registers: 2, rows: 5, features: "avx2,fma");
+super::table::kernels!(Avx2, registers: 2, rows: 5, features: "avx2,fma");

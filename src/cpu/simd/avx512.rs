@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: Intel from Ice Lake (servers), AMD from Zen 4.
 
-use super::Simd;
+use super::{Simd, operations};
 use crate::fp4::code;
 use std::arch::x86_64::*;
 
@@ -19,8 +19,6 @@ pub(super) struct Avx512;
 /// Twice the value of each code, plus 12.
 const DOUBLED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
-// SAFETY, for every function below: the instructions are the caller's promise, as is the memory behind pointers.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     const LANES: usize = 16;
     const BIASED: bool = true;
@@ -28,29 +26,13 @@ impl Simd for Avx512 {
     type Float = __m512;
     type Bytes = __m512i;
 
-    #[inline(always)]
-    unsafe fn load_bytes(from: *const u8) -> __m512i {
-        unsafe { _mm512_loadu_si512(from.cast()) }
-    }
+    operations! {
+        fn load_bytes(from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
+        fn store_bytes(to: *mut u8, bytes: __m512i) { _mm512_storeu_si512(to.cast(), bytes) }
+        fn xor(a: __m512i, b: __m512i) -> __m512i { _mm512_xor_si512(a, b) }
+        fn splat_bytes(bytes: i32) -> __m512i { _mm512_set1_epi32(bytes) }
 
-    #[inline(always)]
-    unsafe fn store_bytes(to: *mut u8, bytes: __m512i) {
-        unsafe { _mm512_storeu_si512(to.cast(), bytes) }
-    }
-
-    #[inline(always)]
-    unsafe fn xor(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_xor_si512(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat_bytes(bytes: i32) -> __m512i {
-        unsafe { _mm512_set1_epi32(bytes) }
-    }
-
-    #[inline(always)]
-    unsafe fn lookup(codes: __m512i) -> (__m512i, __m512i) {
-        unsafe {
+        fn lookup(codes: __m512i) -> (__m512i, __m512i) {
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(DOUBLED.as_ptr().cast()));
             let low = _mm512_set1_epi8(15);
             (
@@ -58,87 +40,31 @@ impl Simd for Avx512 {
                 _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low)),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn dot(sums: __m512i, codes: __m512i, x: __m512i) -> __m512i {
-        unsafe { _mm512_dpbusd_epi32(sums, codes, x) }
-    }
+        fn dot(sums: __m512i, codes: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(sums, codes, x) }
 
-    /// One factor is unsigned: the weights' signs go to the activations.
-    #[inline(always)]
-    unsafe fn dot_int8(sums: __m512i, weights: __m512i, x: __m512i) -> __m512i {
-        unsafe {
+        /// One factor is unsigned: the weights' signs go to the activations.
+        fn dot_int8(sums: __m512i, weights: __m512i, x: __m512i) -> __m512i {
             let negative = _mm512_movepi8_mask(weights);
             let x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
             _mm512_dpbusd_epi32(sums, _mm512_abs_epi8(weights), x)
         }
-    }
 
-    #[inline(always)]
-    unsafe fn load_int(from: *const i32) -> __m512i {
-        unsafe { _mm512_loadu_si512(from.cast()) }
-    }
+        fn load_int(from: *const i32) -> __m512i { _mm512_loadu_si512(from.cast()) }
+        fn splat_int(value: i32) -> __m512i { _mm512_set1_epi32(value) }
+        fn add_int(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
+        fn to_float(values: __m512i) -> __m512 { _mm512_cvtepi32_ps(values) }
+        fn load(from: *const f32) -> __m512 { _mm512_loadu_ps(from) }
+        fn store(to: *mut f32, values: __m512) { _mm512_storeu_ps(to, values) }
+        fn splat(value: f32) -> __m512 { _mm512_set1_ps(value) }
+        fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+        fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
+        fn sum(values: __m512) -> f32 { _mm512_reduce_add_ps(values) }
+        fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
 
-    #[inline(always)]
-    unsafe fn splat_int(value: i32) -> __m512i {
-        unsafe { _mm512_set1_epi32(value) }
-    }
-
-    #[inline(always)]
-    unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn to_float(values: __m512i) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(values) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(to: *mut f32, values: __m512) {
-        unsafe { _mm512_storeu_ps(to, values) }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(value) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_add_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum(values: __m512) -> f32 {
-        unsafe { _mm512_reduce_add_ps(values) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
-    }
-
-    /// Sixteen rows of sixteen words, in four rounds of two-register shuffles.
-    #[inline(always)]
-    unsafe fn transpose(rows: &[*const u8], to: *mut u8) {
-        unsafe {
+        /// Sixteen rows of sixteen words, in four rounds of two-register shuffles.
+        fn transpose(rows: &[*const u8], to: *mut u8) {
             let mut a = [_mm512_setzero_si512(); 16];
             for (a, row) in a.iter_mut().zip(rows) {
                 *a = _mm512_loadu_si512(row.cast());
@@ -171,11 +97,8 @@ impl Simd for Avx512 {
                 }
             }
         }
-    }
 
-    #[inline(always)]
-    unsafe fn spread<const SHARE: usize>(from: *const f32) -> __m512 {
-        unsafe {
+        fn spread<const SHARE: usize>(from: *const f32) -> __m512 {
             let index = match SHARE {
                 2 => _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
                 4 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
@@ -183,32 +106,20 @@ impl Simd for Avx512 {
             };
             _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(from)))
         }
-    }
 
-    #[inline(always)]
-    unsafe fn splat_halves(low: f32, high: f32) -> __m512 {
-        unsafe { _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1) }
-    }
+        fn splat_halves(low: f32, high: f32) -> __m512 { _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1) }
 
-    #[inline(always)]
-    unsafe fn values(codes: *const u8) -> (__m512, __m512) {
-        unsafe {
+        fn values(codes: *const u8) -> (__m512, __m512) {
             let table = _mm512_loadu_ps(code::VALUES.as_ptr());
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
             // A permutation takes the low four bits of each index.
             let low = _mm512_permutexvar_ps(bytes, table);
             (low, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table))
         }
-    }
 
-    #[inline(always)]
-    unsafe fn signed(from: *const u8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
-    }
+        fn signed(from: *const u8) -> __m512 { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
 
-    #[inline(always)]
-    unsafe fn bf16(from: *const u8) -> (__m512, __m512) {
-        unsafe {
+        fn bf16(from: *const u8) -> (__m512, __m512) {
             let both = _mm512_loadu_si512(from.cast());
             let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             (
@@ -216,11 +127,8 @@ impl Simd for Avx512 {
                 _mm512_castsi512_ps(odd),
             )
         }
-    }
 
-    #[inline(always)]
-    unsafe fn store_interleaved(to: *mut f32, even: __m512, odd: __m512) {
-        unsafe {
+        fn store_interleaved(to: *mut f32, even: __m512, odd: __m512) {
             let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
             _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
@@ -229,4 +137,4 @@ impl Simd for Avx512 {
     }
 }
 
-super::generic::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma");
+super::table::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma");

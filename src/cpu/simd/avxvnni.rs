@@ -9,4 +9,4 @@ pub(super) fn available() -> bool {
 type AvxVnni = Bits256<true>;
 
 // Of sixteen registers a product of two by six takes twelve for sums, two for weights, one for an activation.
-super::generic::kernels!(AvxVnni, registers: 2, rows: 6, features: "avx2,fma,avxvnni");
+super::table::kernels!(AvxVnni, registers: 2, rows: 6, features: "avx2,fma,avxvnni");

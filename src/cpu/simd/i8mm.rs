@@ -87,7 +87,7 @@ unsafe fn pair(a: &Block, b: &Block) -> [int8x16_t; WORDS] {
     }
 }
 
-/// As [`generic::tile`](super::generic::tile), over blocks [arranged](Simd::arrange) two rows to a register.
+/// As [`blocks::tile`](super::blocks::tile), over blocks [arranged](Simd::arrange) two rows to a register.
 #[inline(always)]
 pub(super) unsafe fn tile<const NR: usize, const MR: usize>(
     codes: &[u8; TILE * BLOCK],
@@ -145,4 +145,4 @@ pub(super) unsafe fn tile<const NR: usize, const MR: usize>(
 }
 
 // Of 32 registers a product of four by six takes 24 for sums, three for activations, two for weights.
-super::generic::kernels!(I8mm, registers: 4, rows: 6, features: "neon,dotprod,i8mm");
+super::table::kernels!(I8mm, registers: 4, rows: 6, features: "neon,dotprod,i8mm");

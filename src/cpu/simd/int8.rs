@@ -1,8 +1,5 @@
 //! Weights of eight bits times rounded activations: an output head, with one row of activations a token.
 
-// SAFETY, for the whole file: the functions are unsafe because the operations of `Simd` are; their callers promise
-// the instructions. Memory is checked where pointers are made from slices.
-#![allow(clippy::undocumented_unsafe_blocks)]
 // Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]

@@ -1,7 +1,8 @@
 //! The kernels' inner loops, one set for each instruction set.
 //!
-//! [`generic`] holds each loop once, written over the few operations of [`Simd`]; an instruction set is an
-//! implementation of those and a [`Kernels`] table of the loops compiled for it.
+//! Each loop is there once, written over the few operations of [`Simd`]; an instruction set is an implementation of
+//! those and a [`Kernels`] table of the loops compiled for it. The loops are inlined into the functions of that table,
+//! and run their sums in an order that depends on nothing but the shapes.
 
 mod attention;
 #[cfg(target_arch = "x86_64")]
@@ -10,18 +11,26 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
-mod generic;
+mod blocks;
+mod columns;
+mod decode;
+mod elementwise;
+mod exact;
+mod few;
 #[cfg(target_arch = "aarch64")]
 mod i8mm;
 mod int8;
+mod limits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 mod product;
 mod scales;
+mod table;
+mod w4a8;
 
 pub(super) use attention::out_stride;
-pub(super) use generic::COLUMNS;
+pub(super) use columns::COLUMNS;
 
 use super::Isa;
 use super::activations::{BLOCK, Block, Rounded};
@@ -31,6 +40,15 @@ use std::ops::Range;
 
 /// Rows of weights in a tile.
 pub(super) const TILE: usize = 64;
+
+/// Bytes of codes that a block of 128 elements has.
+const BLOCK_BYTES: usize = BLOCK / 2;
+/// Lanes of 32 bits that these bytes fill.
+const BLOCK_LANES: usize = BLOCK_BYTES / 4;
+
+/// How many bytes ahead codes are asked for, in the rows to come too: what memory takes to answer, at its speed. (Found
+/// by trial: 2 KiB gave four fifths of the speed of plain reading, 4 to 8 KiB all of it.)
+const DISTANCE: usize = 6144;
 
 /// Some rows of an FP4 matrix, as bytes.
 #[derive(Clone, Copy)]
@@ -132,24 +150,24 @@ pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut 
 #[derive(Debug)]
 #[expect(clippy::type_complexity, reason = "each is used once")]
 pub(super) struct Kernels {
-    /// Rounds a row of activations; see [`generic::round`].
+    /// Rounds a row of activations; see [`elementwise::round`].
     pub round: unsafe fn(x: &[f32], row: usize, rows: usize, blocks: *mut Block),
-    /// FP4 weights times rounded activations; see [`generic::w4a8`].
+    /// FP4 weights times rounded activations; see [`w4a8::w4a8`].
     pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
     /// Weights of eight bits times rounded activations; see [`int8::int8`].
     pub int8: unsafe fn(Int8Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
-    /// Any weights times f32 activations; see [`generic::exact`].
+    /// Any weights times f32 activations; see [`exact::exact`].
     pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
-    /// The transposed product; see [`generic::columns`].
+    /// The transposed product; see [`columns::columns`].
     pub columns:
         unsafe fn(&Weight, Range<usize>, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
-    /// `silu(gate) · up` in place of `gate`; see [`generic::swiglu`].
+    /// `silu(gate) · up` in place of `gate`; see [`elementwise::swiglu`].
     pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// Some rows of attention; see [`attention::attend`].
     pub attend: unsafe fn(&Task<'_>, &mut [f32], &mut Scratch),
-    /// Reads bytes, for the sake of it; see [`generic::read`].
+    /// Reads bytes, for the sake of it; see [`limits::read`].
     pub read: unsafe fn(&[u8]) -> u8,
-    /// Multiplies bytes, for the sake of it; see [`generic::dots`].
+    /// Multiplies bytes, for the sake of it; see [`limits::dots`].
     pub dots: unsafe fn(rounds: u32) -> u64,
 }
 
@@ -172,6 +190,22 @@ impl Kernels {
         }
     }
 }
+
+/// Operations of [`Simd`] that are expressions of intrinsics.
+macro_rules! operations {
+    ($(
+        $(#[$doc:meta])*
+        fn $name:ident $(<const $c:ident: usize>)? ($($arg:ident: $ty:ty),*) $(-> $result:ty)? { $($body:tt)* }
+    )*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        unsafe fn $name $(<const $c: usize>)? ($($arg: $ty),*) $(-> $result)? {
+            // SAFETY: the caller promises the instructions, and the memory behind pointers.
+            unsafe { $($body)* }
+        }
+    )*};
+}
+use operations;
 
 /// The operations that the loops are written in, on registers of [`LANES`](Self::LANES) 32-bit lanes.
 ///
@@ -251,7 +285,7 @@ pub(super) trait Simd: Sized {
         (even, odd)
     }
 
-    /// `MR` rows of activations times a decoded block; see [`generic::tile`].
+    /// `MR` rows of activations times a decoded block; see [`blocks::tile`].
     #[inline(always)]
     unsafe fn tile<const NR: usize, const MR: usize>(
         codes: &[u8; TILE * BLOCK],
@@ -261,7 +295,7 @@ pub(super) trait Simd: Sized {
         out: &mut [f32],
     ) {
         // SAFETY: the caller's promise.
-        unsafe { generic::tile::<Self, NR, MR>(codes, scales, group, x, out) }
+        unsafe { blocks::tile::<Self, NR, MR>(codes, scales, group, x, out) }
     }
 
     /// Products and sums in a lane of [`widest`](Self::widest).

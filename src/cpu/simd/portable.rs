@@ -162,4 +162,4 @@ impl Simd for Portable {
     }
 }
 
-super::generic::kernels!(Portable, registers: 2, rows: 2);
+super::table::kernels!(Portable, registers: 2, rows: 2);

@@ -3,11 +3,11 @@
 //! The left side is broadcast element by element, the right side read in registers of columns; a tile of sums stays in
 //! registers. Sums run in an order that depends on nothing but the shapes.
 
-// SAFETY, for the whole file: the functions are unsafe because the operations of `Simd` are; their callers promise
-// the instructions, and that the elements which a shape names are there.
-#![allow(clippy::undocumented_unsafe_blocks)]
+// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
+// set, which nothing guarantees.
+#![allow(clippy::needless_range_loop)]
 
-use super::{Simd, sized};
+use super::{Selection, Simd, sized};
 
 /// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
 #[inline(always)]
@@ -39,6 +39,29 @@ macro_rules! passes {
     };
 }
 pub(super) use passes;
+
+/// The selected rows of `width` elements, one after the other; copied where they do not lie so.
+#[inline(always)]
+pub(super) fn gather<'a>(
+    x: &'a [f32],
+    width: usize,
+    selection: Selection<'_>,
+    memory: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    if let Selection::Every {
+        first,
+        step: 1,
+        count,
+    } = selection
+    {
+        return &x[first * width..][..count * width];
+    }
+    let gathered = sized(memory, selection.len() * width);
+    for (i, row) in gathered.chunks_exact_mut(width).enumerate() {
+        row.copy_from_slice(&x[selection.row(i) * width..][..width]);
+    }
+    gathered
+}
 
 /// The left side of a product: rows `stride` apart.
 #[derive(Clone, Copy)]
@@ -150,22 +173,29 @@ unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
     add: bool,
 ) {
     unsafe {
-        let place = |i: usize, v: usize| out.add(i * stride + v * S::LANES);
-        let mut sums: [[_; NR]; MR] = std::array::from_fn(|i| {
-            std::array::from_fn(|v| if add { S::load(place(i, v)) } else { S::splat(0.0) })
-        });
-        for k in 0..inner {
-            let b: [_; NR] = std::array::from_fn(|v| S::load(b.start.add(k * b.row + v * b.register)));
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = S::splat(*a.start.add(i * a.stride + k));
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = S::fma(a, b, *sum);
+        let mut sums = [[S::splat(0.0); NR]; MR];
+        if add {
+            for i in 0..MR {
+                for v in 0..NR {
+                    sums[i][v] = S::load(out.add(i * stride + v * S::LANES));
                 }
             }
         }
-        for (i, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                S::store(place(i, v), sum);
+        for k in 0..inner {
+            let mut row = [S::splat(0.0); NR];
+            for v in 0..NR {
+                row[v] = S::load(b.start.add(k * b.row + v * b.register));
+            }
+            for i in 0..MR {
+                let a = S::splat(*a.start.add(i * a.stride + k));
+                for v in 0..NR {
+                    sums[i][v] = S::fma(a, row[v], sums[i][v]);
+                }
+            }
+        }
+        for i in 0..MR {
+            for v in 0..NR {
+                S::store(out.add(i * stride + v * S::LANES), sums[i][v]);
             }
         }
     }
@@ -178,7 +208,10 @@ pub(super) unsafe fn transpose<S: Simd>(rows: [&[f32]; 16], to: &mut [f32]) {
     assert_eq!(to.len(), rows[0].len() * S::LANES);
     let (wholes, tail) = to.split_at_mut(whole * S::LANES);
     for (step, to) in wholes.chunks_exact_mut(16 * S::LANES).enumerate() {
-        let pointers = rows.map(|row| row[step * 16..][..16].as_ptr().cast());
+        let mut pointers = [std::ptr::null(); 16];
+        for (pointer, row) in pointers.iter_mut().zip(rows) {
+            *pointer = row[step * 16..][..16].as_ptr().cast();
+        }
         unsafe { S::transpose(&pointers[..S::LANES], to.as_mut_ptr().cast()) };
     }
     for (k, to) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {

@@ -1,0 +1,87 @@
+//! Weights of any kind to f32: what exact products and the transposed ones are made of.
+
+// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
+// set, which nothing guarantees.
+#![allow(clippy::needless_range_loop)]
+
+use super::{Simd, scales, sized};
+use crate::fp4::{FloatKind, INT8_BLOCK, Int8Tensor, Weight};
+
+/// Writes the elements `start..start + row.len()` of row `n`, whole groups, in f32.
+#[inline(always)]
+pub(super) unsafe fn decode_row<S: Simd>(
+    weight: &Weight,
+    n: usize,
+    start: usize,
+    row: &mut [f32],
+    scales: &mut Vec<f32>,
+) {
+    let (k, span) = (weight.shape().1, 2 * S::LANES);
+    let whole = row.len() / span;
+    match weight {
+        Weight::Fp4(tensor) => {
+            let group = tensor.group();
+            let codes = &tensor.codes()[(n * k + start) / 2..][..row.len() / 2];
+            let scales = sized(scales, row.len() / group);
+            scales::decode(tensor, (n * k + start) / group, scales);
+            for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                unsafe {
+                    let scale = span_scale::<S>(scales, group, i);
+                    let (even, odd) = S::values(codes[i * S::LANES..][..S::LANES].as_ptr());
+                    S::store_interleaved(row.as_mut_ptr(), S::mul(even, scale), S::mul(odd, scale));
+                }
+            }
+        }
+        Weight::Dense(tensor) if tensor.kind() == FloatKind::BF16 => {
+            let bytes = &tensor.bytes()[2 * (n * k + start)..][..2 * row.len()];
+            for (bytes, row) in bytes.chunks_exact(2 * span).zip(row.chunks_exact_mut(span)) {
+                unsafe {
+                    let (even, odd) = S::bf16(bytes.as_ptr());
+                    S::store_interleaved(row.as_mut_ptr(), even, odd);
+                }
+            }
+        }
+        Weight::Dense(_) => return weight.decode_row_part(n, start, row),
+        Weight::Int8(tensor) => {
+            for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                unsafe {
+                    let (even, odd) = int8_span::<S>(tensor, n, start + i * span);
+                    S::store_interleaved(row.as_mut_ptr(), even, odd);
+                }
+            }
+        }
+    }
+    if !row.len().is_multiple_of(span) {
+        weight.decode_row_part(n, start + whole * span, &mut row[whole * span..]);
+    }
+}
+
+/// The even and the odd ones of `2 · LANES` elements of row `n` from `start` on, which is a multiple of that.
+#[inline(always)]
+pub(super) unsafe fn int8_span<S: Simd>(tensor: &Int8Tensor, n: usize, start: usize) -> (S::Float, S::Float) {
+    debug_assert!(start.is_multiple_of(2 * S::LANES));
+    let index = n * tensor.blocks() + start / INT8_BLOCK;
+    let (even, odd) = tensor.block(index).split_at(INT8_BLOCK / 2);
+    let at = start % INT8_BLOCK / 2;
+    // SAFETY: a block's half is a whole number of registers.
+    unsafe {
+        let scale = S::splat(tensor.scale(index));
+        (
+            S::mul(S::signed(even[at..].as_ptr()), scale),
+            S::mul(S::signed(odd[at..].as_ptr()), scale),
+        )
+    }
+}
+
+/// The scales of the `2 · LANES` elements from `index · 2 · LANES` on, those of a register of even or odd ones.
+#[inline(always)]
+pub(super) unsafe fn span_scale<S: Simd>(scales: &[f32], group: usize, index: usize) -> S::Float {
+    let span = 2 * S::LANES;
+    unsafe {
+        if group < span {
+            S::splat_halves(scales[2 * index], scales[2 * index + 1])
+        } else {
+            S::splat(scales[index * span / group])
+        }
+    }
+}

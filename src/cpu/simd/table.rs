@@ -1,0 +1,101 @@
+//! [`Kernels`](super::Kernels) tables: the loops compiled for an instruction set.
+
+/// Makes a table for an implementation of [`Simd`](super::Simd): tile products keep `registers` registers of weights'
+/// rows times `rows` rows of activations in registers.
+macro_rules! kernels {
+    ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
+        mod kernels {
+            use super::super::{
+                Fp4Rows, Int8Rows, Kernels, Scratch, Selection, attention, columns, elementwise, exact, int8, limits, w4a8,
+            };
+            use crate::cpu::activations::{Block, Rounded};
+            use crate::cpu::attention::Task;
+            use crate::fp4::Weight;
+            use std::ops::Range;
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn round(x: &[f32], row: usize, rows: usize, blocks: *mut Block) {
+                // SAFETY: as the caller promises.
+                unsafe { elementwise::round(x, row, rows, blocks) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn w4a8(
+                weights: Fp4Rows<'_>,
+                x: Rounded<'_>,
+                selection: Selection<'_>,
+                out: &mut [f32],
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe { w4a8::w4a8::<super::$simd, $registers, $rows>(weights, x, selection, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn int8(
+                weights: Int8Rows<'_>,
+                x: Rounded<'_>,
+                selection: Selection<'_>,
+                out: &mut [f32],
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe { int8::int8::<super::$simd>(weights, x, selection, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn exact(
+                weight: &Weight,
+                rows: Range<usize>,
+                x: &[f32],
+                selection: Selection<'_>,
+                out: &mut [f32],
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe { exact::exact::<super::$simd, $registers, $rows>(weight, rows, x, selection, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn columns(
+                weight: &Weight,
+                rows: Range<usize>,
+                columns: Range<usize>,
+                x: &[f32],
+                selection: Selection<'_>,
+                out: &mut [f32],
+                scratch: &mut Scratch,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe { columns::columns::<super::$simd, $registers, $rows>(weight, rows, columns, x, selection, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn swiglu(gate: &mut [f32], up: &[f32]) {
+                elementwise::swiglu(gate, up)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend(task: &Task<'_>, out: &mut [f32], scratch: &mut Scratch) {
+                // SAFETY: as the caller promises.
+                unsafe { attention::attend::<super::$simd, $registers, $rows>(task, out, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn read(bytes: &[u8]) -> u8 {
+                // SAFETY: as the caller promises.
+                unsafe { limits::read::<super::$simd>(bytes) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dots(rounds: u32) -> u64 {
+                // SAFETY: as the caller promises.
+                unsafe { limits::dots::<super::$simd>(rounds) }
+            }
+
+            pub static KERNELS: Kernels = Kernels { round, w4a8, int8, exact, columns, swiglu, attend, read, dots };
+        }
+        pub(super) use kernels::KERNELS;
+    };
+}
+pub(super) use kernels;
