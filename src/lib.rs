@@ -52,7 +52,7 @@
 //! On the CPU everything runs and is tested. On Metal the FP4 kernels are not there yet: loading a model there,
 //! or running an op, is an error that says so. CUDA is not supported. There is no backward pass.
 
-#![deny(missing_docs)]
+#![deny(missing_docs, clippy::undocumented_unsafe_blocks)]
 
 pub mod bandwidth;
 pub mod checkpoint;

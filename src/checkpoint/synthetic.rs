@@ -18,7 +18,7 @@ const SHARD: usize = 4_000_000_000;
 
 /// A `glm4_moe_lite` checkpoint of random weights, whose speed and memory are those of a real one of its shapes.
 ///
-/// Every linear layer, `kv_b_proj` and the output head are in MMFP4, as [`quantize_folder`](super::quantize_folder)
+/// Every linear layer, `kv_b_proj` and the output head (but see [`with_bf16_head`](Self::with_bf16_head)) are in MMFP4, as [`quantize_folder`](super::quantize_folder)
 /// lays it out; embeddings, routers and norms in BF16; correction biases are 0. Codes are uniform, and scales such that
 /// activations keep a size of about 1 however many layers there are. There is no tokenizer. The same checkpoint is the
 /// same byte for byte on every machine.
@@ -36,12 +36,18 @@ pub struct Synthetic {
     name: String,
     json: Value,
     config: Config,
+    bf16_head: bool,
 }
 
 impl Synthetic {
     /// The names that [`FromStr`](std::str::FromStr) knows: GLM-4.7-Flash, and its dense and first three sparse layers
-    /// with the whole vocabulary.
-    pub const NAMES: [&str; 2] = ["glm-4.7-flash", "slice"];
+    /// with the whole vocabulary; both with an output head in MMFP4 or in BF16.
+    pub const NAMES: [&str; 4] = [
+        "glm-4.7-flash",
+        "slice",
+        "glm-4.7-flash-bf16-head",
+        "slice-bf16-head",
+    ];
 
     /// A checkpoint of the shapes that a `config.json` describes.
     ///
@@ -86,7 +92,17 @@ impl Synthetic {
             name: name.into(),
             json,
             config,
+            bf16_head: false,
         })
+    }
+
+    /// With an output head in BF16, as checkpoints have that keep theirs; `name` is its own.
+    pub fn with_bf16_head(self, name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            bf16_head: true,
+            ..self
+        }
     }
 
     /// Its name.
@@ -164,7 +180,7 @@ impl Synthetic {
     /// The files by name: what is outside of the layers first, then as many layers a file as fit.
     fn files(&self) -> Vec<(String, File<Content>)> {
         let layers = (0..self.config.layers.len()).map(|index| shapes::layer(&self.config, index));
-        let mut shards: Vec<Vec<Tensor>> = vec![shapes::outside(&self.config)];
+        let mut shards: Vec<Vec<Tensor>> = vec![shapes::outside(&self.config, self.bf16_head)];
         let size = |tensors: &[Tensor]| tensors.iter().map(Tensor::size).sum::<usize>();
         for layer in layers {
             match shards.last_mut() {
@@ -192,7 +208,7 @@ impl std::str::FromStr for Synthetic {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let layers = match name {
+        let layers = match name.strip_suffix("-bf16-head").unwrap_or(name) {
             "glm-4.7-flash" => 47,
             "slice" => 4,
             _ => {
@@ -212,6 +228,9 @@ impl std::str::FromStr for Synthetic {
             "tie_word_embeddings": false, "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
         });
         match &config {
+            Value::Object(config) if name.ends_with("-bf16-head") => {
+                Ok(Self::new(name, config)?.with_bf16_head(name))
+            }
             Value::Object(config) => Self::new(name, config),
             other => Err(Error::argument(
                 "synthetic",
@@ -429,6 +448,14 @@ mod tests {
             );
             assert_eq!(model.cache_bytes_per_token(), layers * 576 * 4);
         }
+    }
+
+    #[test]
+    fn a_bf16_head_is_four_times_as_large_but_for_its_scales() {
+        let [mmfp4, bf16] = ["slice", "slice-bf16-head"].map(hollow);
+        let head = 2048 * 154_880;
+        let more = 2 * head - (head / 2 + head / 128 * 2);
+        assert_eq!(bf16.bytes_read(1), mmfp4.bytes_read(1) + more);
     }
 
     #[test]

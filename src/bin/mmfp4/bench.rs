@@ -82,7 +82,7 @@ pub struct Arguments {
     #[command(flatten)]
     model: model::Arguments,
     /// A model of random weights, made where it is not there: glm-4.7-flash (16 GB), or slice, its first four layers
-    /// with the whole vocabulary (2 GB).
+    /// with the whole vocabulary (2 GB). With -bf16-head after the name its output head is in BF16.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "quantize"], help_heading = "Model")]
     synthetic: Option<Synthetic>,
     /// Where the model of random weights lies [default: target/synthetic/NAME].

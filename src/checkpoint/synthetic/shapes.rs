@@ -7,7 +7,7 @@ use crate::models::glm4_moe_lite::{Config, Layer};
 use safetensors::Dtype;
 
 /// What stands before and after the layers.
-pub(super) fn outside(config: &Config) -> Vec<Tensor> {
+pub(super) fn outside(config: &Config, bf16_head: bool) -> Vec<Tensor> {
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let tied = config.tie_word_embeddings;
     // As an output head it is to give logits of unit size.
@@ -17,8 +17,14 @@ pub(super) fn outside(config: &Config) -> Vec<Tensor> {
         Tensor::new("model.embed_tokens", Kind::Random { rms }, vec![vocab, hidden]),
         Tensor::norm("model.norm", hidden),
     ];
-    if !tied {
-        tensors.push(Tensor::linear("lm_head", vocab, hidden, 1.0));
+    match (tied, bf16_head) {
+        (true, _) => {}
+        (false, true) => tensors.push(Tensor::new(
+            "lm_head",
+            Kind::Random { rms: unit },
+            vec![vocab, hidden],
+        )),
+        (false, false) => tensors.push(Tensor::linear("lm_head", vocab, hidden, 1.0)),
     }
     tensors
 }

@@ -45,6 +45,8 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     let seen = attention.visible(task.row(0).0).start..attention.visible(task.row(rows - 1).0).end;
     for first in seen.clone().step_by(KEYS) {
         let (count, add) = ((seen.end - first).min(KEYS), first > seen.start);
+        // SAFETY: the instructions are the caller's promise; there are `rows` queries of
+        // `width`, and that many keys have been packed, to whole registers.
         unsafe {
             let a = Rows::of(queries, width);
             if few {
@@ -80,6 +82,8 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
             sums[index] = sums[index] * before + lanes(scores, 0.0, |a, b| a + b);
             maxima[index] = maximum;
         }
+        // SAFETY: the instructions are the caller's promise; there are `rows` rows of 64 scores, and
+        // `count` rows of values, as they lie or packed to whole registers.
         unsafe {
             let (b, columns) = if few {
                 (values_of::<S>(task, first, count), value)
@@ -137,6 +141,7 @@ unsafe fn pack_keys<S: Simd>(task: &Task<'_>, first: usize, count: usize, width:
                 *key = part.get(first + (set * S::LANES + lane).min(count - 1), h);
             }
             let (place, rest) = to.split_at_mut(part.width * S::LANES);
+            // SAFETY: the instructions are the caller's promise.
             unsafe { transpose::<S>(keys, place) };
             to = rest;
         }
@@ -161,6 +166,7 @@ unsafe fn pack_values<S: Simd>(task: &Task<'_>, first: usize, count: usize, to: 
         for (t, to) in to.chunks_exact_mut(S::LANES).take(count).enumerate() {
             let from = &task.attention.values.get(first + t, task.head())[columns.clone()];
             if from.len() == S::LANES {
+                // SAFETY: the instructions are the caller's promise; both are a register long.
                 unsafe { S::store(to.as_mut_ptr(), S::load(from.as_ptr())) };
             } else {
                 to.fill(0.0);
@@ -181,6 +187,8 @@ unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
 ) {
     for key in (0..count).step_by(NR) {
         let keys = (first + key, (count - key).min(NR));
+        // SAFETY: the instructions are the caller's promise; `queries` has a row for each of
+        // the task.
         passes!(task.len(), MR, |row, R| unsafe {
             let scores = &mut scores[row * KEYS + key..];
             dots_of::<S, NR, R>(task, queries.skip(row, 0), keys, scores);
@@ -196,6 +204,8 @@ unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
     (first, count): (usize, usize),
     scores: &mut [f32],
 ) {
+    // SAFETY: the instructions are the caller's promise; `MR` queries are there, as wide as all
+    // parts of a key; a part's key is a slice of its width.
     unsafe {
         let mut sums = [[S::splat(0.0); NR]; MR];
         let mut rests = [[0f32; NR]; MR];

@@ -55,9 +55,11 @@ pub(super) unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
                 for row in codes.chunks_exact(row_bytes) {
                     let ahead = (b + AHEAD) * BLOCK_BYTES;
                     if ahead < row_bytes {
+                        // SAFETY: the instructions are the caller's promise.
                         unsafe { S::prefetch(row[ahead..].as_ptr()) };
                     }
                 }
+                // SAFETY: the instructions are the caller's promise.
                 unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, codes_of_block) };
             }
             let scales = &by_row[b * BLOCK / group * TILE..];
@@ -69,6 +71,7 @@ pub(super) unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
                     *chosen = &x[selection.row(start + from + i)];
                 }
                 let out = &mut out[from * TILE..(from + R) * TILE];
+                // SAFETY: the instructions are the caller's promise.
                 unsafe { S::tile::<NR, R>(codes_of_block, scales, group, chosen, out) }
             });
         }
@@ -107,6 +110,9 @@ unsafe fn decode_block<S: Simd>(
                 *pointer = ends[lane].as_ptr().cast();
             }
         }
+        // SAFETY: the instructions are the caller's promise. Each pointer names 64 bytes:
+        // of codes, of a row's end with zeros after it, or of nothing. Sixteen words of LANES rows fit `words`, 32 registers
+        // a set fit `to`.
         unsafe {
             let words: *mut u8 = words.as_mut_ptr().cast();
             S::transpose(&pointers[..S::LANES], words);

@@ -29,15 +29,19 @@ pub(super) unsafe fn columns<S: Simd, const NR: usize, const MR: usize>(
     match weight {
         Weight::Fp4(tensor) if m == 1 && width.is_multiple_of(8 * S::LANES) => {
             let x = &x[selection.row(0) * count..][..count];
+            // SAFETY: the instructions are the caller's promise.
             unsafe { one_transposed::<S>(tensor, rows.start, columns.start, x, &mut out[..width], scratch) }
         }
         _ => {
             let decoded = sized(&mut scratch.weights, count * width);
             for (n, row) in rows.zip(decoded.chunks_exact_mut(width)) {
+                // SAFETY: the instructions are the caller's promise.
                 unsafe { decode_row::<S>(weight, n, columns.start, row, &mut scratch.floats) };
             }
             let x = gather(x, count, selection, &mut scratch.gathered);
             let (a, b) = (Rows::of(x, count), Columns::rows::<S>(decoded, width));
+            // SAFETY: the instructions are the caller's promise; `a` has `m` rows of `count`, `b` `count` rows of
+            // `width`.
             unsafe { product::<S, NR, MR>(a, b, (m, count, width), (out, width), false) };
         }
     }
@@ -71,7 +75,8 @@ unsafe fn one_transposed<S: Simd>(
             scales.iter_mut().for_each(|scale| *scale *= x);
         }
         for column in (0..width).step_by(set) {
-            // SAFETY: `sums` has `width` elements, a multiple of `set`; codes and scales are sliced.
+            // SAFETY: the instructions are the caller's promise; `sums` has `width` elements, a
+            // multiple of `set`; codes and scales are sliced.
             unsafe {
                 let place = sums.as_mut_ptr().add(column);
                 let mut sums = [S::splat(0.0); 8];
@@ -96,6 +101,7 @@ unsafe fn one_transposed<S: Simd>(
         }
     }
     for (sums, out) in sums.chunks_exact(span).zip(out.chunks_exact_mut(span)) {
+        // SAFETY: the instructions are the caller's promise; both slices are two registers long.
         unsafe {
             let (even, odd) = (S::load(sums.as_ptr()), S::load(sums.as_ptr().add(S::LANES)));
             S::store_interleaved(out.as_mut_ptr(), even, odd);

@@ -25,6 +25,8 @@ pub(super) unsafe fn decode_row<S: Simd>(
             let scales = sized(scales, row.len() / group);
             scales::decode(tensor, (n * k + start) / group, scales);
             for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                // SAFETY: the instructions are the caller's promise; codes are sliced, `row` is two
+                // registers long.
                 unsafe {
                     let scale = span_scale::<S>(scales, group, i);
                     let (even, odd) = S::values(codes[i * S::LANES..][..S::LANES].as_ptr());
@@ -35,6 +37,8 @@ pub(super) unsafe fn decode_row<S: Simd>(
         Weight::Dense(tensor) if tensor.kind() == FloatKind::BF16 => {
             let bytes = &tensor.bytes()[2 * (n * k + start)..][..2 * row.len()];
             for (bytes, row) in bytes.chunks_exact(2 * span).zip(row.chunks_exact_mut(span)) {
+                // SAFETY: the instructions are the caller's promise; `bytes` and `row` are two
+                // registers long.
                 unsafe {
                     let (even, odd) = S::bf16(bytes.as_ptr());
                     S::store_interleaved(row.as_mut_ptr(), even, odd);
@@ -44,6 +48,7 @@ pub(super) unsafe fn decode_row<S: Simd>(
         Weight::Dense(_) => return weight.decode_row_part(n, start, row),
         Weight::Int8(tensor) => {
             for (i, row) in row.chunks_exact_mut(span).enumerate() {
+                // SAFETY: the instructions are the caller's promise; `row` is two registers long.
                 unsafe {
                     let (even, odd) = int8_span::<S>(tensor, n, start + i * span);
                     S::store_interleaved(row.as_mut_ptr(), even, odd);
@@ -63,7 +68,7 @@ pub(super) unsafe fn int8_span<S: Simd>(tensor: &Int8Tensor, n: usize, start: us
     let index = n * tensor.blocks() + start / INT8_BLOCK;
     let (even, odd) = tensor.block(index).split_at(INT8_BLOCK / 2);
     let at = start % INT8_BLOCK / 2;
-    // SAFETY: a block's half is a whole number of registers.
+    // SAFETY: the instructions are the caller's promise; a block's half is a whole number of registers.
     unsafe {
         let scale = S::splat(tensor.scale(index));
         (
@@ -77,6 +82,7 @@ pub(super) unsafe fn int8_span<S: Simd>(tensor: &Int8Tensor, n: usize, start: us
 #[inline(always)]
 pub(super) unsafe fn span_scale<S: Simd>(scales: &[f32], group: usize, index: usize) -> S::Float {
     let span = 2 * S::LANES;
+    // SAFETY: the instructions are the caller's promise.
     unsafe {
         if group < span {
             S::splat_halves(scales[2 * index], scales[2 * index + 1])

@@ -6,6 +6,7 @@ use crate::cpu::activations::{BLOCK, Block};
 #[inline(always)]
 pub(super) unsafe fn round(x: &[f32], row: usize, rows: usize, blocks: *mut Block) {
     for (b, x) in x.chunks(BLOCK).enumerate() {
+        // SAFETY: the caller's promise: these blocks are there to be written.
         unsafe { blocks.add(b * rows + row).write(Block::round(x)) };
     }
 }

@@ -31,6 +31,7 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     if m < MANY {
         passes!(m, ROWS, |first, R| {
             let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
+            // SAFETY: the instructions are the caller's promise.
             unsafe { few::<S, R>(weight, rows.clone(), x, selection, out, scratch) }
         });
         return;
@@ -42,12 +43,14 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
         .take(count.div_ceil(S::LANES));
     for (first, packed) in rows.clone().step_by(S::LANES).zip(sets) {
         for (n, row) in (first..rows.end).zip(set.chunks_exact_mut(k)) {
+            // SAFETY: the instructions are the caller's promise.
             unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
         }
         let mut decoded = [&set[..k]; 16];
         for (decoded, row) in decoded.iter_mut().zip(set.chunks_exact(k)) {
             *decoded = row;
         }
+        // SAFETY: the instructions are the caller's promise.
         unsafe { transpose::<S>(decoded, packed) };
     }
     let (a, b) = (
@@ -56,6 +59,8 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     );
     // Columns beyond the rows there are have room, and nobody reads them.
     let columns = count.next_multiple_of(S::LANES);
+    // SAFETY: the instructions are the caller's promise; `a` has `m` rows of K, `b` room for
+    // 64 columns of K.
     unsafe { product::<S, NR, MR>(a, b, (m, k, columns), (out, TILE), false) };
 }
 
@@ -78,6 +83,7 @@ unsafe fn few<S: Simd, const M: usize>(
         for (r, n) in rows.enumerate() {
             weight.decode_row_part(n, 0, row);
             for i in 0..M {
+                // SAFETY: the instructions are the caller's promise.
                 out[i * TILE + r] = unsafe { dot::<S>(row, &x[selection.row(i) * k..][..k]) };
             }
         }
@@ -98,6 +104,7 @@ unsafe fn few<S: Simd, const M: usize>(
     }
     let split = &scratch.gathered[..M * k];
     for (r, n) in rows.enumerate() {
+        // SAFETY: the instructions are the caller's promise.
         let mut sums = [[unsafe { S::splat(0.0) }; 2]; M];
         match weight {
             Weight::Fp4(tensor) => {
@@ -106,6 +113,8 @@ unsafe fn few<S: Simd, const M: usize>(
                 scales::decode(tensor, n * k / group, scales);
                 let codes = &tensor.codes()[n * k / 2..][..k / 2];
                 for i in 0..whole {
+                    // SAFETY: the instructions are the caller's promise; a row has `whole` registers
+                    // of codes.
                     unsafe {
                         S::prefetch(codes.as_ptr().wrapping_add(i * S::LANES + DISTANCE));
                         let scale = span_scale::<S>(scales, group, i);
@@ -123,6 +132,8 @@ unsafe fn few<S: Simd, const M: usize>(
             Weight::Dense(tensor) => {
                 let bytes = &tensor.bytes()[2 * n * k..][..2 * k];
                 for i in 0..whole {
+                    // SAFETY: the instructions are the caller's promise; a row has twice `whole`
+                    // registers.
                     unsafe {
                         S::prefetch(bytes.as_ptr().wrapping_add(2 * i * span + DISTANCE));
                         let (even, odd) = S::bf16(bytes.as_ptr().add(2 * i * span));
@@ -132,6 +143,7 @@ unsafe fn few<S: Simd, const M: usize>(
             }
             Weight::Int8(tensor) => {
                 for i in 0..whole {
+                    // SAFETY: the instructions are the caller's promise.
                     unsafe {
                         let (even, odd) = int8_span::<S>(tensor, n, i * span);
                         add::<S, M>(&mut sums, even, odd, &split[i * span..], k);
@@ -147,6 +159,7 @@ unsafe fn few<S: Simd, const M: usize>(
         for i in 0..M {
             let x = &split[i * k + whole * span..(i + 1) * k];
             let rest: f32 = rest.iter().zip(x).map(|(w, x)| w * x).sum();
+            // SAFETY: the instructions are the caller's promise.
             out[i * TILE + r] = unsafe { S::sum(S::add(sums[i][0], sums[i][1])) } + rest;
         }
     }
@@ -161,8 +174,10 @@ unsafe fn add<S: Simd, const M: usize>(
     x: &[f32],
     k: usize,
 ) {
-    debug_assert!(x.len() >= (M - 1) * k + 2 * S::LANES);
+    assert!(x.len() >= (M - 1) * k + 2 * S::LANES);
     for i in 0..M {
+        // SAFETY: the instructions are the caller's promise; `x` reaches two registers
+        // beyond the start of its last row, as asserted.
         unsafe {
             let x = x.as_ptr().add(i * k);
             sums[i][0] = S::fma(even, S::load(x), sums[i][0]);
@@ -177,6 +192,7 @@ unsafe fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let step = 4 * S::LANES;
     let whole = a.len() - a.len() % step;
+    // SAFETY: the instructions are the caller's promise; four registers begin at each of the starts.
     unsafe {
         let mut sums = [S::splat(0.0); 4];
         for start in (0..whole).step_by(step) {

@@ -29,8 +29,11 @@ pub(super) unsafe fn along_rows<S: Simd, const M: usize>(
     let row = groups * tensor.scale_kind().size();
     let next = (weights.first + weights.rows) * row;
     for line in (next..tensor.scales().len().min(next + weights.rows * row)).step_by(64) {
+        // SAFETY: the instructions are the caller's promise.
         unsafe { S::prefetch(tensor.scales()[line..].as_ptr()) };
     }
+    // SAFETY: the instructions are the caller's promise;
+    // `scales` holds those of all rows, and eight more.
     unsafe {
         match tensor.group() {
             BLOCK => each_row::<S, M, BLOCK_LANES>(codes, scales, k, x, selection, out),
@@ -97,6 +100,8 @@ unsafe fn block<S: Simd, const M: usize, const SHARE: usize>(
     x: &[*const Block; M],
     offset: usize,
 ) {
+    // SAFETY: the instructions are the caller's promise; so are 64 bytes of codes, a scale for each `SHARE`
+    // lanes with eight numbers to read from each, and the blocks of activations.
     unsafe {
         if SHARE == BLOCK_LANES {
             return wide_block::<S, M>(sums, codes, *scales, x, offset);
@@ -129,6 +134,7 @@ unsafe fn wide_block<S: Simd, const M: usize>(
     x: &[*const Block; M],
     offset: usize,
 ) {
+    // SAFETY: the instructions are the caller's promise; so are 64 bytes of codes and the blocks of activations.
     unsafe {
         let parts = BLOCK_LANES / S::LANES;
         let mut decoded = [(S::splat_bytes(0), S::splat_bytes(0)); 4];

@@ -57,6 +57,8 @@ pub(super) unsafe fn int8<S: Simd>(
                 *row = scratch.blocks[i..].as_ptr();
             }
         }
+        // SAFETY: the instructions are the caller's promise; of each row all blocks are there,
+        // `stride` apart.
         unsafe { along_rows::<S, R>(weights, rows, stride, &mut out[first * TILE..]) }
     });
 }
@@ -75,7 +77,7 @@ unsafe fn along_rows<S: Simd, const R: usize>(
     let codes = &tensor.codes()[first * row..][..rows * row];
     let (codes, scales) = (codes.chunks_exact(row), tensor.scales_of_rows(first, rows));
     for (r, (codes, scales)) in codes.zip(scales).enumerate() {
-        // SAFETY: a row of activations has as many blocks as one of weights.
+        // SAFETY: the instructions are the caller's promise; a row of activations has as many blocks as one of weights.
         unsafe {
             let mut sums = [S::splat(0.0); R];
             for (b, (codes, scale)) in codes.chunks_exact(BLOCK).zip(scales).enumerate() {

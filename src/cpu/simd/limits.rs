@@ -10,6 +10,8 @@ use super::Simd;
 #[inline(always)]
 pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
     let step = 4 * S::LANES;
+    // SAFETY: the instructions are the caller's promise; a line is a whole number of registers, and none is longer
+    // than 64 bytes.
     unsafe {
         let mut all = [S::load_bytes([0; 64].as_ptr()); 4];
         for line in bytes.chunks_exact(256) {
@@ -31,6 +33,7 @@ pub(super) unsafe fn read<S: Simd>(bytes: &[u8]) -> u8 {
 /// `rounds` times twelve independent products, sums in registers; gives the operations in them.
 #[inline(always)]
 pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
+    // SAFETY: the instructions are the caller's promise; no register is longer than 64 bytes.
     unsafe {
         let mut sums = [S::splat_int(1); 12];
         let (codes, x) = std::hint::black_box(([[3u8; 64]; 2], [[5u8; 64]; 12]));

@@ -78,8 +78,13 @@ impl Rows {
         }
     }
 
+    /// From this element on.
+    ///
+    /// # Safety
+    /// It is there.
     pub unsafe fn skip(self, rows: usize, columns: usize) -> Self {
         Self {
+            // SAFETY: the caller's promise: an element of this row and column is there.
             start: unsafe { self.start.add(rows * self.stride + columns) },
             ..self
         }
@@ -115,8 +120,13 @@ impl Columns {
         }
     }
 
+    /// From this row of this register on.
+    ///
+    /// # Safety
+    /// It is there.
     pub unsafe fn skip(self, rows: usize, registers: usize) -> Self {
         Self {
+            // SAFETY: the caller's promise: this row of this register is there.
             start: unsafe { self.start.add(rows * self.row + registers * self.register) },
             ..self
         }
@@ -128,6 +138,9 @@ const INNER: usize = 128;
 
 /// `out[i, c] = Σ_k a[i, k] · b[k, c]`, or that added to `out`, for a shape of `(rows, inner, columns)`; rows of `out` lie
 /// a stride apart.
+///
+/// # Safety
+/// The instructions, and what the shape names of `a` and `b`.
 #[inline(always)]
 pub(super) unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
     a: Rows,
@@ -141,6 +154,8 @@ pub(super) unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
     let whole = registers / NR * NR;
     for start in (0..inner).step_by(INNER) {
         let (inner, add) = ((inner - start).min(INNER), add || start > 0);
+        // SAFETY: the instructions are the caller's promise; elements that the shape names are there: on
+        // the left and the right by the caller's promise, of `out` as just asserted.
         passes!(rows, MR, |row, R| unsafe {
             let (a, b) = (a.skip(row, start), b.skip(start, 0));
             let out = &mut out[row * stride..];
@@ -157,6 +172,7 @@ pub(super) unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
     // Columns short of a register, of heads of odd widths.
     for (i, out) in out.chunks_mut(stride).take(rows).enumerate() {
         for (c, out) in (registers * S::LANES..columns).zip(&mut out[registers * S::LANES..columns]) {
+            // SAFETY: elements that the shape names are there, as the caller promises.
             let product = |k| unsafe { *a.start.add(i * a.stride + k) * *b.start.add(k * b.row + c) };
             *out = if add { *out } else { 0.0 } + (0..inner).map(product).sum::<f32>();
         }
@@ -172,6 +188,8 @@ unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
     (out, stride): (*mut f32, usize),
     add: bool,
 ) {
+    // SAFETY: the instructions are the caller's promise; so are `inner` columns of the rows of `a`,
+    // `inner` rows of the registers of `b`, and both of `out`.
     unsafe {
         let mut sums = [[S::splat(0.0); NR]; MR];
         if add {
@@ -212,6 +230,8 @@ pub(super) unsafe fn transpose<S: Simd>(rows: [&[f32]; 16], to: &mut [f32]) {
         for (pointer, row) in pointers.iter_mut().zip(rows) {
             *pointer = row[step * 16..][..16].as_ptr().cast();
         }
+        // SAFETY: the instructions are the caller's promise; each pointer names sixteen elements, `to` is
+        // LANES times as long.
         unsafe { S::transpose(&pointers[..S::LANES], to.as_mut_ptr().cast()) };
     }
     for (k, to) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {

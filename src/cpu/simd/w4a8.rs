@@ -29,6 +29,8 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
             && out.len() >= m * TILE,
         "w4a8"
     );
+    // SAFETY: the instructions are the caller's promise;
+    // the blocks of all selected rows are there, as just asserted.
     unsafe {
         if m > 8 {
             return blocks::many::<S, NR, MR>(weights, x, selection, out, scratch);
