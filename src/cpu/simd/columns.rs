@@ -62,6 +62,7 @@ unsafe fn one_transposed<S: Simd>(
     scratch: &mut Scratch,
 ) {
     let (k, group, width) = (tensor.shape().1, tensor.group(), out.len());
+    let (log_group, all_codes): (_, &[u8]) = (group.ilog2(), tensor.codes());
     let (groups, span) = (width / group, 2 * S::LANES);
     let set = 4 * span;
     // A register of even columns and one of odd ones in turn.
@@ -70,9 +71,19 @@ unsafe fn one_transposed<S: Simd>(
     let scales = sized(&mut scratch.floats, TOGETHER * groups);
     for (index, x) in x.chunks(TOGETHER).enumerate() {
         let first = first + index * TOGETHER;
-        for (r, (x, scales)) in x.iter().zip(scales.chunks_exact_mut(groups)).enumerate() {
-            scales::decode(tensor, ((first + r) * k + start) / group, scales);
-            scales.iter_mut().for_each(|scale| *scale *= x);
+        let scales = &mut scales[..x.len() * groups];
+        if width == k {
+            // One after the other, as whole rows lie.
+            scales::decode(tensor, first * groups, scales);
+        } else {
+            for (r, scales) in scales.chunks_exact_mut(groups).enumerate() {
+                scales::decode(tensor, ((first + r) * k + start) / group, scales);
+            }
+        }
+        for (scales, x) in scales.chunks_exact_mut(groups).zip(x) {
+            for scale in scales {
+                *scale *= x;
+            }
         }
         for column in (0..width).step_by(set) {
             // SAFETY: the instructions are the caller's promise; `sums` has `width` elements, a
@@ -84,11 +95,11 @@ unsafe fn one_transposed<S: Simd>(
                     sums[i] = S::load(place.add(i * S::LANES));
                 }
                 for r in 0..x.len() {
-                    let codes = &tensor.codes()[((first + r) * k + start + column) / 2..][..set / 2];
+                    let codes = &all_codes[((first + r) * k + start + column) / 2..][..set / 2];
                     S::prefetch(codes.as_ptr().wrapping_add(DISTANCE));
                     let scales = &scales[r * groups..][..groups];
                     for i in 0..4 {
-                        let scale = span_scale::<S>(scales, group, column / span + i);
+                        let scale = span_scale::<S>(scales, log_group, column / span + i);
                         let (even, odd) = S::values(codes.as_ptr().add(i * S::LANES));
                         sums[2 * i] = S::fma(even, scale, sums[2 * i]);
                         sums[2 * i + 1] = S::fma(odd, scale, sums[2 * i + 1]);

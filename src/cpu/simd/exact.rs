@@ -108,7 +108,7 @@ unsafe fn few<S: Simd, const M: usize>(
         let mut sums = [[unsafe { S::splat(0.0) }; 2]; M];
         match weight {
             Weight::Fp4(tensor) => {
-                let group = tensor.group();
+                let (group, log_group) = (tensor.group(), tensor.group().ilog2());
                 let scales = sized(&mut scratch.floats, k / group);
                 scales::decode(tensor, n * k / group, scales);
                 let codes = &tensor.codes()[n * k / 2..][..k / 2];
@@ -117,7 +117,7 @@ unsafe fn few<S: Simd, const M: usize>(
                     // of codes.
                     unsafe {
                         S::prefetch(codes.as_ptr().wrapping_add(i * S::LANES + DISTANCE));
-                        let scale = span_scale::<S>(scales, group, i);
+                        let scale = span_scale::<S>(scales, log_group, i);
                         let (even, odd) = S::values(codes.as_ptr().add(i * S::LANES));
                         add::<S, M>(
                             &mut sums,
