@@ -88,7 +88,7 @@ pub(super) unsafe fn span_scale<S: Simd>(scales: &[f32], log_group: u32, index: 
         if 1 << log_group < span {
             S::splat_halves(scales[2 * index], scales[2 * index + 1])
         } else {
-            S::splat(scales[index * span >> log_group])
+            S::splat(scales[(index * span) >> log_group])
         }
     }
 }
