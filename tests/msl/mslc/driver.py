@@ -1,0 +1,118 @@
+"""The commands: `check` and `build`."""
+import argparse
+import os
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import clang, lint
+from .rewrite import Rewriter
+from .signatures import Declarations
+from .tokens import Source, Unreadable
+
+RUNTIME_SOURCES = ("bfloat.cpp", "fiber.cpp", "launch.cpp", "registry.cpp", "scheduler.cpp", "shared_memory.cpp")
+LINK = ("-lm", "-lpthread", "-Wl,-z,defs")  # nothing undefined: it would only show when the library is loaded
+SANITIZERS = {
+    "address": ["-fsanitize=address", "-fsanitize-address-use-after-return=never"],
+    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=function,vptr"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def read(file, includes):
+    """(source, declarations) of a .metal file."""
+    source = Source(clang.preprocess(file, includes))
+    return source, Declarations(source)
+
+
+def check(file, includes):
+    """Every diagnostic of one file, as text."""
+    try:
+        source, declarations = read(file, includes)
+        found = [str(problem) for problem in lint.problems(source, declarations)]
+        text = Rewriter(source, declarations, execute=False).result()
+    except Unreadable as problem:
+        return [str(problem)]
+    except clang.ClangError as error:
+        return str(error).splitlines()
+    return found + clang.type_errors(text)
+
+
+def translate(files, includes):
+    """The C++ of each file; no two of them may have a kernel of the same name."""
+    owner, texts = {}, []
+    for file in files:
+        rewriter = Rewriter(*read(file, includes), execute=True)
+        for name in rewriter.kernel_names():
+            if name in owner:
+                raise clang.ClangError(f"{file}: kernel '{name}' is also in {owner[name]}")
+            owner[name] = file
+        texts.append(rewriter.result())
+    return texts
+
+
+def compile_kernels(text, flags, out):
+    return clang.run([*clang.LANGUAGE, *clang.CODE, *flags, *clang.DIALECT, "-c", "-o", out, "-"], text)
+
+
+def compile_runtime(file, defines, out):
+    return clang.run([*clang.LANGUAGE, *clang.CODE, *defines, "-Wall", "-Wextra", "-c", "-o", out, file])
+
+
+def build(options):
+    """Makes the library or the program; what clang said, empty if all went well."""
+    chosen = [name for name in options.sanitize.split(",") if name]
+    unknown = set(chosen) - set(SANITIZERS)
+    if unknown:
+        return f"unknown sanitizer '{sorted(unknown)[0]}': {', '.join(SANITIZERS)}"
+    if chosen and not options.exe:
+        return "--sanitize needs --exe: a sanitizer's runtime must be in the program itself"
+    flags = [flag for name in chosen for flag in SANITIZERS[name]]
+    defines = [f"-DMSL_SANITIZE_{name.upper()}" for name in chosen]
+    kernel_flags = [*flags, *defines, *(clang.FAST if options.fast_math else clang.EXACT)]
+    texts = translate(options.files, options.include)
+    runtime = [clang.RUNTIME / name for name in (*RUNTIME_SOURCES, *(["runner.cpp"] if options.exe else []))]
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects, jobs = [], []
+        for i, text in enumerate(texts):
+            objects.append(Path(directory) / f"kernels{i}.o")
+            jobs.append(pool.submit(compile_kernels, text, kernel_flags, objects[-1]))
+        for file in runtime:
+            objects.append(Path(directory) / f"{file.stem}.o")
+            jobs.append(pool.submit(compile_runtime, file, defines, objects[-1]))
+        messages = "".join(job.result()[2] for job in jobs)
+        if any(job.result()[0] for job in jobs):
+            return messages
+        kind = [] if options.exe else ["-shared"]
+        status, _, linked = clang.run([*kind, *flags, *objects, *LINK, "-o", options.output])
+        return messages + linked if status else ""
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="mslc.py", description="Metal Shading Language on Linux")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("check", "strict check and lint"), ("build", "a library, or a program, for the CPU")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("files", nargs="+", metavar="FILE.metal")
+        command.add_argument("-I", dest="include", action="append", default=[], metavar="DIR")
+    command.add_argument("-o", dest="output", required=True)
+    command.add_argument("--sanitize", default="", help="address, undefined, thread; comma-separated")
+    command.add_argument("--fast-math", action="store_true", help="as Metal compiles by default")
+    command.add_argument("--exe", action="store_true", help="the runner program instead of a library")
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    options = parse(arguments)
+    try:
+        if options.command == "check":
+            found = [line for file in options.files for line in check(file, options.include)]
+            print("\n".join(found), end="\n" if found else "")
+            return 1 if found else 0
+        messages = build(options)
+    except (clang.ClangError, Unreadable) as error:
+        messages = str(error)
+    if messages:
+        print(messages, file=sys.stderr)
+    return 1 if messages else 0
