@@ -4,13 +4,12 @@
 //! `cargo run --release --example glm_generate` asks the bundled demo model, which was trained on Rust's
 //! documentation. `-- --prompt "What does \`Vec::push\` do?"` asks something else.
 
-use anyhow::bail;
-use candle_core::Device;
+use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Event, Message, Pipeline, RenderOptions};
 use candle_mmfp4::memory;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,20 +36,12 @@ struct Arguments {
     /// The same seed gives the same text.
     #[arg(long)]
     seed: Option<u64>,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: Where,
+    /// Where to compute: auto, cpu, metal or msl-host.
+    #[arg(long, default_value = "auto")]
+    device: Place,
     /// Quantise a floating-point model while it loads: mmfp4, mxfp4 or nvfp4.
     #[arg(long)]
     quantize: Option<Format>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Where {
-    /// The CPU, until there are Metal kernels.
-    Auto,
-    Cpu,
-    Metal,
 }
 
 fn main() -> ExitCode {
@@ -104,11 +95,7 @@ fn find(model: &str) -> anyhow::Result<PathBuf> {
 
 fn run() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let device = match arguments.device {
-        Where::Auto | Where::Cpu => Device::Cpu,
-        Where::Metal if cfg!(target_os = "macos") => Device::new_metal(0)?,
-        Where::Metal => bail!("there is no Metal on this system; use --device cpu"),
-    };
+    let device = arguments.device.open()?;
 
     let folder = find(&arguments.model)?;
     let start = Instant::now();

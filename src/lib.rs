@@ -42,6 +42,7 @@
 //! | [`nn`] | what a Candle user swaps in: [`MmfP4Linear`](nn::MmfP4Linear), [`FusedMoe`](nn::FusedMoe), masks, caches |
 //! | [`ops`] | the custom ops behind them, and their comparison with a plain reference |
 //! | [`cpu`] | the kernels, and that reference |
+//! | [`metal`] | Metal kernels and their launch plans; what runs them |
 //! | [`models`] | [`glm4_moe_lite`](models::glm4_moe_lite), and looking into a forward pass |
 //! | [`checkpoint`] | safetensors folders read where they lie, quantised and written; the hub |
 //! | [`generation`] | tokenizer, chat template, sampling, sessions, batches |
@@ -61,9 +62,12 @@ mod error;
 pub mod fp4;
 pub mod generation;
 pub mod memory;
+pub mod metal;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod place;
 mod random;
 
 pub use error::{Error, Result};
+pub use place::Place;

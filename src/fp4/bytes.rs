@@ -5,6 +5,8 @@ use memmap2::{Mmap, MmapMut};
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
+#[cfg(any(target_os = "macos", test))]
+use std::{any::Any, sync::OnceLock};
 
 /// From so many bytes on, the system is asked for large pages: a processor that looks up fewer of them reads faster
 /// (measured for this process's own memory: 32 and 40 GB/s).
@@ -17,8 +19,15 @@ const LARGE: usize = 4 << 20;
 /// without a copy: a file's map for a checkpoint, an anonymous one for what is built in memory.
 #[derive(Clone)]
 pub struct Bytes {
-    map: Arc<Mmap>,
+    map: Arc<Map>,
     range: (usize, usize),
+}
+
+/// A map, and what a device keeps beside it for as long as it is there.
+struct Map {
+    memory: Arc<Mmap>,
+    #[cfg(any(target_os = "macos", test))]
+    attached: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Bytes {
@@ -72,6 +81,11 @@ impl Bytes {
 
     fn whole(map: Mmap) -> Self {
         let range = (0, map.len());
+        let map = Map {
+            memory: Arc::new(map),
+            #[cfg(any(target_os = "macos", test))]
+            attached: OnceLock::new(),
+        };
         Self {
             map: Arc::new(map),
             range,
@@ -94,6 +108,21 @@ impl Bytes {
         Arc::ptr_eq(&self.map, &other.map)
     }
 
+    /// The whole map.
+    #[cfg(target_os = "macos")]
+    pub(crate) fn map(&self) -> &Arc<Mmap> {
+        &self.map.memory
+    }
+
+    /// What is kept beside the map, made the first time; it is dropped with the map's last `Bytes`. One type only is kept.
+    #[cfg(any(target_os = "macos", test))]
+    pub(crate) fn attached<T: Any + Send + Sync>(&self, make: impl FnOnce() -> T) -> &T {
+        let attached = self.map.attached.get_or_init(|| Box::new(make()));
+        attached
+            .downcast_ref()
+            .expect("one type only is attached to maps")
+    }
+
     /// Where these bytes begin in their map.
     pub fn offset(&self) -> usize {
         self.range.0
@@ -104,7 +133,7 @@ impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.map[self.range.0..self.range.1]
+        &self.map.memory[self.range.0..self.range.1]
     }
 }
 
@@ -128,6 +157,21 @@ mod tests {
         assert!(part.slice(0..4).is_none());
         assert!(!part.same_map(&Bytes::copy_from(&[2, 3, 4]).unwrap()));
         assert!(Bytes::copy_from(&[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_attached_goes_with_the_last_of_them() {
+        let token = Arc::new(());
+        let bytes = Bytes::copy_from(&[1, 2]).unwrap();
+        let part = bytes.slice(1..2).unwrap();
+        assert!(Arc::ptr_eq(
+            part.attached(|| token.clone()),
+            bytes.attached(|| Arc::new(()))
+        ));
+        drop(bytes);
+        assert_eq!(Arc::strong_count(&token), 2);
+        drop(part);
+        assert_eq!(Arc::strong_count(&token), 1);
     }
 
     #[test]

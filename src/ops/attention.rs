@@ -61,6 +61,7 @@ impl Attention {
         values: &Tensor,
         position: usize,
     ) -> Result<Tensor> {
+        super::without_kernel(OP);
         let Some(&[n, ..]) = queries.first().map(|part| part.dims()) else {
             return Err(Error::argument(OP, "queries", "parts [n, heads, d]", "none"));
         };

@@ -1,10 +1,16 @@
 //! `y = x · Wᵀ + b`.
 
 use super::activations::{from_f32, to_f32};
+#[cfg(launch_plans)]
+use super::products::Products;
 use crate::cpu::{self, Arithmetic, Executor};
+#[cfg(launch_plans)]
+use crate::fp4::Bytes;
 use crate::fp4::Weight;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Shape, Tensor};
+#[cfg(target_os = "macos")]
+use candle_core::MetalStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 const OP: &str = "mmfp4-linear";
 const JOINED: &str = "mmfp4-joined-linear";
@@ -14,6 +20,9 @@ const JOINED: &str = "mmfp4-joined-linear";
 pub struct Linear {
     weight: Weight,
     bias: Option<Vec<f32>>,
+    /// The bias as a device's kernels read it.
+    #[cfg(launch_plans)]
+    bias_bytes: Option<Bytes>,
     arithmetic: Arithmetic,
 }
 
@@ -21,7 +30,7 @@ impl Linear {
     /// Takes a weight `[N, K]` and a bias of `N` values.
     ///
     /// # Errors
-    /// [`Error::Argument`] where the bias has another length.
+    /// [`Error::Argument`] where the bias has another length; [`Error::Io`] without memory.
     pub fn new(weight: Weight, bias: Option<Vec<f32>>) -> Result<Self> {
         let n = weight.shape().0;
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != n) {
@@ -33,6 +42,8 @@ impl Linear {
             ));
         }
         Ok(Self {
+            #[cfg(launch_plans)]
+            bias_bytes: bias.as_deref().map(bytes_of).transpose()?,
             weight,
             bias,
             arithmetic: Arithmetic::default(),
@@ -69,7 +80,13 @@ impl Linear {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        super::for_plans(x, 1)?.apply_op1_no_bwd(self)
+    }
+
+    /// The product as launch plans have it; `None` for weights that no kernel takes.
+    #[cfg(launch_plans)]
+    fn products(&self) -> Option<Products<'_>> {
+        Products::with(OP, std::iter::once((&self.weight, self.bias_bytes.as_ref())))
     }
 }
 
@@ -79,6 +96,10 @@ impl CustomOp1 for Linear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        #[cfg(msl_host)]
+        if let Some((host, products)) = super::host::for_products(OP, self.products()) {
+            return Ok(super::host::products(&host, &products, storage, layout)?);
+        }
         let (n, k) = self.weight.shape();
         let mut dims = layout.dims().to_vec();
         if dims.last() != Some(&k) {
@@ -101,9 +122,21 @@ impl CustomOp1 for Linear {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(OP)
+    #[cfg(target_os = "macos")]
+    fn metal_fwd(
+        &self,
+        storage: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        super::on_metal::products(OP, self.products(), storage, layout)
     }
+}
+
+/// A bias as kernels read it.
+#[cfg(launch_plans)]
+fn bytes_of(bias: &[f32]) -> Result<Bytes> {
+    let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Bytes::copy_from(&bytes)
 }
 
 /// Adds a bias to its columns, `start..`, of rows of `n`.
@@ -157,7 +190,14 @@ impl JoinedLinear {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        super::for_plans(x, 1)?.apply_op1_no_bwd(self)
+    }
+
+    /// The products as launch plans have them; `None` where a weight is one that no kernel takes.
+    #[cfg(launch_plans)]
+    fn products(&self) -> Option<Products<'_>> {
+        let parts = self.parts.iter();
+        Products::with(JOINED, parts.map(|part| (&part.weight, part.bias_bytes.as_ref())))
     }
 }
 
@@ -167,6 +207,10 @@ impl CustomOp1 for JoinedLinear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        #[cfg(msl_host)]
+        if let Some((host, products)) = super::host::for_products(JOINED, self.products()) {
+            return Ok(super::host::products(&host, &products, storage, layout)?);
+        }
         let k = self.parts[0].weight.shape().1;
         let mut dims = layout.dims().to_vec();
         if dims.last() != Some(&k) {
@@ -190,7 +234,12 @@ impl CustomOp1 for JoinedLinear {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(JOINED)
+    #[cfg(target_os = "macos")]
+    fn metal_fwd(
+        &self,
+        storage: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        super::on_metal::products(JOINED, self.products(), storage, layout)
     }
 }

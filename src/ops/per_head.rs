@@ -1,10 +1,16 @@
 //! Products with a head's part of a weight, in both orientations.
 
 use super::activations::{from_f32, to_f32};
+#[cfg(launch_plans)]
+use super::products::Products;
 use crate::cpu::{self, Arithmetic, Executor, HeadRows};
 use crate::fp4::Weight;
+#[cfg(launch_plans)]
+use crate::metal::linear::Direction;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Shape, Tensor};
+#[cfg(target_os = "macos")]
+use candle_core::MetalStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 const OP: &str = "mmfp4-per-head";
 
@@ -59,7 +65,17 @@ impl PerHead {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        super::for_plans(x, 2)?.apply_op1_no_bwd(self)
+    }
+
+    /// The products as launch plans have them; `None` for weights that no kernel takes.
+    #[cfg(launch_plans)]
+    fn products(&self) -> Option<Products<'_>> {
+        let direction = match self.orientation {
+            Orientation::Ordinary => Direction::Rows,
+            Orientation::Transposed => Direction::Columns,
+        };
+        Products::per_head(OP, &self.weight, self.rows, direction)
     }
 }
 
@@ -69,6 +85,10 @@ impl CustomOp1 for PerHead {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        #[cfg(msl_host)]
+        if let Some((host, products)) = super::host::for_products(OP, self.products()) {
+            return Ok(super::host::products(&host, &products, storage, layout)?);
+        }
         let (k, HeadRows { heads, len, .. }) = (self.weight.shape().1, self.rows);
         let (from, to) = match self.orientation {
             Orientation::Ordinary => (k, len),
@@ -96,7 +116,12 @@ impl CustomOp1 for PerHead {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(OP)
+    #[cfg(target_os = "macos")]
+    fn metal_fwd(
+        &self,
+        storage: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        super::on_metal::products(OP, self.products(), storage, layout)
     }
 }

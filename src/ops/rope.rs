@@ -44,6 +44,7 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sin_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
+        super::without_kernel(OP);
         let &[tokens, heads, width] = layout.dims() else {
             let found = format!("shape {:?}", layout.dims());
             return Err(Error::argument(OP, "x", "[tokens, heads, d]", found).into());

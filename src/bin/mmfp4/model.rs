@@ -3,15 +3,15 @@
 use crate::demo;
 use crate::output::{mib, say};
 use crate::progress::DownloadBar;
-use anyhow::bail;
 use candle_core::Device;
+use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
 use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
 use candle_mmfp4::cpu::{Arithmetic, Executor};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,9 +24,9 @@ pub struct Arguments {
     /// Ask the hub whether a repository that is in the cache has moved on.
     #[arg(long)]
     refresh: bool,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: Where,
+    /// Where to compute: auto, cpu, metal or msl-host.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Place,
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
@@ -65,14 +65,6 @@ pub struct Experts {
     /// Run them in one fused op, which is the default.
     #[arg(long = "use-fused-moe", conflicts_with = "no_fused_moe")]
     _use_fused_moe: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Where {
-    /// The CPU, until there are Metal kernels.
-    Auto,
-    Cpu,
-    Metal,
 }
 
 impl Arguments {
@@ -140,11 +132,7 @@ impl Arguments {
     }
 
     pub fn device(&self) -> anyhow::Result<Device> {
-        match self.device {
-            Where::Auto | Where::Cpu => Ok(Device::Cpu),
-            Where::Metal if cfg!(target_os = "macos") => Ok(Device::new_metal(0)?),
-            Where::Metal => bail!("there is no Metal on this system; use --device cpu"),
-        }
+        Ok(self.device.open()?)
     }
 }
 

@@ -107,7 +107,7 @@ impl Model {
             return Err(Error::argument(
                 "load",
                 "device",
-                "Device::Cpu (Metal kernels come next)",
+                "Device::Cpu (some of its ops have no Metal kernel yet)",
                 "a Metal device",
             ));
         }

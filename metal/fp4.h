@@ -1,0 +1,66 @@
+// FP4 as it lies in a checkpoint: E2M1 codes, two to a byte, the first in the low nibble, and a scale for each group of
+// 16, 32, 64 or 128 along K. The only place in MSL that knows a code's value or a scale's bits.
+//
+// A code becomes a half by moving bits: its three bits of magnitude to the half's lowest exponent bits and highest
+// mantissa bit, its sign to the sign. That is the value times 2^-14, the code 0.5 being a subnormal half; UNIT takes it
+// back. No table is read: one in constant memory, indexed by each lane, runs at a thirtieth of the memory's speed.
+#pragma once
+
+#include <metal_stdlib>
+
+namespace fp4 {
+
+using namespace metal;
+
+// How a scale is stored.
+enum : ushort { F16 = 0, BF16 = 1, E8M0 = 2, E4M3 = 3 };
+// What a tensor's factor does to its scales.
+enum : ushort { NO_FACTOR = 0, MULTIPLIED = 1, DIVIDED = 2 };
+
+constant ushort SCALE_KIND [[function_constant(0)]];
+constant ushort GROUP [[function_constant(1)]];
+constant ushort FACTOR [[function_constant(2)]];
+// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and rows of activations begin at a multiple
+// of four elements: the host has checked it.
+constant bool WIDE [[function_constant(3)]];
+
+// What decoded codes are to be multiplied by.
+constant float UNIT = 16384.0f;
+
+// Codes `from` and `from + 4` of a word, divided by UNIT.
+static inline float2 pair(uint word, ushort from) {
+    const uint codes = word >> (4 * from);
+    return float2(as_type<half2>(((codes & 0x00070007u) << 9) | ((codes & 0x00080008u) << 12)));
+}
+
+// A word's eight codes in order, divided by UNIT.
+static inline void decode(uint word, thread float4& low, thread float4& high) {
+    const float2 a = pair(word, 0), b = pair(word, 1), c = pair(word, 2), d = pair(word, 3);
+    low = float4(a.x, b.x, c.x, d.x);
+    high = float4(a.y, b.y, c.y, d.y);
+}
+
+// A group's scale, the tensor's factor included.
+static inline float scale(device const uchar* scales, uint index, float factor) {
+    float value;
+    if (SCALE_KIND == F16) {
+        value = float(((device const half*)scales)[index]);
+    } else if (SCALE_KIND == BF16) {
+        value = as_type<float>(uint(((device const ushort*)scales)[index]) << 16);
+    } else if (SCALE_KIND == E8M0) {
+        const uint bits = scales[index];
+        value = as_type<float>(bits == 0 ? 0x00400000u : bits << 23);
+    } else {
+        // As a half of the same bits it is 2^-8 of its value, subnormals included.
+        const ushort bits = scales[index];
+        value = float(as_type<half>(ushort((bits & 0x7f) << 7 | (bits & 0x80) << 8))) * 256.0f;
+    }
+    if (FACTOR == MULTIPLIED) {
+        value *= factor;
+    } else if (FACTOR == DIVIDED) {
+        value /= factor;
+    }
+    return value;
+}
+
+} // namespace fp4

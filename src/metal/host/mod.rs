@@ -1,0 +1,190 @@
+//! Runs launch plans on Linux: the unmodified `.metal` files, compiled for the host, a thread of the kernel a fiber.
+//!
+//! A development feature, for x86-64 and a checkout of this project: it builds `metal/*.metal` with `tests/msl/mslc.py`
+//! (Python 3) and clang 17 or newer (`MSL_CLANG`, else `clang++-19` down to `-17`, else `clang++`).
+
+mod abi;
+pub mod build;
+
+use super::plan::{Binding, Constant, Launch, Plan};
+use crate::{Error, Result};
+use abi::Library;
+use std::cell::RefCell;
+use std::sync::{Arc, OnceLock};
+
+const OP: &str = "msl-host";
+
+/// A plan's operand.
+#[derive(Debug)]
+pub enum Operand<'a> {
+    /// Bytes that kernels read.
+    Read(&'a [u8]),
+    /// Bytes that kernels write, or read and write.
+    Write(&'a mut [u8]),
+}
+
+impl Operand<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Read(bytes) => bytes.len(),
+            Self::Write(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// The compiled kernels.
+#[derive(Debug)]
+pub struct Host {
+    library: Library,
+    seed: u64,
+}
+
+thread_local! {
+    static INSTALLED: RefCell<Option<Arc<Host>>> = const { RefCell::new(None) };
+}
+
+static EVERYWHERE: OnceLock<Arc<Host>> = OnceLock::new();
+
+impl Host {
+    /// The kernels of this checkout, compiled once a process.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`] as [`build::library`]: without Python, without a compiler, with its messages
+    /// where a kernel does not compile.
+    pub fn start() -> Result<Arc<Self>> {
+        static GLOBAL: OnceLock<Arc<Host>> = OnceLock::new();
+        if let Some(host) = GLOBAL.get() {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(Self::load(&build::library(&build::Options::default())?)?);
+        Ok(Arc::clone(GLOBAL.get_or_init(|| host)))
+    }
+
+    /// The kernels of a library that [`build::library`] made.
+    ///
+    /// # Errors
+    /// [`Error::File`] where it cannot be loaded.
+    pub fn load(path: &std::path::Path) -> Result<Self> {
+        Ok(Self {
+            library: Library::open(path)?,
+            seed: 0,
+        })
+    }
+
+    /// The same kernels in another schedule: 0 runs threads in order, any other seed in an order of its own.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// Names of the kernels.
+    pub fn kernels(&self) -> Vec<String> {
+        self.library.kernels()
+    }
+
+    /// Runs `f` with Metal kernels in place of the CPU's for ops called on this thread.
+    pub fn install<R>(self: &Arc<Self>, f: impl FnOnce() -> R) -> R {
+        struct Restore(Option<Arc<Host>>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                INSTALLED.set(self.0.take());
+            }
+        }
+        let _restore = Restore(INSTALLED.replace(Some(Arc::clone(self))));
+        f()
+    }
+
+    /// Puts Metal kernels in place of the CPU's for all ops of this process, from now on.
+    pub fn install_everywhere(self: Arc<Self>) {
+        let _ = EVERYWHERE.set(self);
+    }
+
+    /// What is installed, [on this thread](Self::install) or [everywhere](Self::install_everywhere).
+    pub fn current() -> Option<Arc<Self>> {
+        INSTALLED
+            .with_borrow(Clone::clone)
+            .or_else(|| EVERYWHERE.get().cloned())
+    }
+
+    /// Runs a plan.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a binding that names no operand or leaves it, and with the executor's message for whatever
+    /// it finds in a launch or in the kernel.
+    pub fn run(&self, plan: &Plan, operands: &mut [Operand<'_>]) -> Result<()> {
+        plan.launches
+            .iter()
+            .try_for_each(|launch| self.launch(launch, operands))
+    }
+
+    fn launch(&self, launch: &Launch, operands: &mut [Operand<'_>]) -> Result<()> {
+        let refuse = |found: String| {
+            let expected = format!("a launch of {} that fits", launch.kernel);
+            Err(Error::argument(OP, "plan", expected, found))
+        };
+        let mut bindings = Vec::with_capacity(launch.bindings.len());
+        for (index, binding) in &launch.bindings {
+            let (kind, pointer, size) = match binding {
+                Binding::Bytes(bytes) => (abi::BYTES, bytes.as_ptr().cast_mut(), bytes.len()),
+                Binding::Read { operand, offset } | Binding::Write { operand, offset } => {
+                    let Some(found) = operands.get_mut(*operand) else {
+                        return refuse(format!("no operand {operand} for buffer {index}"));
+                    };
+                    let len = found.len();
+                    if *offset > len {
+                        return refuse(format!("buffer {index} from byte {offset} of {len}"));
+                    }
+                    let (kind, start) = match (binding, found) {
+                        (Binding::Write { .. }, Operand::Write(bytes)) => (abi::WRITE, bytes.as_mut_ptr()),
+                        (Binding::Write { .. }, Operand::Read(_)) => {
+                            return refuse(format!(
+                                "buffer {index} would write an operand that is only read"
+                            ));
+                        }
+                        (_, Operand::Write(bytes)) => (abi::READ, bytes.as_mut_ptr()),
+                        (_, Operand::Read(bytes)) => (abi::READ, bytes.as_ptr().cast_mut()),
+                    };
+                    (kind, start.wrapping_add(*offset), len - offset)
+                }
+            };
+            bindings.push(abi::Binding {
+                index: *index as u32,
+                kind,
+                pointer: pointer.cast(),
+                size: size as u64,
+            });
+        }
+        let constants: Vec<_> = launch
+            .constants
+            .iter()
+            .map(|(index, constant)| {
+                let mut value = [0; 8];
+                let size = match constant {
+                    Constant::Bool(on) => {
+                        value[0] = u8::from(*on);
+                        1
+                    }
+                    Constant::U16(number) => {
+                        value[..2].copy_from_slice(&number.to_ne_bytes());
+                        2
+                    }
+                };
+                abi::Constant {
+                    index: u32::from(*index),
+                    size,
+                    value,
+                }
+            })
+            .collect();
+        let of = |sizes: [usize; 3]| sizes.map(|size| size as u32);
+        self.library
+            .run(
+                &launch.kernel,
+                &constants,
+                &bindings,
+                of(launch.threadgroups),
+                of(launch.threads),
+                self.seed,
+            )
+            .or_else(refuse)
+    }
+}

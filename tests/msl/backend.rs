@@ -1,0 +1,70 @@
+//! What runs the plans: the host on Linux, the GPU on macOS.
+
+use candle_core::{Device, Tensor};
+
+#[cfg(target_os = "linux")]
+use candle_mmfp4::metal::host::{Host, build};
+#[cfg(target_os = "linux")]
+use std::sync::Arc;
+
+/// A device that runs launch plans.
+pub struct Backend {
+    #[cfg(target_os = "linux")]
+    pub host: Arc<Host>,
+    device: Device,
+}
+
+#[cfg(target_os = "linux")]
+impl Backend {
+    /// The compiled kernels; `None`, once said why, without a compiler.
+    pub fn start() -> Option<Self> {
+        available().then(|| Self::over(Host::start().unwrap_or_else(|error| panic!("{error}"))))
+    }
+
+    /// Kernels compiled elsewhere.
+    pub fn over(host: Arc<Host>) -> Self {
+        Self {
+            host,
+            device: Device::Cpu,
+        }
+    }
+
+    /// Runs ops of tensors of the given device by Metal kernels.
+    pub fn run(
+        &self,
+        ops: impl FnOnce(&Device) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        self.host.install(|| ops(&self.device))
+    }
+}
+
+/// Whether there is a compiler; without one it is said once, or a failure where `MMFP4_MSL_REQUIRED` is set.
+#[cfg(target_os = "linux")]
+pub fn available() -> bool {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    if build::compiler().is_some() {
+        return true;
+    }
+    let line =
+        "skipped: Metal kernels need clang 17 or newer (Debian: apt install clang-19 libclang-rt-19-dev)";
+    assert!(std::env::var_os("MMFP4_MSL_REQUIRED").is_none(), "{line}");
+    SAID.call_once(|| eprintln!("{line}"));
+    false
+}
+
+#[cfg(target_os = "macos")]
+impl Backend {
+    /// The GPU.
+    pub fn start() -> Option<Self> {
+        let device = candle_mmfp4::metal::device::open(0).unwrap_or_else(|error| panic!("{error}"));
+        Some(Self { device })
+    }
+
+    /// Runs ops of tensors of the given device.
+    pub fn run(
+        &self,
+        ops: impl FnOnce(&Device) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        ops(&self.device)?.to_device(&Device::Cpu)
+    }
+}

@@ -1,0 +1,310 @@
+//! The grid of a linear op's cases.
+
+use crate::backend::Backend;
+use candle_core::{DType, Device, Tensor};
+use candle_mmfp4::Result;
+use candle_mmfp4::cpu::{Arithmetic, reference};
+use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
+use candle_mmfp4::ops::Linear;
+
+pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub const KINDS: [ScaleKind; 4] = [ScaleKind::F16, ScaleKind::BF16, ScaleKind::E8M0, ScaleKind::E4M3];
+const GROUPS: [usize; 4] = [16, 32, 64, 128];
+const ROWS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65];
+const OUTPUTS: [usize; 7] = [1, 7, 8, 9, 63, 65, 576];
+/// K in groups.
+const LENGTHS: [usize; 5] = [1, 2, 3, 5, 9];
+const FACTORS: [Factor; 3] = [Factor::None, Factor::Mul(0.37), Factor::Div(3.0)];
+const SHIFTS: [usize; 4] = [0, 4, 8, 12];
+const LIES: [Lies; 6] = [
+    Lies::Together,
+    Lies::Offset,
+    Lies::WideRows,
+    Lies::OddRows,
+    Lies::Batches,
+    Lies::Transposed,
+];
+
+/// How activations lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lies {
+    Together,
+    /// After a row of others.
+    Offset,
+    /// Rows four elements longer than they are taken.
+    WideRows,
+    /// Rows three elements longer: no vector loads.
+    OddRows,
+    /// A leading dimension, of which a part is taken.
+    Batches,
+    /// Columns first.
+    Transposed,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    pub dtype: DType,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub group: usize,
+    pub kind: ScaleKind,
+    pub factor: Factor,
+    /// Bytes by which the codes are off a multiple of 16.
+    pub shift: usize,
+    pub bias: bool,
+    pub lies: Lies,
+    /// Scales that are subnormal numbers of their kind (F16 and E4M3).
+    pub subnormal: bool,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            m: 1,
+            n: 8,
+            k: 64,
+            group: 32,
+            kind: ScaleKind::F16,
+            factor: Factor::None,
+            shift: 0,
+            bias: false,
+            lies: Lies::Together,
+            subnormal: false,
+        }
+    }
+}
+
+impl Case {
+    /// The weight and the bias.
+    pub fn op(&self) -> Linear {
+        let tensor = weight((self.n, self.k), self.group, self.kind, self.shift);
+        let parts = Parts {
+            shape: tensor.shape(),
+            group: self.group,
+            codes: tensor.codes().clone(),
+            scales: if self.subnormal {
+                subnormal(tensor.scales(), self.kind)
+            } else {
+                tensor.scales().clone()
+            },
+            kind: self.kind,
+            factor: self.factor,
+        };
+        let tensor = Fp4Tensor::new("w", parts).unwrap();
+        Linear::new(Weight::from(tensor), self.bias.then(|| noise(self.n, 11))).unwrap()
+    }
+
+    /// Activations, lying as they are to.
+    pub fn x(&self) -> candle_core::Result<Tensor> {
+        let (m, k) = (self.m, self.k);
+        let of = |shape| activations(shape, self.dtype, (m * 31 + k) as u64);
+        match self.lies {
+            Lies::Together => Ok(of((m, k))),
+            Lies::Offset => of((m + 1, k)).narrow(0, 1, m),
+            Lies::WideRows => of((m, k + 4)).narrow(1, 0, k),
+            Lies::OddRows => of((m, k + 3)).narrow(1, 0, k),
+            Lies::Batches => of((2 * (m + 1), k)).reshape((2, m + 1, k))?.narrow(1, 1, m),
+            Lies::Transposed => of((k, m)).t(),
+        }
+    }
+
+    /// Runs the op and gives its normalised mean-square error.
+    pub fn run(&self, backend: &Backend) -> Result<f64> {
+        let (op, x) = (self.op(), self.x()?);
+        let y = backend.run(|device| op.forward(&x.to_device(device)?))?;
+        Ok(nmse(&values(&y), &self.expected(&op, &values(&x.contiguous()?))))
+    }
+
+    /// What the plain reference gives.
+    pub fn expected(&self, op: &Linear, x: &[f32]) -> Vec<f32> {
+        let mut expected = reference::linear(op.weight(), x, x.len() / self.k, Arithmetic::Exact);
+        if let Some(bias) = op.bias() {
+            for row in expected.chunks_exact_mut(self.n) {
+                for (value, bias) in row.iter_mut().zip(bias) {
+                    *value += bias;
+                }
+            }
+        }
+        expected
+    }
+}
+
+/// What rounding explains.
+pub fn bound(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 3e-7,
+        DType::BF16 => 1e-5,
+        _ => 1e-9,
+    }
+}
+
+/// The sizes of each axis of the grid.
+const AXES: [usize; 10] = [
+    DTYPES.len(),
+    ROWS.len(),
+    OUTPUTS.len(),
+    LENGTHS.len(),
+    GROUPS.len(),
+    KINDS.len(),
+    FACTORS.len(),
+    SHIFTS.len(),
+    2,
+    LIES.len(),
+];
+
+fn case(at: [usize; 10]) -> Case {
+    let group = GROUPS[at[4]];
+    Case {
+        dtype: DTYPES[at[0]],
+        m: ROWS[at[1]],
+        n: OUTPUTS[at[2]],
+        k: LENGTHS[at[3]] * group,
+        group,
+        kind: KINDS[at[5]],
+        factor: FACTORS[at[6]],
+        shift: SHIFTS[at[7]],
+        bias: at[8] == 1,
+        lies: LIES[at[9]],
+        subnormal: false,
+    }
+}
+
+/// Whether everything is to run.
+pub fn full() -> bool {
+    std::env::var_os("MMFP4_MSL_FULL").is_some()
+}
+
+/// Every combination of dtype, shape, group and scale kind; the other axes take turns.
+pub fn all() -> Vec<Case> {
+    let count: usize = AXES[..6].iter().product();
+    (0..count)
+        .map(|index| {
+            let mut rest = index;
+            let mut at = AXES.map(|size| index % size);
+            for (at, size) in at[..6].iter_mut().zip(AXES) {
+                *at = rest % size;
+                rest /= size;
+            }
+            case(at)
+        })
+        .collect()
+}
+
+/// Cases in which every two values of two axes meet: greedily, of 64 random candidates the one with most new pairs.
+pub fn pairwise() -> Vec<Case> {
+    let mut random = 1u64;
+    let mut below = |size: usize| {
+        random = random
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (random >> 33) as usize % size
+    };
+    let mut missing = std::collections::BTreeSet::new();
+    for (a, size) in AXES.into_iter().enumerate() {
+        for (b, other) in AXES.into_iter().enumerate().skip(a + 1) {
+            for i in 0..size {
+                missing.extend((0..other).map(|j| (a, i, b, j)));
+            }
+        }
+    }
+    let mut cases = Vec::new();
+    while let Some(&(a, i, b, j)) = missing.first() {
+        let pairs = |at: &[usize; 10]| {
+            let mut met = Vec::new();
+            for a in 0..AXES.len() {
+                for b in a + 1..AXES.len() {
+                    met.push((a, at[a], b, at[b]));
+                }
+            }
+            met
+        };
+        let best = (0..64)
+            .map(|_| {
+                let mut at = AXES.map(&mut below);
+                (at[a], at[b]) = (i, j);
+                at
+            })
+            .max_by_key(|at| pairs(at).iter().filter(|pair| missing.contains(pair)).count())
+            .unwrap();
+        for pair in pairs(&best) {
+            missing.remove(&pair);
+        }
+        cases.push(case(best));
+    }
+    cases
+}
+
+/// Reproducible values in -1 .. 1.
+pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A weight of noise whose codes begin `shift` bytes into their memory.
+pub fn weight(shape: (usize, usize), group: usize, kind: ScaleKind, shift: usize) -> Fp4Tensor {
+    let values = noise(shape.0 * shape.1, (shape.0 * 7 + shape.1) as u64);
+    let tensor = quantize("w", &values, shape, Format { group, kind }, ScaleRule::Maximum).unwrap();
+    let mut memory = vec![0xff; shift];
+    memory.extend_from_slice(tensor.codes());
+    let codes = Bytes::copy_from(&memory).unwrap();
+    let parts = Parts {
+        shape,
+        group,
+        codes: codes.slice(shift..memory.len()).unwrap(),
+        scales: tensor.scales().clone(),
+        kind,
+        factor: tensor.factor(),
+    };
+    Fp4Tensor::new("w", parts).unwrap()
+}
+
+/// The scales with the exponents of subnormal numbers.
+fn subnormal(scales: &[u8], kind: ScaleKind) -> Bytes {
+    let bytes: Vec<u8> = match kind {
+        ScaleKind::F16 => scales
+            .chunks_exact(2)
+            .flat_map(|b| [b[0] | 1, b[1] & 3])
+            .collect(),
+        ScaleKind::E4M3 => scales.iter().map(|b| b & 7 | 1).collect(),
+        ScaleKind::BF16 | ScaleKind::E8M0 => unreachable!("Metal flushes subnormal floats"),
+    };
+    Bytes::copy_from(&bytes).unwrap()
+}
+
+/// Noise in a dtype.
+pub fn activations(shape: (usize, usize), dtype: DType, seed: u64) -> Tensor {
+    Tensor::from_vec(noise(shape.0 * shape.1, seed), shape, &Device::Cpu)
+        .and_then(|x| x.to_dtype(dtype))
+        .unwrap()
+}
+
+/// All elements in f32.
+pub fn values(x: &Tensor) -> Vec<f32> {
+    let x = x.to_dtype(DType::F32).and_then(|x| x.flatten_all());
+    x.and_then(|x| x.to_vec1()).unwrap()
+}
+
+/// `Σ (a - e)² / Σ e²`; NaN counts as infinite.
+pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let square = |v: f64| v * v;
+    let differences = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, e)| f64::from(*a) - f64::from(*e));
+    let error: f64 = differences.map(square).sum();
+    let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
+    match error {
+        0.0 => 0.0,
+        _ if error.is_nan() => f64::INFINITY,
+        _ => error / norm,
+    }
+}

@@ -1,0 +1,420 @@
+//! What only the host can check: the sources themselves, schedules, memory, races, plans against kernels.
+
+use crate::backend::{Backend, available};
+use crate::cases::{self, Case};
+use crate::runner::{Outcome, work};
+use candle_core::DType;
+use candle_mmfp4::cpu::HeadRows;
+use candle_mmfp4::fp4::{Factor, Format, Weight};
+use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
+use candle_mmfp4::metal::host::{Host, Operand};
+use candle_mmfp4::metal::linear::{Direction, Product, every_kernel};
+use candle_mmfp4::metal::plan::{Binding, limits};
+use candle_mmfp4::metal::source;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+/// Cases of both directions that reach every kernel's loops and edges; what is slow runs over these.
+pub fn subset() -> Vec<(Case, Direction)> {
+    let plain = Case::default();
+    let rows = [
+        Case {
+            n: 9,
+            k: 128,
+            shift: 4,
+            ..plain
+        },
+        Case {
+            m: 2,
+            n: 7,
+            k: 288,
+            dtype: DType::F16,
+            bias: true,
+            ..plain
+        },
+        Case {
+            m: 4,
+            n: 17,
+            k: 160,
+            group: 16,
+            kind: cases::KINDS[3],
+            factor: Factor::Div(3.0),
+            ..plain
+        },
+        Case {
+            m: 7,
+            n: 6,
+            k: 256,
+            group: 128,
+            dtype: DType::BF16,
+            kind: cases::KINDS[2],
+            ..plain
+        },
+        Case {
+            m: 9,
+            n: 33,
+            k: 48,
+            group: 16,
+            kind: cases::KINDS[1],
+            ..plain
+        },
+        Case {
+            m: 33,
+            n: 40,
+            k: 64,
+            dtype: DType::F16,
+            bias: true,
+            ..plain
+        },
+        Case {
+            m: 16,
+            n: 31,
+            k: 128,
+            group: 128,
+            dtype: DType::BF16,
+            factor: Factor::Mul(0.37),
+            ..plain
+        },
+        // K shorter than a tile, and scales that are subnormal numbers.
+        Case {
+            m: 9,
+            n: 5,
+            k: 16,
+            group: 16,
+            ..plain
+        },
+        Case {
+            m: 2,
+            kind: cases::KINDS[3],
+            subnormal: true,
+            ..plain
+        },
+        Case {
+            m: 12,
+            kind: cases::KINDS[0],
+            subnormal: true,
+            ..plain
+        },
+    ];
+    let columns = [
+        Case {
+            n: 9,
+            k: 288,
+            ..plain
+        },
+        Case {
+            m: 3,
+            n: 6,
+            k: 48,
+            group: 16,
+            dtype: DType::F16,
+            ..plain
+        },
+        Case {
+            m: 9,
+            n: 33,
+            k: 48,
+            group: 16,
+            kind: cases::KINDS[3],
+            ..plain
+        },
+        Case {
+            m: 33,
+            n: 20,
+            k: 64,
+            group: 64,
+            dtype: DType::BF16,
+            ..plain
+        },
+    ];
+    let with = |direction| move |case| (case, direction);
+    let rows = rows.into_iter().map(with(Direction::Rows));
+    let few = rows.chain(columns.into_iter().map(with(Direction::Columns)));
+    if !cases::full() {
+        return few.collect();
+    }
+    let both = |case| [Direction::Rows, Direction::Columns].map(|direction| (case, direction));
+    few.chain(cases::pairwise().into_iter().flat_map(both)).collect()
+}
+
+/// Runs the subset with a program of these kernels; what went wrong first.
+pub fn failure(program: &Path, seed: u64) -> Option<String> {
+    subset().iter().find_map(|(case, direction)| {
+        let bound = cases::bound(case.dtype);
+        match work(case, *direction).run(program, seed) {
+            Outcome::Error(error) if error <= bound => None,
+            Outcome::Error(error) => Some(format!("NMSE {error:.1e}")),
+            Outcome::Stopped(line) => Some(line),
+        }
+    })
+}
+
+/// The messages of the strict check of a folder of kernels, where there are any.
+pub fn strict(metal: &Path) -> Option<String> {
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/msl/mslc.py");
+    let output = Command::new("python3")
+        .arg(tool)
+        .arg("check")
+        .args(source::KERNELS.iter().map(|file| metal.join(file.name)))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    (!output.status.success()).then_some(text)
+}
+
+fn metal() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("metal")
+}
+
+fn library(options: Options) -> PathBuf {
+    build::library(&options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn sources_pass_the_strict_check() {
+    if available()
+        && let Some(messages) = strict(&metal())
+    {
+        panic!("{messages}");
+    }
+}
+
+#[test]
+fn the_one_text_that_a_mac_compiles_passes_the_strict_check() {
+    if !available() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("library.metal");
+    std::fs::write(&file, source::library()).unwrap();
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/msl/mslc.py");
+    let output = Command::new("python3")
+        .arg(tool)
+        .arg("check")
+        .arg(file)
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
+}
+
+#[test]
+fn any_schedule_gives_the_same_numbers() {
+    if !available() {
+        return;
+    }
+    let library = library(Options::default());
+    for seed in 1..=8 {
+        let backend = Backend::over(Arc::new(Host::load(&library).unwrap().with_seed(seed)));
+        for (case, direction) in subset() {
+            if direction == Direction::Rows {
+                let error = case.run(&backend).unwrap();
+                assert!(
+                    error <= cases::bound(case.dtype),
+                    "seed {seed}, {case:?}: {error:e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn addresses_and_undefined_behaviour() {
+    sanitized(Sanitize::Addresses);
+}
+
+#[test]
+fn races() {
+    sanitized(Sanitize::Threads);
+}
+
+fn sanitized(sanitize: Sanitize) {
+    if !available() {
+        return;
+    }
+    let program = library(Options {
+        sanitize,
+        program: true,
+        ..Options::default()
+    });
+    for (case, direction) in subset() {
+        let outcome = work(&case, direction).run(&program, 0);
+        let Outcome::Error(error) = outcome else {
+            panic!("{direction:?} {case:?}: {outcome:?}")
+        };
+        assert!(
+            error <= cases::bound(case.dtype),
+            "{direction:?} {case:?}: {error:e}"
+        );
+    }
+}
+
+#[test]
+fn fast_math_changes_no_more_than_rounding() {
+    if !available() {
+        return;
+    }
+    let library = library(Options {
+        fast_math: true,
+        ..Options::default()
+    });
+    let backend = Backend::over(Arc::new(Host::load(&library).unwrap()));
+    for (case, direction) in subset() {
+        if direction == Direction::Rows {
+            let error = case.run(&backend).unwrap();
+            assert!(error <= cases::bound(case.dtype), "{case:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
+    let Some(backend) = Backend::start() else { return };
+    let mut launched = BTreeSet::new();
+    let plans = cases::DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
+    for plan in plans.into_iter().flatten() {
+        for launch in plan.launches {
+            assert!(launch.threads.iter().product::<usize>() <= limits::THREADS);
+            for (_, binding) in &launch.bindings {
+                if let Binding::Bytes(bytes) = binding {
+                    assert!(bytes.len() <= limits::BYTES);
+                }
+            }
+            launched.insert(launch.kernel);
+        }
+    }
+    let kernels: BTreeSet<_> = backend.host.kernels().into_iter().collect();
+    assert_eq!(launched, kernels);
+}
+
+#[test]
+fn launches_that_do_not_fit_their_kernel_are_refused() {
+    let Some(backend) = Backend::start() else { return };
+    let case = Case::default();
+    let op = case.op();
+    let Weight::Fp4(weight) = op.weight() else {
+        unreachable!("cases are in FP4")
+    };
+    let rows = HeadRows {
+        heads: 1,
+        stride: case.n,
+        start: 0,
+        len: case.n,
+    };
+    let product = Product {
+        weight,
+        rows,
+        direction: Direction::Rows,
+        bias: false,
+        dtype: DType::F32,
+        m: 1,
+        x_offset: 0,
+        x_row: case.k,
+        x_head: 0,
+        y_offset: 0,
+        y_row: case.n,
+        y_head: 0,
+    };
+    let x = vec![0u8; case.k * 4];
+    type Change<'a> = &'a dyn Fn(&mut Vec<(usize, Binding)>);
+    let run = |change: Change<'_>| {
+        let mut plan = product.plan().unwrap();
+        change(&mut plan.launches[0].bindings);
+        let mut y = vec![0u8; case.n * 4];
+        let mut operands = [
+            Operand::Read(weight.codes()),
+            Operand::Read(weight.scales()),
+            Operand::Read(&x),
+            Operand::Write(&mut y),
+        ];
+        backend
+            .host
+            .run(&plan, &mut operands)
+            .map_err(|error| error.to_string())
+    };
+    run(&|_| {}).unwrap();
+    let read = Binding::Read {
+        operand: 3,
+        offset: 0,
+    };
+    let refused: [(&str, Change<'_>); 6] = [
+        ("an unbound output", &|bindings| drop(bindings.remove(3))),
+        ("an output bound as an input", &|bindings| {
+            bindings[3].1 = read.clone()
+        }),
+        ("a binding that the kernel does not have", &|bindings| {
+            bindings.push((9, read.clone()));
+        }),
+        ("arguments that are too short", &|bindings| {
+            bindings[4].1 = Binding::Bytes(vec![0; 36]);
+        }),
+        ("codes off four bytes", &|bindings| {
+            bindings[0].1 = Binding::Read {
+                operand: 0,
+                offset: 2,
+            };
+        }),
+        ("an operand that is not there", &|bindings| {
+            bindings[2].1 = Binding::Read {
+                operand: 7,
+                offset: 0,
+            };
+        }),
+    ];
+    for (what, change) in refused {
+        assert!(run(change).is_err(), "{what}");
+    }
+}
+
+#[test]
+fn what_cannot_be_planned_is_refused() {
+    let weight = cases::weight((8, 64), 32, cases::KINDS[0], 0);
+    let odd = cases::weight((8, 64), 32, cases::KINDS[0], 2);
+    let product = Product {
+        weight: &weight,
+        rows: HeadRows {
+            heads: 1,
+            stride: 8,
+            start: 0,
+            len: 8,
+        },
+        direction: Direction::Rows,
+        bias: false,
+        dtype: DType::F32,
+        m: 1,
+        x_offset: 0,
+        x_row: 64,
+        x_head: 0,
+        y_offset: 0,
+        y_row: 8,
+        y_head: 0,
+    };
+    for (part, wrong) in [
+        (
+            "F32, F16 or BF16",
+            Product {
+                dtype: DType::U32,
+                ..product
+            },
+        ),
+        (
+            "2^32",
+            Product {
+                x_row: 1 << 32,
+                ..product
+            },
+        ),
+        (
+            "4 bytes",
+            Product {
+                weight: &odd,
+                ..product
+            },
+        ),
+    ] {
+        let error = wrong.plan().unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
