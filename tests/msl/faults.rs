@@ -137,7 +137,10 @@ impl Fault {
             };
             match build::library_of(folder.path(), &folder.path().join("build"), &options) {
                 Err(error) => Some(format!("does not compile: {}", first_line(&error.to_string()))),
-                Ok(program) => seeds.into_iter().find_map(|seed| failure(&program, seed)),
+                Ok(program) => seeds
+                    .into_iter()
+                    .find_map(|seed| failure(&program, seed))
+                    .map(|text| text.replace(&format!("{}/", folder.path().display()), "")),
             }
         };
         let strict = strict(folder.path()).map(|text| first_line(&text));

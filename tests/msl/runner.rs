@@ -191,7 +191,7 @@ impl Work {
 /// What a sanitizer says, without process and addresses, which differ from run to run.
 fn without_addresses(line: &str) -> String {
     let line = line.split("ERROR: ").last().unwrap_or(line);
-    let end = [" (pid=", " on address", " on unknown address"]
+    let end = [" (pid=", " on address", " on unknown address", " 0x"]
         .iter()
         .filter_map(|sign| line.find(sign))
         .min();
