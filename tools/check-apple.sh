@@ -14,7 +14,8 @@ if [ ! -x "$home/rustc" ]; then
     depends() {
         apt-cache depends "$1" | sed -n "s/^ *Depends: \($2\)\$/\1/p"
     }
-    std=$(depends libstd-rust-web-dev 'libstd-rust-web-[0-9.]*')
+    # A fresh machine has no lists of packages yet.
+    std=$(depends libstd-rust-web-dev 'libstd-rust-web-[0-9.]*' || true)
     if [ -z "$std" ]; then
         apt-get update -q
         std=$(depends libstd-rust-web-dev 'libstd-rust-web-[0-9.]*')
