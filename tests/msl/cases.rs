@@ -1,6 +1,7 @@
 //! The grid of a linear op's cases.
 
 use crate::backend::Backend;
+pub use crate::common::{noise, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::Result;
 use candle_mmfp4::cpu::{Arithmetic, reference};
@@ -236,18 +237,6 @@ pub fn pairwise() -> Vec<Case> {
     cases
 }
 
-/// Reproducible values in -1 .. 1.
-pub fn noise(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
-
 /// A weight of noise whose codes begin `shift` bytes into their memory.
 pub fn weight(shape: (usize, usize), group: usize, kind: ScaleKind, shift: usize) -> Fp4Tensor {
     let values = noise(shape.0 * shape.1, (shape.0 * 7 + shape.1) as u64);
@@ -284,12 +273,6 @@ pub fn activations(shape: (usize, usize), dtype: DType, seed: u64) -> Tensor {
     Tensor::from_vec(noise(shape.0 * shape.1, seed), shape, &Device::Cpu)
         .and_then(|x| x.to_dtype(dtype))
         .unwrap()
-}
-
-/// All elements in f32.
-pub fn values(x: &Tensor) -> Vec<f32> {
-    let x = x.to_dtype(DType::F32).and_then(|x| x.flatten_all());
-    x.and_then(|x| x.to_vec1()).unwrap()
 }
 
 /// `Σ (a - e)² / Σ e²`; NaN counts as infinite.

@@ -13,6 +13,8 @@ mod backend;
 mod cases;
 #[cfg(target_os = "linux")]
 mod checks;
+#[path = "../common/mod.rs"]
+mod common;
 #[cfg(target_os = "linux")]
 mod faults;
 #[cfg(target_os = "linux")]

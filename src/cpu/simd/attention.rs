@@ -1,9 +1,5 @@
 //! The inner loops of attention, once for all instruction sets.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::elementwise::exp;
 use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{Scratch, Simd, sized};
@@ -177,6 +173,9 @@ unsafe fn pack_values<S: Simd>(task: &Task<'_>, first: usize, count: usize, to: 
 }
 
 /// Scores of few rows: each query along each key as it lies, sums in the lanes of a register.
+///
+/// # Safety
+/// `queries` has a row for each of the task.
 #[inline(always)]
 unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
     task: &Task<'_>,
@@ -197,6 +196,9 @@ unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
 }
 
 /// Of `MR` queries with up to `NR` keys, given by the first one and their number.
+///
+/// # Safety
+/// `queries` has `MR` rows, as wide as all parts of a key.
 #[inline(always)]
 unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
     task: &Task<'_>,

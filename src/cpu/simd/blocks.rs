@@ -1,10 +1,6 @@
 //! FP4 weights times many rounded rows of activations: blocks of 64 rows by 128 codes, decoded once into the first-level
 //! cache.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::product::passes;
 use super::{BLOCK_BYTES, CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};

@@ -1,9 +1,5 @@
 //! The transposed product, whose sums run over output features: `kv_b`'s first half, absorbed into the query.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::decode::{decode_row, span_scale};
 use super::product::{Columns, Rows, gather, product};
 use super::{DISTANCE, Scratch, Selection, Simd, scales, sized};

@@ -1,9 +1,5 @@
 //! Weights of any kind to f32: what exact products and the transposed ones are made of.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::{Simd, scales, sized};
 use crate::fp4::{FloatKind, INT8_BLOCK, Int8Tensor, Weight};
 

@@ -3,6 +3,9 @@
 use crate::cpu::activations::{BLOCK, Block};
 
 /// Rounds row `row` of `rows` to blocks that lie `rows` apart, the first at `blocks + row`.
+///
+/// # Safety
+/// There is room for `rows` blocks for each 128 elements of `x`, and `row` is below `rows`.
 #[inline(always)]
 pub(super) unsafe fn round(x: &[f32], row: usize, rows: usize, blocks: *mut Block) {
     for (b, x) in x.chunks(BLOCK).enumerate() {

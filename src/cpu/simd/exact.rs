@@ -1,9 +1,5 @@
 //! Weights of any kind times f32 activations.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::decode::{decode_row, int8_span, span_scale};
 use super::product::{Columns, Rows, aligned, gather, passes, product, transpose};
 use super::{DISTANCE, Scratch, Selection, Simd, TILE, scales, sized};

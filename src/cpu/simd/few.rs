@@ -1,9 +1,5 @@
 //! FP4 weights times a few rounded rows of activations: each row of weights along its codes, at the memory's speed.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::{BLOCK_BYTES, BLOCK_LANES, DISTANCE, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 
@@ -92,6 +88,9 @@ unsafe fn each_row<S: Simd, const M: usize, const SHARE: usize>(
 }
 
 /// Adds the products of a row's block of 128 with the blocks `offset` after `x`.
+///
+/// # Safety
+/// 64 bytes of codes, a scale for each `SHARE` lanes with eight numbers to read from each, and the blocks of activations.
 #[inline(always)]
 unsafe fn block<S: Simd, const M: usize, const SHARE: usize>(
     sums: &mut [S::Float; M],
@@ -126,6 +125,9 @@ unsafe fn block<S: Simd, const M: usize, const SHARE: usize>(
 }
 
 /// As [`block`] with one scale: its sums stay whole numbers to the block's end.
+///
+/// # Safety
+/// 64 bytes of codes, and the blocks of activations.
 #[inline(always)]
 unsafe fn wide_block<S: Simd, const M: usize>(
     sums: &mut [S::Float; M],

@@ -1,9 +1,5 @@
 //! Weights of eight bits times rounded activations: an output head, with one row of activations a token.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::product::passes;
 use super::{Int8Rows, Scratch, Selection, Simd, TILE};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
@@ -65,6 +61,9 @@ pub(super) unsafe fn int8<S: Simd>(
 
 /// Each row of weights with `R` rows of activations, whose blocks lie `stride` apart; sums in the lanes of a register
 /// each.
+///
+/// # Safety
+/// Each of `x` is the first of as many blocks, `stride` apart, as a row of weights has.
 #[inline(always)]
 unsafe fn along_rows<S: Simd, const R: usize>(
     weights: Int8Rows<'_>,

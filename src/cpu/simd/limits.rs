@@ -1,9 +1,5 @@
 //! What this machine can do at most: see [`roofline`](crate::cpu::roofline).
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::Simd;
 
 /// Loads all whole lines of 256 bytes, and does next to nothing with them: what reading costs.

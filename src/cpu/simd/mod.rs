@@ -3,6 +3,14 @@
 //! Each loop is there once, written over the few operations of [`Simd`]; an instruction set is an implementation of
 //! those and a [`Kernels`] table of the loops compiled for it. The loops are inlined into the functions of that table,
 //! and run their sums in an order that depends on nothing but the shapes.
+//!
+//! # Safety
+//! The loops are `unsafe` because the operations of [`Simd`] are: whoever calls one promises the instruction set. Where one
+//! is given pointers, or a shape beside slices, its own text says what else is to be there.
+
+// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
+// set, which nothing guarantees.
+#![allow(clippy::needless_range_loop)]
 
 mod attention;
 #[cfg(target_arch = "x86_64")]

@@ -3,10 +3,6 @@
 //! The left side is broadcast element by element, the right side read in registers of columns; a tile of sums stays in
 //! registers. Sums run in an order that depends on nothing but the shapes.
 
-// Loops over registers are written with indices: closures would have to be inlined to be compiled for the instruction
-// set, which nothing guarantees.
-#![allow(clippy::needless_range_loop)]
-
 use super::{Selection, Simd, sized};
 
 /// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
@@ -180,6 +176,9 @@ pub(super) unsafe fn product<S: Simd, const NR: usize, const MR: usize>(
 }
 
 /// `MR` rows of `a` by `NR` registers of `b`, sums in registers.
+///
+/// # Safety
+/// `inner` columns of the rows of `a`, `inner` rows of the registers of `b`, and both of `out`.
 #[inline(always)]
 unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
     a: Rows,
