@@ -1,7 +1,7 @@
 //! Plans of products with FP4 weights: `metal/linear.metal`.
 
 use super::args::LinearArgs;
-use super::plan::{Binding, Constant, Launch, Plan};
+use super::plan::{Binding, Constant, Launch, Plan, Work};
 use crate::cpu::HeadRows;
 use crate::fp4::{Factor, Format, Fp4Tensor, ScaleKind, ScaleRule, quantize};
 use crate::{Error, Result};
@@ -10,17 +10,18 @@ use candle_core::DType;
 const OP: &str = "mmfp4-linear";
 
 /// Where the operands of a product stand among a plan's.
-pub mod operand {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operands {
     /// The weight's codes.
-    pub const CODES: usize = 0;
+    pub codes: usize,
     /// The weight's scales.
-    pub const SCALES: usize = 1;
-    /// Activations.
-    pub const X: usize = 2;
-    /// The output.
-    pub const Y: usize = 3;
+    pub scales: usize,
     /// Biases in F32, where there are any.
-    pub const BIAS: usize = 4;
+    pub bias: Option<usize>,
+    /// Activations.
+    pub x: usize,
+    /// The output.
+    pub y: usize,
 }
 
 /// Rows of activations up to which a product goes along the rows of the weight.
@@ -46,8 +47,8 @@ pub struct Product<'a> {
     pub rows: HeadRows,
     /// Which way.
     pub direction: Direction,
-    /// Whether there is a bias.
-    pub bias: bool,
+    /// Its operands.
+    pub operands: Operands,
     /// F32, F16 or BF16, of activations and output.
     pub dtype: DType,
     /// Rows of activations.
@@ -86,7 +87,13 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
                 weight: &weight,
                 rows,
                 direction,
-                bias: false,
+                operands: Operands {
+                    codes: 0,
+                    scales: 1,
+                    bias: None,
+                    x: 2,
+                    y: 3,
+                },
                 dtype,
                 m,
                 x_offset: 0,
@@ -97,19 +104,21 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
                 y_row: widths.1,
                 y_head: 0,
             };
-            plans.push(product.plan()?);
+            plans.push(Plan {
+                launches: vec![product.launch()?],
+            });
         }
     }
     Ok(plans)
 }
 
 impl Product<'_> {
-    /// The plan: one launch.
+    /// Its launch.
     ///
     /// # Errors
     /// [`Error::Argument`] for a dtype that no kernel has, for sizes beyond 32 bits, and for codes or scales that are not
     /// aligned.
-    pub fn plan(&self) -> Result<Plan> {
+    pub fn launch(&self) -> Result<Launch> {
         let kind = match self.dtype {
             DType::F32 => "f32",
             DType::F16 => "f16",
@@ -192,34 +201,47 @@ impl Product<'_> {
         let read = |operand, offset| Binding::Read { operand, offset };
         let mut constants = self.constants();
         let mut bindings = vec![
-            (0, read(operand::CODES, 0)),
-            (1, read(operand::SCALES, 0)),
-            (2, read(operand::X, self.x_offset)),
+            (0, read(self.operands.codes, 0)),
+            (1, read(self.operands.scales, 0)),
+            (2, read(self.operands.x, self.x_offset)),
             (
                 3,
                 Binding::Write {
-                    operand: operand::Y,
+                    operand: self.operands.y,
                     offset: self.y_offset,
                 },
             ),
             (4, Binding::Bytes(args.bytes())),
         ];
         if self.direction == Direction::Rows {
-            constants.push((4, Constant::Bool(self.bias)));
-            if self.bias {
-                bindings.push((5, read(operand::BIAS, 0)));
-            }
+            constants.push((4, Constant::Bool(self.operands.bias.is_some())));
+            bindings.extend(self.operands.bias.map(|bias| (5, read(bias, 0))));
         }
-        let launch = Launch {
+        Ok(Launch {
             kernel,
             constants,
             threadgroups,
             threads: [threads, 1, 1],
             bindings,
-        };
-        Ok(Plan {
-            launches: vec![launch],
+            work: self.work(),
         })
+    }
+
+    fn work(&self) -> Work {
+        let (HeadRows { heads, len, .. }, (n, k)) = (self.rows, self.weight.shape());
+        let (from, to) = match self.direction {
+            Direction::Rows => (k, len),
+            Direction::Columns => (len, k),
+        };
+        let element = self.dtype.size_in_bytes();
+        let of_weight = (self.weight.codes().len() + self.weight.scales().len()) / n;
+        let bias = self.operands.bias.map_or(0, |_| len * size_of::<f32>());
+        Work {
+            weights: (heads * (len * of_weight + bias)) as u64,
+            read: (self.m * heads * from * element) as u64,
+            written: (self.m * heads * to * element) as u64,
+            operations: (2 * self.m * heads * len * k) as u64,
+        }
     }
 
     /// The constants of `metal/fp4.h`.

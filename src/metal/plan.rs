@@ -34,6 +34,22 @@ pub enum Binding {
     Bytes(Vec<u8>),
 }
 
+/// What a launch cannot do without, whatever the kernel: its floor.
+///
+/// Bytes count once however often a kernel reads them. What depends on values, such as which experts were chosen, counts
+/// as much as it can come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Work {
+    /// Bytes of weights: codes, scales, norms, biases, tables.
+    pub weights: u64,
+    /// Bytes of activations (and of a cache) that are read.
+    pub read: u64,
+    /// Bytes that are written.
+    pub written: u64,
+    /// Multiplications and additions of the products.
+    pub operations: u64,
+}
+
 /// One dispatch of a kernel.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Launch {
@@ -47,6 +63,8 @@ pub struct Launch {
     pub threads: [usize; 3],
     /// What stands at each buffer index.
     pub bindings: Vec<(usize, Binding)>,
+    /// What it moves and computes.
+    pub work: Work,
 }
 
 /// Launches in order; each sees what those before it wrote.

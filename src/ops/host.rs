@@ -1,96 +1,116 @@
 //! Ops of CPU tensors by Metal kernels (feature `msl-host`).
 
-use super::products::Products;
+use super::planned::Planned;
 use crate::metal::host::{Host, Operand};
+use crate::metal::plan::Plan;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, Layout, Shape};
+use candle_core::{CpuStorage, DType, Shape};
 use half::{bf16, f16};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
-/// The host that is to run this product; with weights that no kernel takes it is named once, and the CPU runs it.
-pub(super) fn for_products<'a>(
-    op: &'static str,
-    products: Option<Products<'a>>,
-) -> Option<(Arc<Host>, Products<'a>)> {
-    let host = Host::current()?;
-    if products.is_none() {
-        name_once(op, "for weights that are not in FP4");
-    }
-    Some((host, products?))
-}
-
-/// Names an op that has no kernel, where kernels run.
+/// Names an op that the CPU runs although kernels stand in for it: there is none.
 pub(super) fn without_kernel(op: &'static str) {
     if Host::current().is_some() {
         name_once(op, "yet");
     }
 }
 
-fn name_once(op: &'static str, why: &str) {
+pub(super) fn name_once(op: &'static str, why: &str) {
     static NAMED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
     if NAMED.lock().is_ok_and(|mut named| named.insert(op)) {
         eprintln!("msl-host: no kernel for {op} {why}; it runs on the CPU");
     }
 }
 
-/// Runs products.
-pub(super) fn products(
+/// Runs an op's plan.
+pub(super) fn run<const N: usize>(
     host: &Host,
-    products: &Products<'_>,
-    x: &CpuStorage,
-    layout: &Layout,
-) -> Result<(CpuStorage, Shape)> {
-    fn run<T: Copy>(
-        host: &Host,
-        products: &Products<'_>,
-        x: &[T],
-        (layout, dtype): (&Layout, DType),
-        nothing: T,
-    ) -> Result<(Vec<T>, Shape)> {
-        let planned = products.plan(layout, dtype)?;
-        let mut y = vec![nothing; planned.shape.elem_count()];
-        for (plan, part) in planned.plans.iter().zip(products.parts()) {
-            let mut operands = vec![
-                Operand::Read(part.weight.codes()),
-                Operand::Read(part.weight.scales()),
-                Operand::Read(bytes_of(x)),
-                Operand::Write(bytes_of_mut(&mut y)),
-            ];
-            operands.extend(part.bias.map(|bias| Operand::Read(bias)));
-            host.run(plan, &mut operands)?;
+    planned: Planned<'_, N>,
+    inputs: &[&CpuStorage],
+) -> Result<[(CpuStorage, Shape); N]> {
+    let Planned {
+        launches,
+        bytes,
+        outputs,
+        scratch,
+    } = planned;
+    for (_, dtype) in &outputs {
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::U32) {
+            let found = format!("{dtype:?}");
+            return Err(Error::argument("msl-host", "outputs", "floats or U32", found));
         }
-        Ok((y, planned.shape))
     }
-    // What no kernel writes is NaN.
-    match x {
-        CpuStorage::F32(x) => {
-            let (y, shape) = run(host, products, x, (layout, DType::F32), f32::NAN)?;
-            Ok((CpuStorage::F32(y), shape))
-        }
-        CpuStorage::F16(x) => {
-            let (y, shape) = run(host, products, x, (layout, DType::F16), f16::NAN)?;
-            Ok((CpuStorage::F16(y), shape))
-        }
-        CpuStorage::BF16(x) => {
-            let (y, shape) = run(host, products, x, (layout, DType::BF16), bf16::NAN)?;
-            Ok((CpuStorage::BF16(y), shape))
-        }
-        _ => Err(Error::argument(
-            "msl-host",
-            "x",
-            "F32, F16 or BF16",
-            "another dtype",
-        )),
+    let mut outputs = outputs.map(|(shape, dtype)| (unwritten(shape.elem_count(), dtype), shape));
+    // As poisoned as outputs, and as aligned as a device's buffers.
+    let mut scratch: Vec<_> = scratch
+        .into_iter()
+        .map(|size| vec![u64::MAX; size.div_ceil(size_of::<u64>())])
+        .collect();
+    let mut operands: Vec<_> = bytes.into_iter().map(|bytes| Operand::Read(bytes)).collect();
+    for input in inputs {
+        operands.push(Operand::Read(contents(input)?));
+    }
+    for (storage, _) in &mut outputs {
+        operands.push(Operand::Write(contents_mut(storage)?));
+    }
+    operands.extend(
+        scratch
+            .iter_mut()
+            .map(|memory| Operand::Write(bytes_of_mut(memory))),
+    );
+    host.run(&Plan { launches }, &mut operands)?;
+    Ok(outputs)
+}
+
+/// Memory of which no bit is a number: what no kernel writes stays visible.
+fn unwritten(count: usize, dtype: DType) -> CpuStorage {
+    match dtype {
+        DType::F16 => CpuStorage::F16(vec![f16::NAN; count]),
+        DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; count]),
+        DType::U32 => CpuStorage::U32(vec![u32::MAX; count]),
+        _ => CpuStorage::F32(vec![f32::NAN; count]),
     }
 }
 
-fn bytes_of<T: Copy>(values: &[T]) -> &[u8] {
-    // SAFETY: T is one of f32, f16 and bf16, whose bytes are all initialised.
+fn contents(storage: &CpuStorage) -> Result<&[u8]> {
+    match storage {
+        CpuStorage::F32(values) => Ok(bytes_of(values)),
+        CpuStorage::F16(values) => Ok(bytes_of(values)),
+        CpuStorage::BF16(values) => Ok(bytes_of(values)),
+        CpuStorage::U32(values) => Ok(bytes_of(values)),
+        _ => Err(no_kernel()),
+    }
+}
+
+fn contents_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
+    match storage {
+        CpuStorage::F32(values) => Ok(bytes_of_mut(values)),
+        CpuStorage::F16(values) => Ok(bytes_of_mut(values)),
+        CpuStorage::BF16(values) => Ok(bytes_of_mut(values)),
+        CpuStorage::U32(values) => Ok(bytes_of_mut(values)),
+        _ => Err(no_kernel()),
+    }
+}
+
+fn no_kernel() -> Error {
+    Error::argument("msl-host", "inputs", "F32, F16, BF16 or U32", "another dtype")
+}
+
+/// A number all of whose bytes are initialised, and of which any bytes are a value.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for f16 {}
+impl Number for bf16 {}
+impl Number for u32 {}
+impl Number for u64 {}
+
+fn bytes_of<T: Number>(values: &[T]) -> &[u8] {
+    // SAFETY: a number's bytes are all initialised, and u8 has no alignment.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-fn bytes_of_mut<T: Copy>(values: &mut [T]) -> &mut [u8] {
-    // SAFETY: as above, and any bytes are a value of these types.
+fn bytes_of_mut<T: Number>(values: &mut [T]) -> &mut [u8] {
+    // SAFETY: as above, and any bytes written are a number.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }

@@ -1,16 +1,14 @@
 //! `y = x · Wᵀ + b`.
 
 use super::activations::{from_f32, to_f32};
-#[cfg(launch_plans)]
+use super::planned::{self, Planned};
 use super::products::Products;
 use crate::cpu::{self, Arithmetic, Executor};
-#[cfg(launch_plans)]
 use crate::fp4::Bytes;
 use crate::fp4::Weight;
 use crate::{Error, Result};
-#[cfg(target_os = "macos")]
-use candle_core::MetalStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, MetalStorage, Shape, Tensor};
 
 const OP: &str = "mmfp4-linear";
 const JOINED: &str = "mmfp4-joined-linear";
@@ -21,7 +19,6 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Vec<f32>>,
     /// The bias as a device's kernels read it.
-    #[cfg(launch_plans)]
     bias_bytes: Option<Bytes>,
     arithmetic: Arithmetic,
 }
@@ -42,7 +39,6 @@ impl Linear {
             ));
         }
         Ok(Self {
-            #[cfg(launch_plans)]
             bias_bytes: bias.as_deref().map(bytes_of).transpose()?,
             weight,
             bias,
@@ -80,13 +76,13 @@ impl Linear {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        super::for_plans(x, 1)?.apply_op1_no_bwd(self)
+        planned::prepared(x, 1)?.apply_op1_no_bwd(self)
     }
 
-    /// The product as launch plans have it; `None` for weights that no kernel takes.
-    #[cfg(launch_plans)]
-    fn products(&self) -> Option<Products<'_>> {
-        Products::with(OP, std::iter::once((&self.weight, self.bias_bytes.as_ref())))
+    /// What a device runs; `None` for weights that no kernel takes.
+    fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
+        let products = Products::with(OP, std::iter::once((&self.weight, self.bias_bytes.as_ref())));
+        products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }
 
@@ -96,9 +92,10 @@ impl CustomOp1 for Linear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        #[cfg(msl_host)]
-        if let Some((host, products)) = super::host::for_products(OP, self.products()) {
-            return Ok(super::host::products(&host, &products, storage, layout)?);
+        if let Some([done]) =
+            planned::in_place_of_cpu(OP, &[storage], || self.planned(layout, storage.dtype()))?
+        {
+            return Ok(done);
         }
         let (n, k) = self.weight.shape();
         let mut dims = layout.dims().to_vec();
@@ -122,18 +119,17 @@ impl CustomOp1 for Linear {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    #[cfg(target_os = "macos")]
     fn metal_fwd(
         &self,
         storage: &MetalStorage,
         layout: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::on_metal::products(OP, self.products(), storage, layout)
+        let [done] = planned::on_metal(OP, &[storage], || self.planned(layout, storage.dtype()))?;
+        Ok(done)
     }
 }
 
 /// A bias as kernels read it.
-#[cfg(launch_plans)]
 fn bytes_of(bias: &[f32]) -> Result<Bytes> {
     let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
     Bytes::copy_from(&bytes)
@@ -190,14 +186,14 @@ impl JoinedLinear {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        super::for_plans(x, 1)?.apply_op1_no_bwd(self)
+        planned::prepared(x, 1)?.apply_op1_no_bwd(self)
     }
 
-    /// The products as launch plans have them; `None` where a weight is one that no kernel takes.
-    #[cfg(launch_plans)]
-    fn products(&self) -> Option<Products<'_>> {
+    /// What a device runs; `None` where a weight is one that no kernel takes.
+    fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
         let parts = self.parts.iter();
-        Products::with(JOINED, parts.map(|part| (&part.weight, part.bias_bytes.as_ref())))
+        let products = Products::with(JOINED, parts.map(|part| (&part.weight, part.bias_bytes.as_ref())));
+        products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }
 
@@ -207,9 +203,10 @@ impl CustomOp1 for JoinedLinear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        #[cfg(msl_host)]
-        if let Some((host, products)) = super::host::for_products(JOINED, self.products()) {
-            return Ok(super::host::products(&host, &products, storage, layout)?);
+        if let Some([done]) =
+            planned::in_place_of_cpu(JOINED, &[storage], || self.planned(layout, storage.dtype()))?
+        {
+            return Ok(done);
         }
         let k = self.parts[0].weight.shape().1;
         let mut dims = layout.dims().to_vec();
@@ -234,12 +231,12 @@ impl CustomOp1 for JoinedLinear {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    #[cfg(target_os = "macos")]
     fn metal_fwd(
         &self,
         storage: &MetalStorage,
         layout: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::on_metal::products(JOINED, self.products(), storage, layout)
+        let [done] = planned::on_metal(JOINED, &[storage], || self.planned(layout, storage.dtype()))?;
+        Ok(done)
     }
 }

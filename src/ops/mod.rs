@@ -18,15 +18,11 @@ mod norm;
 #[cfg(target_os = "macos")]
 mod on_metal;
 mod per_head;
-#[cfg(launch_plans)]
+mod planned;
 mod products;
 mod rope;
 mod route;
 mod validate;
-
-#[cfg(launch_plans)]
-use candle_core::Device;
-use candle_core::Tensor;
 
 pub use add::Add;
 pub use attention::Attention;
@@ -43,36 +39,13 @@ pub use validate::{
 
 /// The answer, on a Metal tensor, of an op without a kernel.
 fn no_metal<T>(op: &str) -> candle_core::Result<T> {
-    candle_core::bail!("{op}: no Metal kernel yet; move the model and its inputs to Device::Cpu")
+    candle_core::bail!(
+        "{op}: no Metal kernel for these operands; move the model and its inputs to Device::Cpu"
+    )
 }
 
 /// Says once, where Metal kernels run in place of the CPU's, that the CPU runs this op: it has no kernel.
 fn without_kernel(_op: &'static str) {
     #[cfg(msl_host)]
     host::without_kernel(_op);
-}
-
-/// A tensor whose rows of the last `inner` dimensions lie as launch plans take them: itself wherever that does not matter.
-#[cfg(launch_plans)]
-fn for_plans(x: &Tensor, inner: usize) -> candle_core::Result<Tensor> {
-    if runs_plans(x.device()) && !products::regular(x.layout(), inner) {
-        return x.contiguous();
-    }
-    Ok(x.clone())
-}
-
-/// Itself: nothing here runs launch plans.
-#[cfg(not(launch_plans))]
-fn for_plans(x: &Tensor, _inner: usize) -> candle_core::Result<&Tensor> {
-    Ok(x)
-}
-
-/// Whether ops of this device's tensors may run launch plans.
-#[cfg(launch_plans)]
-fn runs_plans(device: &Device) -> bool {
-    #[cfg(msl_host)]
-    if crate::metal::host::Host::current().is_some() {
-        return true;
-    }
-    device.is_metal()
 }

@@ -1,16 +1,14 @@
 //! Products with a head's part of a weight, in both orientations.
 
 use super::activations::{from_f32, to_f32};
-#[cfg(launch_plans)]
+use super::planned::{self, Planned};
 use super::products::Products;
 use crate::cpu::{self, Arithmetic, Executor, HeadRows};
 use crate::fp4::Weight;
-#[cfg(launch_plans)]
 use crate::metal::linear::Direction;
 use crate::{Error, Result};
-#[cfg(target_os = "macos")]
-use candle_core::MetalStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, MetalStorage, Shape, Tensor};
 
 const OP: &str = "mmfp4-per-head";
 
@@ -65,17 +63,17 @@ impl PerHead {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        super::for_plans(x, 2)?.apply_op1_no_bwd(self)
+        planned::prepared(x, 2)?.apply_op1_no_bwd(self)
     }
 
-    /// The products as launch plans have them; `None` for weights that no kernel takes.
-    #[cfg(launch_plans)]
-    fn products(&self) -> Option<Products<'_>> {
+    /// What a device runs; `None` for weights that no kernel takes.
+    fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
         let direction = match self.orientation {
             Orientation::Ordinary => Direction::Rows,
             Orientation::Transposed => Direction::Columns,
         };
-        Products::per_head(OP, &self.weight, self.rows, direction)
+        let products = Products::per_head(OP, &self.weight, self.rows, direction);
+        products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }
 
@@ -85,9 +83,10 @@ impl CustomOp1 for PerHead {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        #[cfg(msl_host)]
-        if let Some((host, products)) = super::host::for_products(OP, self.products()) {
-            return Ok(super::host::products(&host, &products, storage, layout)?);
+        if let Some([done]) =
+            planned::in_place_of_cpu(OP, &[storage], || self.planned(layout, storage.dtype()))?
+        {
+            return Ok(done);
         }
         let (k, HeadRows { heads, len, .. }) = (self.weight.shape().1, self.rows);
         let (from, to) = match self.orientation {
@@ -116,12 +115,12 @@ impl CustomOp1 for PerHead {
         Ok((from_f32(y, storage), dims.into()))
     }
 
-    #[cfg(target_os = "macos")]
     fn metal_fwd(
         &self,
         storage: &MetalStorage,
         layout: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::on_metal::products(OP, self.products(), storage, layout)
+        let [done] = planned::on_metal(OP, &[storage], || self.planned(layout, storage.dtype()))?;
+        Ok(done)
     }
 }

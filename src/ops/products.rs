@@ -1,11 +1,11 @@
 //! Products with FP4 weights on devices that run launch plans.
 
+use super::planned::{Planned, row_stride};
 use crate::cpu::HeadRows;
 use crate::fp4::{Bytes, Fp4Tensor, Weight};
-use crate::metal::linear::{Direction, Product};
-use crate::metal::plan::Plan;
+use crate::metal::linear::{Direction, Operands, Product};
 use crate::{Error, Result};
-use candle_core::{DType, Layout, Shape};
+use candle_core::{DType, Layout};
 
 /// Products of one tensor of activations, their outputs side by side.
 pub(super) struct Products<'a> {
@@ -33,12 +33,6 @@ impl Part<'_> {
             Direction::Columns => (len, k),
         }
     }
-}
-
-/// What a device is to run, part by part, and the output's shape.
-pub(super) struct Planned {
-    pub plans: Vec<Plan>,
-    pub shape: Shape,
 }
 
 impl<'a> Products<'a> {
@@ -86,17 +80,12 @@ impl<'a> Products<'a> {
         })
     }
 
-    /// The parts.
-    pub fn parts(&self) -> &[Part<'a>] {
-        &self.parts
-    }
-
-    /// Plans for activations that lie so.
+    /// The launches for activations that lie so: one a part.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a shape that does not fit, and for rows that do not lie one stride apart:
-    /// [`regular`] tells.
-    pub fn plan(&self, layout: &Layout, dtype: DType) -> Result<Planned> {
+    /// [`Error::Argument`] for a shape that does not fit, and for rows that do not lie one stride apart, which
+    /// [`prepared`](super::planned::prepared) mends.
+    pub fn planned(&self, layout: &Layout, dtype: DType) -> Result<Planned<'a, 1>> {
         let heads = self.parts[0].rows.heads;
         let (from, _) = self.parts[0].widths(self.direction);
         let to = self.parts.iter().map(|part| part.widths(self.direction).1).sum();
@@ -111,7 +100,7 @@ impl<'a> Products<'a> {
             return Err(Error::argument(self.op, "x", expected, format!("shape {dims:?}")));
         }
         let leading = dims.len() - last.len();
-        let Some(x_row) = row_stride(layout, leading) else {
+        let Some(x_row) = row_stride(layout, last.len()) else {
             let found = format!("strides {:?} of {dims:?}", layout.stride());
             return Err(Error::argument(self.op, "x", "rows one stride apart", found));
         };
@@ -125,93 +114,56 @@ impl<'a> Products<'a> {
         if let Some(last) = dims.last_mut() {
             *last = to;
         }
-        let mut start = 0;
-        let plans = self.parts.iter().map(|part| {
-            let product = Product {
-                weight: part.weight,
-                rows: part.rows,
-                direction: self.direction,
-                bias: part.bias.is_some(),
-                dtype,
-                m,
-                x_offset: layout.start_offset() * size,
-                x_row,
-                x_head,
-                y_offset: start * size,
-                y_row: heads * to,
-                y_head: to,
-            };
-            start += part.widths(self.direction).1;
-            product.plan()
-        });
+        let mut bytes = Vec::new();
+        let mut add = |part: &'a Bytes| {
+            bytes.push(part);
+            bytes.len() - 1
+        };
+        let weights: Vec<_> = self
+            .parts
+            .iter()
+            .map(|part| {
+                (
+                    add(part.weight.codes()),
+                    add(part.weight.scales()),
+                    part.bias.map(&mut add),
+                )
+            })
+            .collect();
+        let (x, mut start) = (bytes.len(), 0);
+        let launches = self
+            .parts
+            .iter()
+            .zip(weights)
+            .map(|(part, (codes, scales, bias))| {
+                let product = Product {
+                    weight: part.weight,
+                    rows: part.rows,
+                    direction: self.direction,
+                    operands: Operands {
+                        codes,
+                        scales,
+                        bias,
+                        x,
+                        y: x + 1,
+                    },
+                    dtype,
+                    m,
+                    x_offset: layout.start_offset() * size,
+                    x_row,
+                    x_head,
+                    y_offset: start * size,
+                    y_row: heads * to,
+                    y_head: to,
+                };
+                start += part.widths(self.direction).1;
+                product.launch()
+            });
         Ok(Planned {
-            plans: plans.collect::<Result<_>>()?,
-            shape: dims.into(),
+            launches: launches.collect::<Result<_>>()?,
+            bytes,
+            outputs: [(dims.into(), dtype)],
+            scratch: Vec::new(),
         })
-    }
-}
-
-/// Whether rows of the last `inner` dimensions lie one stride apart, and a row's elements together: what kernels take as
-/// it is.
-pub(super) fn regular(layout: &Layout, inner: usize) -> bool {
-    layout
-        .dims()
-        .len()
-        .checked_sub(inner)
-        .is_some_and(|leading| row_stride(layout, leading).is_some())
-}
-
-/// Elements from one row to the next, the first `leading` dimensions counting rows.
-fn row_stride(layout: &Layout, leading: usize) -> Option<usize> {
-    let (dims, strides) = (layout.dims(), layout.stride());
-    if *dims.last()? > 1 && *strides.last()? != 1 {
-        return None;
-    }
-    let mut rows = dims[..leading]
-        .iter()
-        .zip(strides)
-        .filter(|(dim, _)| **dim != 1)
-        .rev();
-    let Some((dim, stride)) = rows.next() else {
-        // One row.
-        return Some(dims[leading..].iter().product());
-    };
-    let mut expected = dim * stride;
-    for (dim, stride) in rows {
-        if *stride != expected {
-            return None;
-        }
-        expected *= dim;
-    }
-    Some(*stride)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::{Device, Tensor};
-
-    fn stride(x: &Tensor, inner: usize) -> Option<usize> {
-        row_stride(x.layout(), x.rank() - inner)
-    }
-
-    #[test]
-    fn rows_one_stride_apart_are_found() {
-        let x = Tensor::zeros((2, 3, 4, 8), DType::F32, &Device::Cpu).unwrap();
-        assert_eq!(stride(&x, 1), Some(8));
-        assert_eq!(stride(&x, 2), Some(32));
-        assert_eq!(stride(&x.narrow(3, 2, 4).unwrap(), 1), Some(8));
-        assert_eq!(stride(&x.narrow(1, 1, 2).unwrap(), 1), None);
-        assert_eq!(
-            stride(&x.narrow(0, 1, 1).unwrap().narrow(1, 1, 2).unwrap(), 1),
-            Some(8)
-        );
-        assert_eq!(stride(&x.narrow(2, 0, 1).unwrap(), 1), Some(32));
-        assert_eq!(stride(&x.t().unwrap(), 1), None);
-        assert_eq!(
-            stride(&Tensor::zeros(8, DType::F32, &Device::Cpu).unwrap(), 1),
-            Some(8)
-        );
-        assert_eq!(stride(&x.transpose(0, 1).unwrap(), 1), None);
     }
 }

@@ -1,154 +1,28 @@
 //! What only the host can check: the sources themselves, schedules, memory, races, plans against kernels.
 
 use crate::backend::{Backend, available};
-use crate::cases::{self, Case};
-use crate::runner::{Outcome, work};
+use crate::linear::{self, cases};
+use crate::runner::Work;
 use candle_core::DType;
 use candle_mmfp4::cpu::HeadRows;
-use candle_mmfp4::fp4::{Factor, Format, Weight};
+use candle_mmfp4::fp4::{Format, Weight};
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::host::{Host, Operand};
-use candle_mmfp4::metal::linear::{Direction, Product, every_kernel};
-use candle_mmfp4::metal::plan::{Binding, limits};
+use candle_mmfp4::metal::linear::{Direction, Operands, Product, every_kernel};
+use candle_mmfp4::metal::plan::{Binding, Plan, limits};
 use candle_mmfp4::metal::source;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
-/// Cases of both directions that reach every kernel's loops and edges; what is slow runs over these.
-pub fn subset() -> Vec<(Case, Direction)> {
-    let plain = Case::default();
-    let rows = [
-        Case {
-            n: 9,
-            k: 128,
-            shift: 4,
-            ..plain
-        },
-        Case {
-            m: 2,
-            n: 7,
-            k: 288,
-            dtype: DType::F16,
-            bias: true,
-            ..plain
-        },
-        Case {
-            m: 4,
-            n: 17,
-            k: 160,
-            group: 16,
-            kind: cases::KINDS[3],
-            factor: Factor::Div(3.0),
-            ..plain
-        },
-        Case {
-            m: 7,
-            n: 6,
-            k: 256,
-            group: 128,
-            dtype: DType::BF16,
-            kind: cases::KINDS[2],
-            ..plain
-        },
-        Case {
-            m: 9,
-            n: 33,
-            k: 48,
-            group: 16,
-            kind: cases::KINDS[1],
-            ..plain
-        },
-        Case {
-            m: 33,
-            n: 40,
-            k: 64,
-            dtype: DType::F16,
-            bias: true,
-            ..plain
-        },
-        Case {
-            m: 16,
-            n: 31,
-            k: 128,
-            group: 128,
-            dtype: DType::BF16,
-            factor: Factor::Mul(0.37),
-            ..plain
-        },
-        // K shorter than a tile, and scales that are subnormal numbers.
-        Case {
-            m: 9,
-            n: 5,
-            k: 16,
-            group: 16,
-            ..plain
-        },
-        Case {
-            m: 2,
-            kind: cases::KINDS[3],
-            subnormal: true,
-            ..plain
-        },
-        Case {
-            m: 12,
-            kind: cases::KINDS[0],
-            subnormal: true,
-            ..plain
-        },
-    ];
-    let columns = [
-        Case {
-            n: 9,
-            k: 288,
-            ..plain
-        },
-        Case {
-            m: 3,
-            n: 6,
-            k: 48,
-            group: 16,
-            dtype: DType::F16,
-            ..plain
-        },
-        Case {
-            m: 9,
-            n: 33,
-            k: 48,
-            group: 16,
-            kind: cases::KINDS[3],
-            ..plain
-        },
-        Case {
-            m: 33,
-            n: 20,
-            k: 64,
-            group: 64,
-            dtype: DType::BF16,
-            ..plain
-        },
-    ];
-    let with = |direction| move |case| (case, direction);
-    let rows = rows.into_iter().map(with(Direction::Rows));
-    let few = rows.chain(columns.into_iter().map(with(Direction::Columns)));
-    if !cases::full() {
-        return few.collect();
-    }
-    let both = |case| [Direction::Rows, Direction::Columns].map(|direction| (case, direction));
-    few.chain(cases::pairwise().into_iter().flat_map(both)).collect()
+/// Runs that reach every kernel's loops and edges; what is slow runs over these.
+pub fn subset() -> Vec<Work> {
+    linear::works::all()
 }
 
 /// Runs the subset with a program of these kernels; what went wrong first.
 pub fn failure(program: &Path, seed: u64) -> Option<String> {
-    subset().iter().find_map(|(case, direction)| {
-        let bound = cases::bound(case.dtype);
-        match work(case, *direction).run(program, seed) {
-            Outcome::Error(error) if error <= bound => None,
-            Outcome::Error(error) => Some(format!("NMSE {error:.1e}")),
-            Outcome::Stopped(line) => Some(line),
-        }
-    })
+    subset().iter().find_map(|work| work.failure_of(program, seed))
 }
 
 /// The messages of the strict check of a folder of kernels, where there are any.
@@ -207,15 +81,10 @@ fn any_schedule_gives_the_same_numbers() {
     }
     let library = library(Options::default());
     for seed in 1..=8 {
-        let backend = Backend::over(Arc::new(Host::load(&library).unwrap().with_seed(seed)));
-        for (case, direction) in subset() {
-            if direction == Direction::Rows {
-                let error = case.run(&backend).unwrap();
-                assert!(
-                    error <= cases::bound(case.dtype),
-                    "seed {seed}, {case:?}: {error:e}"
-                );
-            }
+        let host = Host::load(&library).unwrap().with_seed(seed);
+        for work in subset() {
+            let failure = work.failure_on(&host);
+            assert_eq!(failure, None, "seed {seed}, {}", work.name);
         }
     }
 }
@@ -239,15 +108,8 @@ fn sanitized(sanitize: Sanitize) {
         program: true,
         ..Options::default()
     });
-    for (case, direction) in subset() {
-        let outcome = work(&case, direction).run(&program, 0);
-        let Outcome::Error(error) = outcome else {
-            panic!("{direction:?} {case:?}: {outcome:?}")
-        };
-        assert!(
-            error <= cases::bound(case.dtype),
-            "{direction:?} {case:?}: {error:e}"
-        );
+    for work in subset() {
+        assert_eq!(work.failure_of(&program, 0), None, "{}", work.name);
     }
 }
 
@@ -260,12 +122,9 @@ fn fast_math_changes_no_more_than_rounding() {
         fast_math: true,
         ..Options::default()
     });
-    let backend = Backend::over(Arc::new(Host::load(&library).unwrap()));
-    for (case, direction) in subset() {
-        if direction == Direction::Rows {
-            let error = case.run(&backend).unwrap();
-            assert!(error <= cases::bound(case.dtype), "{case:?}: {error:e}");
-        }
+    let host = Host::load(&library).unwrap();
+    for work in subset() {
+        assert_eq!(work.failure_on(&host), None, "{}", work.name);
     }
 }
 
@@ -292,7 +151,7 @@ fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
 #[test]
 fn launches_that_do_not_fit_their_kernel_are_refused() {
     let Some(backend) = Backend::start() else { return };
-    let case = Case::default();
+    let case = cases::Case::default();
     let op = case.op();
     let Weight::Fp4(weight) = op.weight() else {
         unreachable!("cases are in FP4")
@@ -307,7 +166,13 @@ fn launches_that_do_not_fit_their_kernel_are_refused() {
         weight,
         rows,
         direction: Direction::Rows,
-        bias: false,
+        operands: Operands {
+            codes: 0,
+            scales: 1,
+            bias: None,
+            x: 2,
+            y: 3,
+        },
         dtype: DType::F32,
         m: 1,
         x_offset: 0,
@@ -320,8 +185,11 @@ fn launches_that_do_not_fit_their_kernel_are_refused() {
     let x = vec![0u8; case.k * 4];
     type Change<'a> = &'a dyn Fn(&mut Vec<(usize, Binding)>);
     let run = |change: Change<'_>| {
-        let mut plan = product.plan().unwrap();
-        change(&mut plan.launches[0].bindings);
+        let mut launch = product.launch().unwrap();
+        change(&mut launch.bindings);
+        let plan = Plan {
+            launches: vec![launch],
+        };
         let mut y = vec![0u8; case.n * 4];
         let mut operands = [
             Operand::Read(weight.codes()),
@@ -381,7 +249,13 @@ fn what_cannot_be_planned_is_refused() {
             len: 8,
         },
         direction: Direction::Rows,
-        bias: false,
+        operands: Operands {
+            codes: 0,
+            scales: 1,
+            bias: None,
+            x: 2,
+            y: 3,
+        },
         dtype: DType::F32,
         m: 1,
         x_offset: 0,
@@ -414,7 +288,7 @@ fn what_cannot_be_planned_is_refused() {
             },
         ),
     ] {
-        let error = wrong.plan().unwrap_err().to_string();
+        let error = wrong.launch().unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
 }

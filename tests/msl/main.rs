@@ -10,191 +10,45 @@
 //! Without clang 17 or newer it says that it is skipped; with `MMFP4_MSL_REQUIRED=1` that is a failure.
 
 mod backend;
-mod cases;
 #[cfg(target_os = "linux")]
 mod checks;
 #[path = "../common/mod.rs"]
 mod common;
 #[cfg(target_os = "linux")]
 mod faults;
+mod linear;
 #[cfg(target_os = "linux")]
 mod runner;
 
-use backend::Backend;
-use candle_core::{DType, Device, Tensor};
-use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
-use candle_mmfp4::fp4::Weight;
-use candle_mmfp4::ops::{JoinedLinear, Linear, Orientation, PerHead};
-use cases::{Case, Lies};
+pub use common::{noise, values};
 
-#[test]
-fn linear_agrees_with_the_reference_over_the_grid() {
-    let Some(backend) = Backend::start() else { return };
-    let cases = if cases::full() {
-        cases::all()
-    } else {
-        cases::pairwise()
-    };
-    let mut worst = [(DType::F32, 0.0), (DType::F16, 0.0), (DType::BF16, 0.0)];
-    for case in &cases {
-        let error = case
-            .run(&backend)
-            .unwrap_or_else(|error| panic!("{case:?}: {error}"));
-        let bound = cases::bound(case.dtype);
-        assert!(error <= bound, "{case:?}: NMSE {error:e}, at most {bound:e}");
-        for (dtype, worst) in &mut worst {
-            if *dtype == case.dtype && error > *worst {
-                *worst = error;
-            }
-        }
-    }
-    println!("{} cases; largest NMSE {worst:?}", cases.len());
+/// Whether everything is to run.
+pub fn full() -> bool {
+    std::env::var_os("MMFP4_MSL_FULL").is_some()
 }
 
-#[test]
-fn every_tile_boundary() {
-    let Some(backend) = Backend::start() else { return };
-    for m in [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 65] {
-        for n in [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65] {
-            for k in [16, 32, 48, 80] {
-                let case = Case {
-                    m,
-                    n,
-                    k,
-                    group: 16,
-                    ..Case::default()
-                };
-                let error = case
-                    .run(&backend)
-                    .unwrap_or_else(|error| panic!("{case:?}: {error}"));
-                assert!(error <= cases::bound(case.dtype), "{case:?}: {error:e}");
-            }
-        }
+/// What rounding explains, as normalised mean-square error.
+pub fn bound(dtype: candle_core::DType) -> f64 {
+    match dtype {
+        candle_core::DType::F16 => 3e-7,
+        candle_core::DType::BF16 => 1e-5,
+        _ => 1e-9,
     }
 }
 
-#[test]
-fn each_head_in_both_orientations() {
-    let Some(backend) = Backend::start() else { return };
-    let heads = [
-        HeadRows {
-            heads: 1,
-            stride: 40,
-            start: 0,
-            len: 40,
-        },
-        HeadRows {
-            heads: 3,
-            stride: 40,
-            start: 0,
-            len: 24,
-        },
-        HeadRows {
-            heads: 3,
-            stride: 40,
-            start: 24,
-            len: 16,
-        },
-        HeadRows {
-            heads: 2,
-            stride: 100,
-            start: 1,
-            len: 65,
-        },
-    ];
-    for rows in heads {
-        for (k, group) in [(16, 16), (64, 64), (288, 32), (512, 128)] {
-            let weight = cases::weight((rows.heads * rows.stride, k), group, cases::KINDS[rows.heads], 4);
-            for orientation in [Orientation::Ordinary, Orientation::Transposed] {
-                for m in [1, 2, 3, 4, 5, 8, 9, 33] {
-                    for dtype in cases::DTYPES {
-                        let op = PerHead::new(Weight::from(weight.clone()), rows, orientation).unwrap();
-                        let width = if orientation == Orientation::Ordinary {
-                            k
-                        } else {
-                            rows.len
-                        };
-                        let x = cases::activations((m, rows.heads * width), dtype, m as u64);
-                        let x32 = cases::values(&x);
-                        let x = x.reshape((m, rows.heads, width)).unwrap();
-                        let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
-                        let weight = Weight::from(weight.clone());
-                        let expected = match orientation {
-                            Orientation::Ordinary => {
-                                reference::per_head(&weight, rows, &x32, m, Arithmetic::Exact)
-                            }
-                            Orientation::Transposed => reference::per_head_transposed(&weight, rows, &x32, m),
-                        };
-                        let error = cases::nmse(&cases::values(&y), &expected);
-                        let what = format!("{rows:?} {orientation:?} k {k} m {m} {dtype:?}");
-                        assert!(error <= cases::bound(dtype), "{what}: {error:e}");
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn several_weights_stand_side_by_side() {
-    let Some(backend) = Backend::start() else { return };
-    let parts = [(40, 128, 0), (9, 64, 3), (33, 32, 2)];
-    let linear = |&(n, group, kind): &(usize, usize, usize)| {
-        let weight = cases::weight((n, 384), group, cases::KINDS[kind], 8);
-        let bias = (n == 9).then(|| cases::noise(n, 5));
-        Linear::new(Weight::from(weight), bias).unwrap()
-    };
-    let op = JoinedLinear::new(parts.iter().map(linear).collect()).unwrap();
-    for m in [1, 5, 40] {
-        let x = cases::activations((m, 384), DType::F32, 3);
-        let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
-        let mut start = 0;
-        for (part, (n, ..)) in op.parts().iter().zip(parts) {
-            let mut expected = reference::linear(part.weight(), &cases::values(&x), m, Arithmetic::Exact);
-            for row in expected.chunks_exact_mut(n) {
-                for (value, bias) in row.iter_mut().zip(part.bias().unwrap_or(&vec![0.0; n])) {
-                    *value += bias;
-                }
-            }
-            let found = cases::values(&y.narrow(1, start, n).unwrap().contiguous().unwrap());
-            assert!(
-                cases::nmse(&found, &expected) <= 1e-9,
-                "m {m}, columns from {start}"
-            );
-            start += n;
-        }
-    }
-}
-
-#[test]
-fn nan_and_infinity_stay_visible_in_their_row() {
-    let Some(backend) = Backend::start() else { return };
-    let weight = Weight::from(cases::weight((40, 64), 32, cases::KINDS[0], 0));
-    let op = Linear::new(weight, None).unwrap();
-    for m in [1, 4, 40] {
-        for bad in [f32::NAN, f32::INFINITY] {
-            let mut x = cases::noise(m * 64, 7);
-            x[(m - 1) * 64 + 13] = bad;
-            let x = Tensor::from_vec(x, (m, 64), &Device::Cpu).unwrap();
-            let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
-            let y = cases::values(&y);
-            let (before, last) = y.split_at((m - 1) * 40);
-            assert!(before.iter().all(|v| v.is_finite()), "m {m} {bad}");
-            assert!(last.iter().any(|v| !v.is_finite()), "m {m} {bad}");
-        }
-    }
-}
-
-#[test]
-fn what_lies_irregularly_is_taken_too() {
-    let Some(backend) = Backend::start() else { return };
-    for lies in [Lies::Transposed, Lies::Batches] {
-        let case = Case {
-            m: 12,
-            lies,
-            ..Case::default()
-        };
-        let error = case.run(&backend).unwrap();
-        assert!(error <= 1e-9, "{lies:?}: {error:e}");
+/// `Σ (a - e)² / Σ e²`; NaN counts as infinite.
+pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let square = |v: f64| v * v;
+    let differences = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, e)| f64::from(*a) - f64::from(*e));
+    let error: f64 = differences.map(square).sum();
+    let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
+    match error {
+        0.0 => 0.0,
+        _ if error.is_nan() => f64::INFINITY,
+        _ => error / norm,
     }
 }

@@ -1,99 +1,87 @@
-//! Runs plans in a program of their own, which sanitizers can watch: each operand is memory of exactly its size.
+//! Plans with all that they read and should write, to be run again and again: in other schedules, by other builds of the
+//! kernels, and in a program of their own, which sanitizers can watch: each operand is memory of exactly its size.
 
-use crate::cases::{self, Case};
-use candle_core::DType;
-use candle_mmfp4::cpu::HeadRows;
-use candle_mmfp4::fp4::Weight;
-use candle_mmfp4::metal::linear::{Direction, Product};
-use candle_mmfp4::metal::plan::{Binding, Constant, Plan};
+use crate::nmse;
+use candle_core::{DType, Device};
+use candle_mmfp4::metal::host::{Host, Operand, Recorded, RecordedOperand};
+use candle_mmfp4::metal::plan::{Binding, Constant};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
-/// What a run ended with.
-#[derive(Debug)]
-pub enum Outcome {
-    /// Normalised mean-square error of the output.
-    Error(f64),
-    /// The program refused, or a sanitizer ended it: the first line that says why.
-    Stopped(String),
+/// What an output should be.
+pub struct Expected {
+    /// Values, of U32 as well.
+    pub values: Vec<f32>,
+    /// How they are stored.
+    pub dtype: DType,
+    /// The largest normalised mean-square error.
+    pub bound: f64,
 }
 
-/// A product as a plan, its operands, and what it should give.
+/// One run of an op: its plan, its operands, and what its outputs should be.
 pub struct Work {
-    plan: Plan,
-    operands: Vec<Operand>,
-    expected: Vec<f32>,
-    dtype: DType,
+    pub name: String,
+    recorded: Recorded,
+    /// Of the first operands that are written.
+    expected: Vec<Expected>,
 }
 
-/// Bytes that begin so far behind a multiple of 16.
-struct Operand {
-    misalignment: usize,
-    bytes: Vec<u8>,
-}
-
-/// Which way a case's weight is taken.
-pub fn work(case: &Case, direction: Direction) -> Work {
-    let op = case.op();
-    let Weight::Fp4(weight) = op.weight() else {
-        unreachable!("cases are in FP4")
-    };
-    let (n, k) = weight.shape();
-    let (from, to) = match direction {
-        Direction::Rows => (k, n),
-        Direction::Columns => (n, k),
-    };
-    let bias = op.bias().filter(|_| direction == Direction::Rows);
-    let x = cases::activations((case.m, from), case.dtype, 17);
-    let x32 = cases::values(&x);
-    let rows = HeadRows {
-        heads: 1,
-        stride: n,
-        start: 0,
-        len: n,
-    };
-    let plan = Product {
-        weight,
-        rows,
-        direction,
-        bias: bias.is_some(),
-        dtype: case.dtype,
-        m: case.m,
-        x_offset: 0,
-        x_row: from,
-        x_head: 0,
-        y_offset: 0,
-        y_row: to,
-        y_head: 0,
-    };
-    let expected = match direction {
-        Direction::Rows => case.expected(&op, &x32),
-        Direction::Columns => {
-            candle_mmfp4::cpu::reference::per_head_transposed(op.weight(), rows, &x32, case.m)
-        }
-    };
-    let operand = |bytes: &[u8], misalignment| Operand {
-        misalignment,
-        bytes: bytes.to_vec(),
-    };
-    let mut operands = vec![
-        operand(weight.codes(), weight.codes().offset() % 16),
-        operand(weight.scales(), weight.scales().offset() % 16),
-        operand(&rounded(&x32, case.dtype), 0),
-        operand(&vec![0xff; case.m * to * case.dtype.size_in_bytes()], 0),
-    ];
-    operands.extend(bias.map(|bias| operand(&rounded(bias, DType::F32), 0)));
+/// Records the one plan of an op.
+pub fn record<T>(
+    name: String,
+    op: impl FnOnce(&Device) -> candle_core::Result<T>,
+    expected: Vec<Expected>,
+) -> Work {
+    let host = Arc::new(Host::recorder(true));
+    if let Err(error) = host.install(|| op(&Device::Cpu)) {
+        panic!("{name}: {error}");
+    }
+    let mut runs = host.recorded();
+    assert_eq!(runs.len(), 1, "{name}: plans");
     Work {
-        plan: plan.plan().unwrap(),
-        operands,
+        name,
+        recorded: runs.remove(0),
         expected,
-        dtype: case.dtype,
     }
 }
 
 impl Work {
-    /// Runs it with a program that `build::library` made.
-    pub fn run(&self, program: &Path, seed: u64) -> Outcome {
+    /// Runs it with kernels of this process; what went wrong.
+    pub fn failure_on(&self, host: &Host) -> Option<String> {
+        let mut memories: Vec<_> = self.recorded.operands.iter().map(Memory::of).collect();
+        let mut operands: Vec<_> = memories.iter_mut().map(Memory::operand).collect();
+        if let Err(error) = host.run(&self.recorded.plan, &mut operands) {
+            return Some(error.to_string());
+        }
+        let written: Vec<_> = memories
+            .iter()
+            .filter(|memory| memory.written)
+            .map(Memory::bytes)
+            .collect();
+        self.difference(&written)
+    }
+
+    /// Runs it with a program that `build::library` made; what went wrong.
+    pub fn failure_of(&self, program: &Path, seed: u64) -> Option<String> {
+        match self.run(program, seed) {
+            Ok(written) => self.difference(&written.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+            Err(line) => Some(line),
+        }
+    }
+
+    /// How written operands differ from what they should be by more than rounding.
+    fn difference(&self, written: &[&[u8]]) -> Option<String> {
+        assert!(written.len() >= self.expected.len(), "{}: outputs", self.name);
+        written.iter().zip(&self.expected).find_map(|(bytes, expected)| {
+            let error = nmse(&decoded(bytes, expected.dtype), &expected.values);
+            (error > expected.bound).then(|| format!("NMSE {error:.1e}"))
+        })
+    }
+
+    /// The operands written by the program, or the first line that says why it ended otherwise: it refused, or a sanitizer
+    /// ended it.
+    fn run(&self, program: &Path, seed: u64) -> Result<Vec<Vec<u8>>, String> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("work");
         std::fs::write(&file, self.file(seed)).unwrap();
@@ -118,14 +106,21 @@ impl Work {
             };
             let line = text.lines().find(telling).or_else(|| text.lines().next());
             let line = line.map_or_else(|| output.status.to_string(), str::to_string);
-            return Outcome::Stopped(without_addresses(
+            return Err(without_addresses(
                 &line.replace(&format!("{}: ", file.display()), ""),
             ));
         }
         let written = std::fs::read(folder.path().join("work.out")).unwrap();
-        let start = self.operands[..3].iter().map(|o| o.bytes.len()).sum::<usize>();
-        let y = &written[start..start + self.operands[3].bytes.len()];
-        Outcome::Error(cases::nmse(&decoded(y, self.dtype), &self.expected))
+        let mut rest = written.as_slice();
+        let mut outputs = Vec::new();
+        for operand in &self.recorded.operands {
+            let (bytes, after) = rest.split_at(operand.len);
+            if operand.written {
+                outputs.push(bytes.to_vec());
+            }
+            rest = after;
+        }
+        Ok(outputs)
     }
 
     /// The program's input; tests/msl/runtime tells its format.
@@ -133,14 +128,14 @@ impl Work {
         let mut file = b"MSLRUN1\0".to_vec();
         let word = |file: &mut Vec<u8>, value: usize| file.extend((value as u32).to_le_bytes());
         let long = |file: &mut Vec<u8>, value: usize| file.extend((value as u64).to_le_bytes());
-        word(&mut file, self.operands.len());
-        for operand in &self.operands {
+        word(&mut file, self.recorded.operands.len());
+        for operand in &self.recorded.operands {
             long(&mut file, operand.bytes.len());
             long(&mut file, operand.misalignment);
             file.extend(&operand.bytes);
         }
-        word(&mut file, self.plan.launches.len());
-        for launch in &self.plan.launches {
+        word(&mut file, self.recorded.plan.launches.len());
+        for launch in &self.recorded.plan.launches {
             word(&mut file, launch.kernel.len());
             file.extend(launch.kernel.as_bytes());
             long(&mut file, seed as usize);
@@ -179,7 +174,7 @@ impl Work {
                         word(&mut file, usize::from(matches!(binding, Binding::Write { .. })));
                         word(&mut file, *operand);
                         long(&mut file, *offset);
-                        long(&mut file, self.operands[*operand].bytes.len() - offset);
+                        long(&mut file, self.recorded.operands[*operand].len - offset);
                     }
                 }
             }
@@ -198,13 +193,51 @@ fn without_addresses(line: &str) -> String {
     line[..end.unwrap_or(line.len())].to_string()
 }
 
-fn rounded(values: &[f32], dtype: DType) -> Vec<u8> {
-    let bytes = |v: &f32| match dtype {
-        DType::F16 => half::f16::from_f32(*v).to_le_bytes().to_vec(),
-        DType::BF16 => half::bf16::from_f32(*v).to_le_bytes().to_vec(),
-        _ => v.to_le_bytes().to_vec(),
-    };
-    values.iter().flat_map(bytes).collect()
+/// An operand in memory of its own, as far behind a multiple of 16 as where it was recorded.
+struct Memory {
+    words: Vec<u128>,
+    start: usize,
+    len: usize,
+    written: bool,
+}
+
+impl Memory {
+    fn of(recorded: &RecordedOperand) -> Self {
+        let (start, len) = (recorded.misalignment, recorded.len);
+        let mut padded = vec![0; (start + len).next_multiple_of(16)];
+        padded[start..start + len].copy_from_slice(&recorded.bytes);
+        let words = padded
+            .as_chunks()
+            .0
+            .iter()
+            .map(|chunk| u128::from_ne_bytes(*chunk));
+        Self {
+            words: words.collect(),
+            start,
+            len,
+            written: recorded.written,
+        }
+    }
+
+    fn operand(&mut self) -> Operand<'_> {
+        // SAFETY: any bytes are a u128 and a u128 is any bytes; the slice is borrowed as the words are.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast::<u8>(), self.words.len() * 16)
+        };
+        let bytes = &mut bytes[self.start..self.start + self.len];
+        if self.written {
+            Operand::Write(bytes)
+        } else {
+            Operand::Read(bytes)
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: as above.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), self.words.len() * 16) };
+        &bytes[self.start..self.start + self.len]
+    }
 }
 
 fn decoded(bytes: &[u8], dtype: DType) -> Vec<f32> {
@@ -212,6 +245,7 @@ fn decoded(bytes: &[u8], dtype: DType) -> Vec<f32> {
     let value = |b: &[u8]| match dtype {
         DType::F16 => half::f16::from_le_bytes(two(b)).to_f32(),
         DType::BF16 => half::bf16::from_le_bytes(two(b)).to_f32(),
+        DType::U32 => u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32,
         _ => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
     };
     bytes.chunks_exact(dtype.size_in_bytes()).map(value).collect()

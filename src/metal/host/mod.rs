@@ -10,7 +10,7 @@ use super::plan::{Binding, Constant, Launch, Plan};
 use crate::{Error, Result};
 use abi::Library;
 use std::cell::RefCell;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const OP: &str = "msl-host";
 
@@ -30,13 +30,58 @@ impl Operand<'_> {
             Self::Write(bytes) => bytes.len(),
         }
     }
+
+    fn recorded(&self, contents: bool) -> RecordedOperand {
+        let bytes: &[u8] = match self {
+            Self::Read(bytes) => bytes,
+            Self::Write(bytes) => bytes,
+        };
+        RecordedOperand {
+            len: bytes.len(),
+            bytes: if contents { bytes.to_vec() } else { Vec::new() },
+            misalignment: bytes.as_ptr().addr() % 16,
+            written: matches!(self, Self::Write(_)),
+        }
+    }
 }
 
 /// The compiled kernels.
 #[derive(Debug)]
 pub struct Host {
-    library: Library,
+    kernels: Kernels,
     seed: u64,
+}
+
+#[derive(Debug)]
+enum Kernels {
+    Compiled(Library),
+    /// Plans are kept instead of run.
+    Recorded {
+        runs: Mutex<Vec<Recorded>>,
+        contents: bool,
+    },
+}
+
+/// A plan that was to be run, and what with.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// The plan.
+    pub plan: Plan,
+    /// Its operands.
+    pub operands: Vec<RecordedOperand>,
+}
+
+/// An operand of a [`Recorded`] plan.
+#[derive(Debug, Clone)]
+pub struct RecordedOperand {
+    /// How many bytes it has.
+    pub len: usize,
+    /// Those bytes, where they were to be kept; otherwise none.
+    pub bytes: Vec<u8>,
+    /// How far behind a multiple of 16 bytes it begins.
+    pub misalignment: usize,
+    /// Whether kernels may write it.
+    pub written: bool,
 }
 
 thread_local! {
@@ -66,9 +111,31 @@ impl Host {
     /// [`Error::File`] where it cannot be loaded.
     pub fn load(path: &std::path::Path) -> Result<Self> {
         Ok(Self {
-            library: Library::open(path)?,
+            kernels: Kernels::Compiled(Library::open(path)?),
             seed: 0,
         })
+    }
+
+    /// A host that runs nothing: it keeps the plans, and the bytes of their operands where `contents` says so, for
+    /// [`recorded`](Self::recorded). Outputs are NaN. It needs no compiler.
+    pub fn recorder(contents: bool) -> Self {
+        Self {
+            kernels: Kernels::Recorded {
+                runs: Mutex::default(),
+                contents,
+            },
+            seed: 0,
+        }
+    }
+
+    /// What a [recorder](Self::recorder) was given since the last call, in order.
+    pub fn recorded(&self) -> Vec<Recorded> {
+        match &self.kernels {
+            Kernels::Compiled(_) => Vec::new(),
+            Kernels::Recorded { runs, .. } => {
+                std::mem::take(&mut runs.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+        }
     }
 
     /// The same kernels in another schedule: 0 runs threads in order, any other seed in an order of its own.
@@ -78,7 +145,10 @@ impl Host {
 
     /// Names of the kernels.
     pub fn kernels(&self) -> Vec<String> {
-        self.library.kernels()
+        match &self.kernels {
+            Kernels::Compiled(library) => library.kernels(),
+            Kernels::Recorded { .. } => Vec::new(),
+        }
     }
 
     /// Runs `f` with Metal kernels in place of the CPU's for ops called on this thread.
@@ -111,12 +181,25 @@ impl Host {
     /// [`Error::Argument`] for a binding that names no operand or leaves it, and with the executor's message for whatever
     /// it finds in a launch or in the kernel.
     pub fn run(&self, plan: &Plan, operands: &mut [Operand<'_>]) -> Result<()> {
-        plan.launches
-            .iter()
-            .try_for_each(|launch| self.launch(launch, operands))
+        match &self.kernels {
+            Kernels::Compiled(library) => plan
+                .launches
+                .iter()
+                .try_for_each(|launch| self.launch(library, launch, operands)),
+            Kernels::Recorded { runs, contents } => {
+                let operands = operands
+                    .iter()
+                    .map(|operand| operand.recorded(*contents))
+                    .collect();
+                let plan = plan.clone();
+                let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
+                runs.push(Recorded { plan, operands });
+                Ok(())
+            }
+        }
     }
 
-    fn launch(&self, launch: &Launch, operands: &mut [Operand<'_>]) -> Result<()> {
+    fn launch(&self, library: &Library, launch: &Launch, operands: &mut [Operand<'_>]) -> Result<()> {
         let refuse = |found: String| {
             let expected = format!("a launch of {} that fits", launch.kernel);
             Err(Error::argument(OP, "plan", expected, found))
@@ -176,7 +259,7 @@ impl Host {
             })
             .collect();
         let of = |sizes: [usize; 3]| sizes.map(|size| size as u32);
-        self.library
+        library
             .run(
                 &launch.kernel,
                 &constants,

@@ -1,7 +1,7 @@
 //! The grid of a linear op's cases.
 
 use crate::backend::Backend;
-pub use crate::common::{noise, values};
+use crate::{nmse, noise, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::Result;
 use candle_mmfp4::cpu::{Arithmetic, reference};
@@ -132,15 +132,6 @@ impl Case {
     }
 }
 
-/// What rounding explains.
-pub fn bound(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 3e-7,
-        DType::BF16 => 1e-5,
-        _ => 1e-9,
-    }
-}
-
 /// The sizes of each axis of the grid.
 const AXES: [usize; 10] = [
     DTYPES.len(),
@@ -170,11 +161,6 @@ fn case(at: [usize; 10]) -> Case {
         lies: LIES[at[9]],
         subnormal: false,
     }
-}
-
-/// Whether everything is to run.
-pub fn full() -> bool {
-    std::env::var_os("MMFP4_MSL_FULL").is_some()
 }
 
 /// Every combination of dtype, shape, group and scale kind; the other axes take turns.
@@ -273,21 +259,4 @@ pub fn activations(shape: (usize, usize), dtype: DType, seed: u64) -> Tensor {
     Tensor::from_vec(noise(shape.0 * shape.1, seed), shape, &Device::Cpu)
         .and_then(|x| x.to_dtype(dtype))
         .unwrap()
-}
-
-/// `Σ (a - e)² / Σ e²`; NaN counts as infinite.
-pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(actual.len(), expected.len());
-    let square = |v: f64| v * v;
-    let differences = actual
-        .iter()
-        .zip(expected)
-        .map(|(a, e)| f64::from(*a) - f64::from(*e));
-    let error: f64 = differences.map(square).sum();
-    let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
-    match error {
-        0.0 => 0.0,
-        _ if error.is_nan() => f64::INFINITY,
-        _ => error / norm,
-    }
 }
