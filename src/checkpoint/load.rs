@@ -9,7 +9,7 @@ use crate::Result;
 use crate::cpu::Arithmetic;
 use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize};
 use crate::nn::{MmfP4Linear, RmsNorm};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -36,6 +36,34 @@ pub struct LoadOptions {
     /// the bytes of a BF16 one to read a token. One that shares its matrix with the embeddings is rounded beside them;
     /// one in FP4 stays, which [`LoadReport::warnings`] says.
     pub int8_head: bool,
+    /// What goes from op to op: F32, F16 or BF16. `None`: F32 on the CPU, whose kernels compute in it, and BF16 on a GPU.
+    pub activations: Option<DType>,
+    /// Tokens of cache that a GPU must have room for beside the weights, which is checked before loading; `None`: 8,192,
+    /// or the model's context where that is shorter.
+    pub context: Option<usize>,
+}
+
+impl LoadOptions {
+    /// The dtype of [`activations`](Self::activations) on a device.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for another dtype.
+    pub fn activations_on(&self, device: &Device) -> Result<DType> {
+        match self.activations {
+            None if device.is_cpu() => Ok(DType::F32),
+            None => Ok(DType::BF16),
+            Some(dtype @ (DType::F32 | DType::F16 | DType::BF16)) => Ok(dtype),
+            Some(other) => {
+                let found = format!("{other:?}");
+                Err(crate::Error::argument(
+                    "load",
+                    "activations",
+                    "F32, F16 or BF16",
+                    found,
+                ))
+            }
+        }
+    }
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.

@@ -154,6 +154,15 @@ impl Checkpoint {
         from.take_while(move |(name, _)| name.starts_with(prefix))
     }
 
+    /// Bytes of all tensors but those whose names begin with one of `ignored`.
+    pub fn size_without(&self, ignored: &[String]) -> u64 {
+        let counts = |name: &&str| !ignored.iter().any(|prefix| name.starts_with(prefix));
+        self.tensors()
+            .filter(|(name, _)| counts(name))
+            .map(|(_, tensor)| tensor.bytes.len() as u64)
+            .sum()
+    }
+
     /// A tensor, if it is there.
     pub fn find(&self, name: &str) -> Option<&StoredTensor> {
         self.tensors.get(name)

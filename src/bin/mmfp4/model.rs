@@ -3,7 +3,7 @@
 use crate::demo;
 use crate::output::{mib, say};
 use crate::progress::DownloadBar;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
 use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
@@ -27,6 +27,12 @@ pub struct Arguments {
     /// Where to compute: auto, cpu, metal or msl-host.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Place,
+    /// What goes from op to op: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
+    #[arg(long, value_name = "DTYPE", value_parser = activations)]
+    activations: Option<DType>,
+    /// Tokens of cache that a GPU must have room for beside the weights [default: 8192].
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<usize>,
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
@@ -128,11 +134,22 @@ impl Arguments {
             arithmetic: self.arithmetic(),
             separate_experts: self.experts.no_fused_moe,
             int8_head: self.int8_head,
+            activations: self.activations,
+            context: self.context,
         }
     }
 
     pub fn device(&self) -> anyhow::Result<Device> {
         Ok(self.device.open()?)
+    }
+}
+
+fn activations(name: &str) -> Result<DType, String> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::BF16),
+        _ => Err("expected f32, f16 or bf16".into()),
     }
 }
 

@@ -11,8 +11,8 @@ use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Device, Module, Tensor};
 
-/// What the cache holds.
-const CACHE_TYPE: DType = DType::F32;
+/// Tokens of cache that a GPU must have room for where [`LoadOptions::context`] says nothing.
+const CONTEXT: usize = 8192;
 
 /// For which tokens logits are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,7 @@ struct DecoderLayer {
     feed_forward: FeedForward,
 }
 
-/// GLM-4.7-Flash, ready to run. Activations are F32.
+/// GLM-4.7-Flash, ready to run. Activations and cache are of [`LoadOptions::activations`], logits F32.
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -63,6 +63,7 @@ pub struct Model {
     head: MmfP4Linear,
     rotary: RotaryEmbedding,
     path: AttentionPath,
+    dtype: DType,
     device: Device,
 }
 
@@ -102,15 +103,8 @@ impl Model {
         options: &LoadOptions,
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
-        if device.is_metal() {
-            // Before gigabytes are read, rather than at the first op.
-            return Err(Error::argument(
-                "load",
-                "device",
-                "Device::Cpu (some of its ops have no Metal kernel yet)",
-                "a Metal device",
-            ));
-        }
+        let dtype = options.activations_on(device)?;
+        check_memory(&config, checkpoint, options, device)?;
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
         let loader = Loader::new(checkpoint, options, config.layers.len())?;
@@ -129,9 +123,10 @@ impl Model {
         let norm = loader.rms_norm("model.norm", hidden, eps)?;
         let tied = config.tie_word_embeddings.then(|| embedding.weight());
         let head = loader.head("lm_head", vocab, hidden, tied)?;
-        let predicted = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
-        let ignored: Vec<_> = predicted.map(|layer| format!("model.layers.{layer}.")).collect();
-        let report = loader.finish(&ignored, config.tie_word_embeddings.then_some("lm_head.weight"));
+        let report = loader.finish(
+            &predicted(&config),
+            config.tie_word_embeddings.then_some("lm_head.weight"),
+        );
         let rotary = RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing);
         let model = Self {
             embedding,
@@ -140,6 +135,7 @@ impl Model {
             head: MmfP4Linear::new(head, None)?.with_arithmetic(options.arithmetic),
             rotary,
             path: AttentionPath::Auto,
+            dtype,
             device: device.clone(),
             config,
         };
@@ -198,7 +194,7 @@ impl Model {
 
     /// Bytes that a token takes in a cache; each later token reads them.
     pub fn cache_bytes_per_token(&self) -> u64 {
-        (self.layers.len() * self.config.cache_width() * CACHE_TYPE.size_in_bytes()) as u64
+        cache_bytes(&self.config, self.dtype, 1)
     }
 
     /// An empty cache for one sequence, up to the model's context.
@@ -209,7 +205,7 @@ impl Model {
             config.layers.len(),
             config.cache_width(),
             limit,
-            CACHE_TYPE,
+            self.dtype,
             &self.device,
         )
     }
@@ -277,7 +273,10 @@ impl Model {
             positions.extend(sequence.position..total);
         }
         let mut trace = Trace::new(observer);
-        let embedded = self.embedding.forward(&tokens, &self.device)?;
+        let embedded = self
+            .embedding
+            .forward(&tokens, &self.device)?
+            .to_dtype(self.dtype)?;
         let mut x = trace.see("embed_tokens", &embedded, embedded.clone())?;
         for sequence in sequences.iter_mut() {
             if let Some(cache) = &mut sequence.cache {
@@ -328,12 +327,94 @@ impl Model {
             x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
         }
         let normed = trace.see("norm", &x, self.norm.forward(&x)?)?;
-        let logits = trace.see("lm_head", &normed, self.head.forward(&normed)?)?;
+        let logits = self.head.forward(&normed)?.to_dtype(DType::F32)?;
+        let logits = trace.see("lm_head", &normed, logits)?;
         for sequence in sequences.iter_mut() {
             if let Some(cache) = &mut sequence.cache {
                 cache.commit();
             }
         }
         Ok(logits)
+    }
+}
+
+/// The layers for multi-token prediction, by the beginnings of their tensors' names: they are in checkpoints and take no
+/// part here.
+fn predicted(config: &Config) -> Vec<String> {
+    let layers = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
+    layers.map(|layer| format!("model.layers.{layer}.")).collect()
+}
+
+/// Bytes that `tokens` tokens take in a cache.
+fn cache_bytes(config: &Config, dtype: DType, tokens: usize) -> u64 {
+    (config.layers.len() * config.cache_width() * dtype.size_in_bytes()) as u64 * tokens as u64
+}
+
+/// Refuses what a GPU cannot hold, before anything is read: weights as they are stored or, quantised while loading, at
+/// least that small, and the cache of [`LoadOptions::context`].
+fn check_memory(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+    device: &Device,
+) -> Result<()> {
+    let needed = bytes_needed(config, checkpoint, options, options.activations_on(device)?);
+    #[cfg(target_os = "macos")]
+    if let Device::Metal(device) = device {
+        return crate::metal::device::check_memory(device, needed);
+    }
+    let _ = needed;
+    Ok(())
+}
+
+fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions, dtype: DType) -> u64 {
+    let stored = checkpoint.size_without(&predicted(config));
+    let weights = match options.quantize {
+        None => stored,
+        // Of 16 bits a weight, as originals have.
+        Some(format) => (stored as f64 * format.bits_per_weight() / 16.0) as u64,
+    };
+    let context = options
+        .context
+        .unwrap_or(CONTEXT)
+        .min(config.max_position_embeddings);
+    weights.saturating_add(cache_bytes(config, dtype, context))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fp4::Format;
+
+    #[test]
+    fn a_gpu_must_hold_weights_and_cache() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model");
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let config = Config::from_files(&ModelFiles::folder(std::path::Path::new(folder))).unwrap();
+        let needed = |options: LoadOptions| bytes_needed(&config, &checkpoint, &options, DType::BF16);
+        let plain = needed(LoadOptions::default());
+        let files: u64 = checkpoint
+            .files()
+            .iter()
+            .map(|file| file.metadata().unwrap().len())
+            .sum();
+        let context = config.max_position_embeddings.min(CONTEXT) as u64;
+        // A row of 128 + 32 numbers of two bytes in each of six layers.
+        let cache = context * 6 * 160 * 2;
+        assert!(
+            plain <= files + cache && plain > files * 9 / 10 + cache,
+            "{plain}"
+        );
+        let none = needed(LoadOptions {
+            context: Some(0),
+            ..LoadOptions::default()
+        });
+        assert_eq!(plain - none, cache);
+        let quantized = needed(LoadOptions {
+            quantize: Some(Format::mmfp4()),
+            context: Some(0),
+            ..LoadOptions::default()
+        });
+        assert_eq!(quantized, (none as f64 * 4.125 / 16.0) as u64);
     }
 }

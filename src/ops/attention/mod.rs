@@ -1,5 +1,8 @@
 //! Softmax attention over keys and values as they lie.
 
+mod on_device;
+mod sdpa;
+
 use super::activations::{View, view};
 use crate::cpu::{self, Executor, HeadView};
 use crate::{Error, Result};
@@ -50,7 +53,8 @@ impl Attention {
 
     /// `queries` are parts `[n, heads, d]` of the new tokens' queries, the first at `position`; `keys` parts of the
     /// keys of all tokens from position 0 on, `[T, heads, d]` or, shared by all heads, `[T, d]`, and `values` is shaped
-    /// likewise; `T` is `position + n` or more. Gives `[n, heads, v]`. Parts are F32, F16 or BF16, the result F32.
+    /// likewise; `T` is `position + n` or more. Gives `[n, heads, v]` in the queries' dtype. Parts are F32, F16 or BF16; on a
+    /// device, all of one dtype.
     ///
     /// # Errors
     /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit.
@@ -113,6 +117,19 @@ impl Attention {
             return Err(Error::argument(OP, "keys", expected, width(keys).to_string()));
         }
 
+        if !queries[0].device().is_cpu() {
+            return on_device::Call {
+                queries,
+                keys,
+                values,
+                position,
+                heads,
+                scale: self.scale,
+                window: self.window,
+            }
+            .run();
+        }
+        let like = queries[0].dtype();
         let inputs = [("queries", queries), ("keys", keys), ("values", &[values])]
             .map(|(argument, parts)| parts.iter().map(|part| open(argument, part)).collect::<Vec<_>>());
         let mut parts = Vec::with_capacity(3);
@@ -140,7 +157,7 @@ impl Attention {
             },
             &mut y,
         );
-        Ok(Tensor::from_vec(y, (n, heads, values[0].width), &Device::Cpu)?)
+        Ok(Tensor::from_vec(y, (n, heads, values[0].width), &Device::Cpu)?.to_dtype(like)?)
     }
 }
 
@@ -216,7 +233,8 @@ mod tests {
                 &change(narrow(&expanded, 7, 5)),
                 5,
             );
-            y.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            let y = y.unwrap().to_dtype(DType::F32).unwrap();
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         let expected = run(&|t| t.contiguous().unwrap());
         assert_eq!(run(&|t| t), expected);
@@ -235,6 +253,51 @@ mod tests {
             let rounded = run(&|t| t.to_dtype(dtype).unwrap());
             let same = rounded.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 0.05);
             assert!(same && rounded != expected, "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn what_devices_run_gives_the_same() {
+        for window in [None, Some(1), Some(4), Some(100)] {
+            for (n, position) in [(1, 0), (1, 9), (6, 0), (5, 7), (0, 3)] {
+                let total = position + n;
+                let (heads, scale) = (3, 0.3);
+                let queries = [tensor((n, heads, 8)), tensor((n, heads, 6))];
+                let (rows, expanded) = (tensor((total + 2, 16)), tensor((total + 2, heads, 12)));
+                let narrow = |t: &Tensor, start, len| t.narrow(candle_core::D::Minus1, start, len).unwrap();
+                let ways = [
+                    // Absorbed: all heads share keys and values. Materialised: they share the rotary key alone.
+                    (vec![narrow(&rows, 2, 14)], narrow(&rows, 0, 9)),
+                    (
+                        vec![narrow(&expanded, 0, 8), narrow(&rows, 10, 6)],
+                        narrow(&expanded, 8, 4),
+                    ),
+                ];
+                for (keys, values) in ways {
+                    let queries: Vec<_> = queries.iter().collect();
+                    let keys: Vec<_> = keys.iter().collect();
+                    let attention = Attention::new(heads, scale, window).unwrap();
+                    let expected = attention.forward(&queries, &keys, &values, position).unwrap();
+                    let call = on_device::Call {
+                        queries: &queries,
+                        keys: &keys,
+                        values: &values,
+                        position,
+                        heads,
+                        scale,
+                        window,
+                    };
+                    let found = call.run().unwrap();
+                    assert_eq!(found.dims(), expected.dims());
+                    let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    for (a, b) in flat(found).into_iter().zip(flat(expected)) {
+                        assert!(
+                            (a - b).abs() < 1e-5,
+                            "{n} after {position}, {window:?}: {a} for {b}"
+                        );
+                    }
+                }
+            }
         }
     }
 
