@@ -43,5 +43,5 @@ done
 
 echo "to build with it, in the copy of the manifest:" >&2
 echo "  cd ${manifest#"$root"/} && cargo build --release --features candle-transformers \\" >&2
-echo "      --target-dir ../build --config 'patch.crates-io.candle-transformers.path=\"$crate\"'" >&2
+echo "      --target-dir ../.. --config 'patch.crates-io.candle-transformers.path=\"$crate\"'" >&2
 echo "patch.crates-io.candle-transformers.path=\"$crate\""
