@@ -129,8 +129,8 @@ impl CustomOp1 for Linear {
     }
 }
 
-/// A bias as kernels read it.
-fn bytes_of(bias: &[f32]) -> Result<Bytes> {
+/// A bias, or a norm's weight, as kernels read it.
+pub(super) fn bytes_of(bias: &[f32]) -> Result<Bytes> {
     let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
     Bytes::copy_from(&bytes)
 }

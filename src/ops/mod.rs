@@ -11,6 +11,7 @@ mod add;
 mod attention;
 #[cfg(msl_host)]
 mod host;
+mod latent;
 mod linear;
 mod mlp;
 mod moe;
@@ -22,14 +23,16 @@ mod planned;
 mod products;
 mod rope;
 mod route;
+mod rows;
 mod validate;
 
 pub use add::Add;
 pub use attention::Attention;
+pub use latent::LatentRows;
 pub use linear::{JoinedLinear, Linear};
 pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
-pub use norm::RmsNorm;
+pub use norm::{RmsNorm, add_norm};
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;

@@ -1,9 +1,11 @@
-//! Products with FP4 weights on devices that run launch plans.
+//! Products with weights on devices that run launch plans.
 
 use super::planned::{Planned, row_stride};
 use crate::cpu::HeadRows;
-use crate::fp4::{Bytes, Fp4Tensor, Weight};
-use crate::metal::linear::{Direction, Operands, Product};
+use crate::fp4::{Bytes, Weight};
+use crate::metal::linear::Direction;
+use crate::metal::plan::Launch;
+use crate::metal::{dense, linear};
 use crate::{Error, Result};
 use candle_core::{DType, Layout};
 
@@ -18,7 +20,7 @@ pub(super) struct Products<'a> {
 
 /// A product among them.
 pub(super) struct Part<'a> {
-    pub weight: &'a Fp4Tensor,
+    pub weight: &'a Weight,
     pub rows: HeadRows,
     /// In F32.
     pub bias: Option<&'a Bytes>,
@@ -36,13 +38,12 @@ impl Part<'_> {
 }
 
 impl<'a> Products<'a> {
-    /// Products with whole weights; `None` where one is not in FP4, which no kernel takes yet.
+    /// Products with whole weights; `None` where one is in eight bits, which no kernel takes.
     pub fn with(
         op: &'static str,
         weights: impl Iterator<Item = (&'a Weight, Option<&'a Bytes>)>,
     ) -> Option<Self> {
         let parts = weights.map(|(weight, bias)| {
-            let Weight::Fp4(weight) = weight else { return None };
             let n = weight.shape().0;
             let rows = HeadRows {
                 heads: 1,
@@ -50,7 +51,7 @@ impl<'a> Products<'a> {
                 start: 0,
                 len: n,
             };
-            Some(Part { weight, rows, bias })
+            taken(weight).then_some(Part { weight, rows, bias })
         });
         Some(Self {
             op,
@@ -67,8 +68,7 @@ impl<'a> Products<'a> {
         rows: HeadRows,
         direction: Direction,
     ) -> Option<Self> {
-        let Weight::Fp4(weight) = weight else { return None };
-        Some(Self {
+        taken(weight).then_some(Self {
             op,
             direction,
             parts: vec![Part {
@@ -123,47 +123,119 @@ impl<'a> Products<'a> {
             .parts
             .iter()
             .map(|part| {
-                (
-                    add(part.weight.codes()),
-                    add(part.weight.scales()),
-                    part.bias.map(&mut add),
-                )
+                let regions: Vec<_> = part.weight.regions().map(&mut add).collect();
+                (regions, part.bias.map(&mut add))
             })
             .collect();
         let (x, mut start) = (bytes.len(), 0);
-        let launches = self
-            .parts
-            .iter()
-            .zip(weights)
-            .map(|(part, (codes, scales, bias))| {
-                let product = Product {
-                    weight: part.weight,
-                    rows: part.rows,
-                    direction: self.direction,
-                    operands: Operands {
-                        codes,
-                        scales,
-                        bias,
-                        x,
-                        y: x + 1,
-                    },
-                    dtype,
-                    m,
-                    x_offset: layout.start_offset() * size,
-                    x_row,
-                    x_head,
-                    y_offset: start * size,
-                    y_row: heads * to,
-                    y_head: to,
-                };
-                start += part.widths(self.direction).1;
-                product.launch()
-            });
+        let lies = Lies {
+            dtype,
+            m,
+            x_offset: layout.start_offset() * size,
+            x_row,
+            x_head,
+            y_row: heads * to,
+            y_head: to,
+            x,
+        };
+        let mut launches = Vec::with_capacity(self.parts.len());
+        for (part, (regions, bias)) in self.parts.iter().zip(&weights) {
+            launches.push(self.launch(part, regions, *bias, start * size, lies)?);
+            start += part.widths(self.direction).1;
+        }
         Ok(Planned {
-            launches: launches.collect::<Result<_>>()?,
+            launches,
             bytes,
             outputs: [(dims.into(), dtype)],
             scratch: Vec::new(),
         })
     }
+
+    /// The launch of a part whose weight's regions and bias are these operands.
+    fn launch(
+        &self,
+        part: &Part<'_>,
+        regions: &[usize],
+        bias: Option<usize>,
+        y_offset: usize,
+        lies: Lies,
+    ) -> Result<Launch> {
+        let Lies {
+            dtype,
+            m,
+            x_offset,
+            x_row,
+            x_head,
+            y_row,
+            y_head,
+            x,
+        } = lies;
+        let (rows, direction, y) = (part.rows, self.direction, x + 1);
+        match (part.weight, regions) {
+            (Weight::Fp4(weight), &[codes, scales]) => linear::Product {
+                weight,
+                rows,
+                direction,
+                operands: linear::Operands {
+                    codes,
+                    scales,
+                    bias,
+                    x,
+                    y,
+                },
+                dtype,
+                m,
+                x_offset,
+                x_row,
+                x_head,
+                y_offset,
+                y_row,
+                y_head,
+            }
+            .launch(),
+            (Weight::Dense(weight), &[region]) => dense::Product {
+                weight,
+                rows,
+                direction,
+                operands: dense::Operands {
+                    weight: region,
+                    bias,
+                    x,
+                    y,
+                },
+                dtype,
+                m,
+                x_offset,
+                x_row,
+                x_head,
+                y_offset,
+                y_row,
+                y_head,
+            }
+            .launch(),
+            (weight, _) => {
+                let found = format!("{:?} in eight bits", weight.shape());
+                Err(Error::argument(self.op, "weight", "FP4 or floating point", found))
+            }
+        }
+    }
+}
+
+/// Whether there is a kernel for such weights.
+fn taken(weight: &Weight) -> bool {
+    !matches!(weight, Weight::Int8(_))
+}
+
+/// Where activations and outputs lie, as of a plan's launches, and of what dtype they are.
+#[derive(Clone, Copy)]
+struct Lies {
+    dtype: DType,
+    m: usize,
+    x_offset: usize,
+    x_row: usize,
+    x_head: usize,
+    y_row: usize,
+    y_head: usize,
+    /// The operand; the output is the next.
+    x: usize,
 }
