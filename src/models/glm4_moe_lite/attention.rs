@@ -17,8 +17,8 @@ use crate::cpu::HeadRows;
 use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
-use crate::nn::{Angles, MmfP4Linear, RmsNorm, RotaryEmbedding};
-use crate::ops::{self, JoinedLinear, Orientation, PerHead};
+use crate::nn::{Angles, MmfP4Linear, RmsNorm};
+use crate::ops::{self, JoinedLinear, LatentRows, Orientation, PerHead};
 use candle_core::{D, Module, Tensor};
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
@@ -89,7 +89,7 @@ pub(super) struct Attention {
     /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
     input: JoinedLinear,
     low_rank: Option<LowRankQuery>,
-    kv_norm: RmsNorm,
+    rows: LatentRows,
     kv_b: MmfP4Linear,
     absorb_query: PerHead,
     expand_value: PerHead,
@@ -143,7 +143,10 @@ impl Attention {
         Ok(Self {
             input: JoinedLinear::new(vec![query.op().clone(), kv_a.op().clone()])?,
             low_rank,
-            kv_norm: loader.rms_norm(&name("kv_a_layernorm"), latent, INNER_EPS)?,
+            rows: LatentRows::new(
+                loader.rms_norm(&name("kv_a_layernorm"), latent, INNER_EPS)?,
+                config.rope_pairing,
+            ),
             absorb_query: PerHead::new(kv_b.weight().clone(), keys, Orientation::Transposed)?
                 .with_arithmetic(loader.arithmetic()),
             expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
@@ -169,7 +172,7 @@ impl Attention {
         let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
         let linears = input.chain(self.linears().map(MmfP4Linear::size_in_bytes));
         let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(&query.norm));
-        linears.sum::<usize>() + query_norm + norm_bytes(&self.kv_norm)
+        linears.sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
     }
 
     /// All linear layers but those of the input.
@@ -183,7 +186,6 @@ impl Attention {
     pub fn forward(
         &self,
         x: &Tensor,
-        rotary: &RotaryEmbedding,
         angles: &Angles,
         segments: &[Segment],
         mut cached: impl FnMut(usize, &Tensor) -> Result<Tensor>,
@@ -204,14 +206,17 @@ impl Attention {
         };
         let query = query.reshape((tokens, self.heads, self.nope + self.rope))?;
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;
-        let query_rope = rotary.forward(&query.narrow(D::Minus1, self.nope, self.rope)?, angles)?;
+        let query_rope = query.narrow(D::Minus1, self.nope, self.rope)?;
 
         let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
-        let latent = kv.narrow(1, 0, self.latent)?;
-        let latent = trace.see("kv_a_layernorm", &latent, self.kv_norm.forward(&latent)?)?;
-        let key_rope = kv.narrow(1, self.latent, self.rope)?.unsqueeze(1)?;
-        let key_rope = rotary.forward(&key_rope, angles)?.squeeze(1)?;
-        let rows = Tensor::cat(&[&latent, &key_rope], 1)?;
+        let (rows, query_rope) =
+            self.rows
+                .forward_with_queries(&kv, &query_rope, angles.cos(), angles.sin())?;
+        trace.see(
+            "kv_a_layernorm",
+            &kv.narrow(1, 0, self.latent)?,
+            rows.narrow(1, 0, self.latent)?,
+        )?;
 
         let mut outputs = Vec::with_capacity(segments.len());
         for (index, segment) in segments.iter().enumerate() {

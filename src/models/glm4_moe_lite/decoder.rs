@@ -299,10 +299,13 @@ impl Model {
         }
         let angles = self.rotary.angles(&positions, &self.device)?;
 
+        // Each sum of the residual stream is made with the norm that follows it: one pass over it, and one dispatch.
+        let first = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
+        let mut normed = first.forward(&x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             trace.enter(Some(index));
             let input = x;
-            let normed = trace.see("input_layernorm", &input, layer.input_norm.forward(&input)?)?;
+            let attention_input = trace.see("input_layernorm", &input, normed)?;
             let cached = |segment: usize, rows: &Tensor| match &mut sequences[segment].cache {
                 Some(cache) => cache.append(index, rows),
                 None => Ok(rows.contiguous()?),
@@ -310,23 +313,26 @@ impl Model {
             let attended =
                 layer
                     .attention
-                    .forward(&normed, &self.rotary, &angles, &segments, cached, &mut trace)?;
-            let middle = ops::Add.forward(&input, &attended)?;
-            let normed = trace.see(
-                "post_attention_layernorm",
-                &middle,
-                layer.post_attention_norm.forward(&middle)?,
-            )?;
-            let output = ops::Add.forward(&middle, &layer.feed_forward.forward(&normed, &mut trace)?)?;
+                    .forward(&attention_input, &angles, &segments, cached, &mut trace)?;
+            let (middle, experts_input) = ops::add_norm(&input, &attended, &layer.post_attention_norm)?;
+            let experts_input = trace.see("post_attention_layernorm", &middle, experts_input)?;
+            let mixed = layer.feed_forward.forward(&experts_input, &mut trace)?;
+            let next = self
+                .layers
+                .get(index + 1)
+                .map_or(&self.norm, |layer| &layer.input_norm);
+            let (output, next_normed) = ops::add_norm(&middle, &mixed, next)?;
             x = trace.see("layer", &input, output)?;
+            normed = next_normed;
         }
         trace.enter(None);
 
         if logits == Logits::Last {
             let last: Vec<_> = segments.iter().map(|s| (s.start + s.n - 1) as u32).collect();
-            x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
+            let last = Tensor::new(last, &self.device)?;
+            (x, normed) = (x.index_select(&last, 0)?, normed.index_select(&last, 0)?);
         }
-        let normed = trace.see("norm", &x, self.norm.forward(&x)?)?;
+        let normed = trace.see("norm", &x, normed)?;
         let logits = self.head.forward(&normed)?.to_dtype(DType::F32)?;
         let logits = trace.see("lm_head", &normed, logits)?;
         for sequence in sequences.iter_mut() {
