@@ -34,7 +34,12 @@ impl Backend {
         &self,
         ops: impl FnOnce(&Device) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        self.host.install(|| ops(&self.device))
+        self.within(|| ops(&self.device))
+    }
+
+    /// Calls `f`, of which ops of this thread run by Metal kernels.
+    pub fn within<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.host.install(f)
     }
 }
 
@@ -66,5 +71,17 @@ impl Backend {
         ops: impl FnOnce(&Device) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
         ops(&self.device)?.to_device(&Device::Cpu)
+    }
+
+    /// Calls `f`.
+    pub fn within<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+}
+
+impl Backend {
+    /// The device that models are to be loaded on.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 }

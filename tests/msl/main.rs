@@ -19,6 +19,7 @@ mod dense;
 mod faults;
 mod grid;
 mod linear;
+mod model;
 mod norm_rope;
 #[cfg(target_os = "linux")]
 mod runner;
