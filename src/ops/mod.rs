@@ -22,6 +22,7 @@ mod planned;
 mod products;
 mod rope;
 mod route;
+mod router;
 mod validate;
 
 pub use add::Add;
@@ -33,6 +34,7 @@ pub use norm::RmsNorm;
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;
+pub use router::Router;
 pub use validate::{
     Comparison, Difference, Kernel, Tolerance, ValueRange, compare_with_reference, validate_kernel_output,
 };

@@ -2,10 +2,12 @@
 
 use crate::backend::{Backend, available};
 use crate::linear::{self, cases};
+use crate::moe;
 use crate::runner::Work;
 use candle_core::DType;
 use candle_mmfp4::cpu::HeadRows;
 use candle_mmfp4::fp4::{Format, Weight};
+use candle_mmfp4::metal;
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::host::{Host, Operand};
 use candle_mmfp4::metal::linear::{Direction, Operands, Product, every_kernel};
@@ -17,7 +19,9 @@ use std::process::Command;
 
 /// Runs that reach every kernel's loops and edges; what is slow runs over these.
 pub fn subset() -> Vec<Work> {
-    linear::works::all()
+    let mut works = linear::works::all();
+    works.extend(moe::works::all());
+    works
 }
 
 /// Runs the subset with a program of these kernels; what went wrong first.
@@ -132,7 +136,12 @@ fn fast_math_changes_no_more_than_rounding() {
 fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
     let Some(backend) = Backend::start() else { return };
     let mut launched = BTreeSet::new();
-    let plans = cases::DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
+    let plans = cases::DTYPES.map(|dtype| {
+        let mut plans = every_kernel(Format::mmfp4(), dtype).unwrap();
+        plans.extend(metal::moe::every_kernel(Format::mmfp4(), dtype).unwrap());
+        plans.extend(metal::router::every_kernel(dtype).unwrap());
+        plans
+    });
     for plan in plans.into_iter().flatten() {
         for launch in plan.launches {
             assert!(launch.threads.iter().product::<usize>() <= limits::THREADS);

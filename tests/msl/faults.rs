@@ -3,6 +3,7 @@
 use crate::backend::available;
 use crate::checks::{failure, strict};
 use crate::linear;
+use crate::moe;
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
@@ -27,7 +28,7 @@ struct Found {
 
 /// The faults of every family of kernels.
 fn all() -> impl Iterator<Item = &'static Fault> {
-    linear::faults::FAULTS.iter()
+    linear::faults::FAULTS.iter().chain(moe::faults::FAULTS)
 }
 
 /// Those that every run of the tests plants: one for each kind of check.

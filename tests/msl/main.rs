@@ -16,7 +16,9 @@ mod checks;
 mod common;
 #[cfg(target_os = "linux")]
 mod faults;
+mod grid;
 mod linear;
+mod moe;
 #[cfg(target_os = "linux")]
 mod runner;
 

@@ -9,7 +9,7 @@ mod buffers;
 mod pipelines;
 
 use super::plan::{Binding, Plan};
-use super::{linear, memory};
+use super::{linear, memory, moe, router};
 use crate::fp4::{Bytes, Format};
 use crate::{Error, Result};
 use candle_core::{DType, Device, MetalDevice};
@@ -55,7 +55,10 @@ pub fn open(ordinal: usize) -> Result<Device> {
 /// [`Error::Argument`] with the compiler's message.
 pub fn warm_up(device: &MetalDevice, format: Format, dtype: DType) -> Result<()> {
     let pipelines = Pipelines::of(device.device())?;
-    for plan in linear::every_kernel(format, dtype)? {
+    let mut plans = linear::every_kernel(format, dtype)?;
+    plans.extend(router::every_kernel(dtype)?);
+    plans.extend(moe::every_kernel(format, dtype)?);
+    for plan in plans {
         for launch in &plan.launches {
             pipelines.get(device.device(), launch)?;
         }
