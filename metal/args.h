@@ -86,3 +86,64 @@ struct DenseArgs {
 static_assert(sizeof(DenseArgs) == 36, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, x_row) == 12, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, weight_row) == 28, "as in src/metal/args.rs");
+// The router of a mixture of experts.
+struct RouterArgs {
+    uint tokens;
+    uint experts;
+    uint d;             // columns of the weight
+    uint x_row;         // elements from one token's activations to the next's
+    uint top_k;
+    uint groups;        // that the experts are divided into
+    uint chosen_groups; // whose experts may be chosen
+    uint normalize;     // whether weights are divided by their sum
+    float scaling;      // what they are multiplied by
+};
+static_assert(sizeof(RouterArgs) == 36, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(RouterArgs, x_row) == 12, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(RouterArgs, groups) == 20, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(RouterArgs, scaling) == 32, "as in src/metal/args.rs");
+
+// A mixture of experts: routed ones, and after them shared ones, which every token goes to. A token has a slot for each of the
+// experts that it goes to: first the routed ones, in the order of its ids.
+struct MoeArgs {
+    uint tokens;
+    uint d;            // elements of a token
+    uint x_row;        // elements from one token's activations to the next's
+    uint experts;      // routed ones
+    uint shared;       // shared ones
+    uint top_k;        // routed experts that a token goes to
+    uint width;        // of a routed expert
+    uint shared_width; // of a shared one
+    uint h_row;        // elements from one slot's gated activations to the next's
+    uint tiles;        // that there may be
+};
+static_assert(sizeof(MoeArgs) == 40, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoeArgs, experts) == 12, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoeArgs, width) == 24, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoeArgs, tiles) == 36, "as in src/metal/args.rs");
+
+// Where an expert's weights are: bytes from the start of all codes, and of all scales; and their factors.
+struct MoePlace {
+    ulong gate_codes;
+    ulong gate_scales;
+    ulong up_codes;
+    ulong up_scales;
+    ulong down_codes;
+    ulong down_scales;
+    float gate_factor;
+    float up_factor;
+    float down_factor;
+    uint unused;
+};
+static_assert(sizeof(MoePlace) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoePlace, up_codes) == 16, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoePlace, down_codes) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MoePlace, down_factor) == 56, "as in src/metal/args.rs");
+
+// Slots of one expert that are multiplied together: `count` from `first` on in the list of slots. Kernels write and read it.
+struct MoeTile {
+    uint expert;
+    uint first;
+    uint count; // 0 where there is no such tile
+};
+static_assert(sizeof(MoeTile) == 12, "as in src/metal/args.rs");

@@ -103,6 +103,24 @@ impl Bytes {
         })
     }
 
+    /// From the first byte of these to the last, where all lie in one map; it begins at a multiple of `alignment` in the map.
+    pub(crate) fn spanning<'a>(parts: impl IntoIterator<Item = &'a Self>, alignment: usize) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let first = parts.next()?;
+        let mut range = first.range;
+        for part in parts {
+            if !part.same_map(first) {
+                return None;
+            }
+            range = (range.0.min(part.range.0), range.1.max(part.range.1));
+        }
+        range.0 -= range.0 % alignment;
+        Some(Self {
+            map: first.map.clone(),
+            range,
+        })
+    }
+
     /// Whether both lie in the same map: one device buffer can serve both.
     pub fn same_map(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.map, &other.map)
@@ -157,6 +175,17 @@ mod tests {
         assert!(part.slice(0..4).is_none());
         assert!(!part.same_map(&Bytes::copy_from(&[2, 3, 4]).unwrap()));
         assert!(Bytes::copy_from(&[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_span_is_of_one_map_and_aligned() {
+        let bytes = Bytes::copy_from(&(0..40).collect::<Vec<u8>>()).unwrap();
+        let parts = [30..35, 21..22, 33..38].map(|range| bytes.slice(range).unwrap());
+        let span = Bytes::spanning(&parts, 16).unwrap();
+        assert_eq!((span.offset(), span.len()), (16, 22));
+        assert_eq!(span[21 - 16], 21);
+        assert!(Bytes::spanning([&parts[0], &Bytes::copy_from(&[1]).unwrap()], 16).is_none());
+        assert!(Bytes::spanning([], 16).is_none());
     }
 
     #[test]

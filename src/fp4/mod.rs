@@ -22,6 +22,7 @@
 mod bytes;
 pub mod code;
 mod dense;
+mod gather;
 mod int8;
 mod quantize;
 mod scale;
@@ -30,6 +31,7 @@ mod validate;
 
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
+pub(crate) use gather::gather;
 pub(crate) use int8::INT8_BLOCK;
 pub use int8::Int8Tensor;
 pub use quantize::{Format, ScaleRule, quantize};

@@ -1,7 +1,7 @@
 //! Plans of products with weights in floating point: `metal/dense.metal`.
 
-use super::activations::{narrow, suffix};
 use super::args::DenseArgs;
+use super::checked::{narrow, suffix};
 use super::linear::Direction;
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use crate::cpu::HeadRows;

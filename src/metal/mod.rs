@@ -7,14 +7,15 @@
 //! | [`linear`] | plans of products with FP4 weights | everywhere |
 //! | [`dense`] | plans of products with weights in floating point | everywhere |
 //! | [`norm_rope`] | plans of norms, rotary position embedding and sums | everywhere |
+//! | [`router`], [`moe`] | plans of a mixture of experts | everywhere |
 //! | [`memory`] | whether a model fits | everywhere |
 //! | `host` | runs plans on Linux against the compiled kernels | feature `msl-host` |
 //! | `device` | runs plans on Apple GPUs, through Candle's Metal backend | macOS |
 //!
 //! Nothing in here has run on an Apple GPU yet.
 
-mod activations;
 mod args;
+mod checked;
 pub mod dense;
 #[cfg(target_os = "macos")]
 pub mod device;
@@ -22,8 +23,33 @@ pub mod device;
 pub mod host;
 pub mod linear;
 pub mod memory;
+pub mod moe;
 pub mod norm_rope;
 pub mod plan;
+pub mod router;
 pub mod source;
 #[cfg(any(target_os = "macos", test))]
 mod windows;
+
+use crate::Result;
+use crate::cpu::Pairing;
+use crate::fp4::{FloatKind, Format};
+use candle_core::DType;
+use plan::Plan;
+
+/// Plans that between them launch every kernel on weights of a format and activations of a dtype: what can be compiled
+/// ahead of the first token.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for a dtype that no kernel has; [`Error::Tensor`](crate::Error::Tensor) for a
+/// format that cannot be.
+pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
+    let families = [
+        linear::every_kernel(format, dtype)?,
+        dense::every_kernel(FloatKind::BF16, dtype)?,
+        norm_rope::every_kernel(dtype, Pairing::Interleaved)?,
+        router::every_kernel(dtype)?,
+        moe::every_kernel(format, dtype)?,
+    ];
+    Ok(families.into_iter().flatten().collect())
+}

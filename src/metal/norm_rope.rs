@@ -1,7 +1,7 @@
 //! Plans of norms, rotary position embedding and sums: `metal/norm_rope.metal`.
 
-use super::activations::{narrow, suffix};
 use super::args::{AddArgs, LatentArgs, NormArgs, RopeArgs};
+use super::checked::{narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use crate::Result;
 use crate::cpu::Pairing;

@@ -16,10 +16,16 @@ macro_rules! files {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[File] = files!("args.h", "fp4.h");
+pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h");
 
 /// The kernels, a family of ops a file.
-pub const KERNELS: &[File] = files!("linear.metal", "norm_rope.metal", "dense.metal");
+pub const KERNELS: &[File] = files!(
+    "linear.metal",
+    "dense.metal",
+    "norm_rope.metal",
+    "router.metal",
+    "moe.metal"
+);
 
 /// All of it as one text, which needs no files beside it: headers first, once.
 pub fn library() -> String {

@@ -1,25 +1,26 @@
 //! The router of a mixture of experts.
 
 use crate::ops;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 /// Scores experts with a linear layer and chooses among them, all in f32; see
 /// [`cpu::route`](crate::cpu::route) for the formula.
 #[derive(Debug, Clone)]
 pub struct Router {
-    gate: ops::Linear,
-    route: ops::Route,
+    op: ops::Router,
 }
 
 impl Router {
     /// Takes the scoring layer `[E, D]` and the choice.
     pub fn new(gate: ops::Linear, route: ops::Route) -> Self {
-        Self { gate, route }
+        Self {
+            op: ops::Router::new(gate, route),
+        }
     }
 
     /// Bytes of the scoring layer and of the experts' correction biases.
     pub fn size_in_bytes(&self) -> usize {
-        let weight = self.gate.weight();
+        let weight = self.op.gate().weight();
         weight.size_in_bytes() + weight.shape().0 * size_of::<f32>()
     }
 
@@ -28,9 +29,7 @@ impl Router {
     /// # Errors
     /// Where `x` does not fit the scoring layer.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Routed> {
-        // Rounded scores would choose other experts: the router never works in half precision.
-        let logits = self.gate.forward(&x.to_dtype(DType::F32)?)?;
-        let (ids, weights) = self.route.forward(&logits)?;
+        let [logits, ids, weights] = self.op.forward(x)?;
         Ok(Routed { logits, ids, weights })
     }
 }

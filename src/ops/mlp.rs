@@ -1,9 +1,14 @@
 //! A gated MLP: a mixture of experts with one expert.
 
 use super::activations::{from_f32, to_f32};
+use super::moe::mixture;
+use super::planned::{self, Planned};
 use crate::cpu::{self, Arithmetic, Executor, Expert};
+use crate::fp4::gather;
+use crate::metal::moe::Stack;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, Layout, MetalStorage, Module, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, MetalStorage, Module, Shape, Tensor};
 
 const OP: &str = "mmfp4-gated-mlp";
 
@@ -12,15 +17,18 @@ const OP: &str = "mmfp4-gated-mlp";
 #[derive(Debug, Clone)]
 pub struct GatedMlp {
     mlp: Expert,
+    copied: usize,
+    /// The weights as a device's kernels find them; `None` where no kernel takes them.
+    stack: Option<Stack>,
     arithmetic: Arithmetic,
 }
 
 impl GatedMlp {
-    /// Takes the three weights, used where they lie.
+    /// Takes the three weights, used where they lie; where that is not one map, they are copied into one, once.
     ///
     /// # Errors
-    /// [`Error::Argument`] where their shapes disagree.
-    pub fn new(mlp: Expert) -> Result<Self> {
+    /// [`Error::Argument`] where their shapes disagree; [`Error::Io`] without memory.
+    pub fn new(mut mlp: Expert) -> Result<Self> {
         let (width, d) = mlp.gate.shape();
         for (argument, weight, shape) in [("up", &mlp.up, (width, d)), ("down", &mlp.down, (d, width))] {
             if weight.shape() != shape {
@@ -28,8 +36,13 @@ impl GatedMlp {
                 return Err(Error::argument(OP, argument, expected, found));
             }
         }
-        let arithmetic = Arithmetic::default();
-        Ok(Self { mlp, arithmetic })
+        let copied = gather(&mut [&mut mlp.gate, &mut mlp.up, &mut mlp.down])?;
+        Ok(Self {
+            stack: Stack::of(&[], std::slice::from_ref(&mlp))?,
+            mlp,
+            copied,
+            arithmetic: Arithmetic::default(),
+        })
     }
 
     /// The same op in this arithmetic, on the CPU; the default is [`Arithmetic::W4A8`].
@@ -42,12 +55,37 @@ impl GatedMlp {
         &self.mlp
     }
 
+    /// Bytes that had to be copied to bring all weights into one map; 0 where they lay so already.
+    pub fn copied_bytes(&self) -> usize {
+        self.copied
+    }
+
     /// Applies the op to `x` `[…, D]` in F32, F16 or BF16.
     ///
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        planned::prepared(x, 1)?.apply_op1_no_bwd(self)
+    }
+
+    /// What a device runs; `None` for weights that no kernel takes.
+    fn planned(&self, x: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
+        let Some(stack) = &self.stack else { return Ok(None) };
+        let leading = self.check_shape(x)?;
+        mixture(OP, stack, None, (x, dtype), leading).map(Some)
+    }
+
+    /// The leading dimensions.
+    fn check_shape<'a>(&self, x: &'a Layout) -> Result<&'a [usize]> {
+        let d = self.mlp.gate.shape().1;
+        let Some((_, leading)) = x.dims().split_last().filter(|(last, _)| **last == d) else {
+            let (expected, found) = (
+                format!("a last dimension of {d}"),
+                format!("shape {:?}", x.dims()),
+            );
+            return Err(Error::argument(OP, "x", expected, found));
+        };
+        Ok(leading)
     }
 }
 
@@ -63,12 +101,12 @@ impl CustomOp1 for GatedMlp {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        super::without_kernel(OP);
-        let (dims, d) = (layout.dims(), self.mlp.gate.shape().1);
-        if dims.last() != Some(&d) {
-            let expected = format!("a last dimension of {d}");
-            return Err(Error::argument(OP, "x", expected, format!("shape {dims:?}")).into());
+        if let Some([done]) =
+            planned::in_place_of_cpu(OP, &[storage], || self.planned(layout, storage.dtype()))?
+        {
+            return Ok(done);
         }
+        self.check_shape(layout)?;
         let x = to_f32(OP, "x", storage, layout)?;
         let mut y = vec![0.0; x.len()];
         cpu::fused_moe(
@@ -85,7 +123,12 @@ impl CustomOp1 for GatedMlp {
         Ok((from_f32(y, storage), layout.shape().clone()))
     }
 
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(OP)
+    fn metal_fwd(
+        &self,
+        storage: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        let [done] = planned::on_metal(OP, &[storage], || self.planned(layout, storage.dtype()))?;
+        Ok(done)
     }
 }

@@ -23,6 +23,7 @@ mod planned;
 mod products;
 mod rope;
 mod route;
+mod router;
 mod rows;
 mod validate;
 
@@ -36,6 +37,7 @@ pub use norm::{RmsNorm, add_norm};
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;
+pub use router::Router;
 pub use validate::{
     Comparison, Difference, Kernel, Tolerance, ValueRange, compare_with_reference, validate_kernel_output,
 };

@@ -1,10 +1,13 @@
 //! The fused mixture of experts.
 
 use super::activations::{from_f32, to_f32, to_u32};
+use super::planned::{self, Planned, row_stride};
 use crate::cpu::{self, Arithmetic, Executor, Expert};
-use crate::fp4::{Bytes, Weight};
+use crate::fp4::gather;
+use crate::metal::moe::{Mixture, Routed, Stack};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp3, Layout, MetalStorage, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, MetalStorage, Shape, Tensor};
 
 const OP: &str = "mmfp4-moe";
 
@@ -18,6 +21,8 @@ pub struct FusedMoe {
     experts: Vec<Expert>,
     shared: Vec<Expert>,
     copied: usize,
+    /// The experts as a device's kernels find them; `None` where no kernel takes them.
+    stack: Option<Stack>,
     arithmetic: Arithmetic,
 }
 
@@ -37,8 +42,11 @@ impl FusedMoe {
         for (index, expert) in shared.iter().enumerate() {
             check_shapes("shared", index, expert, expert.gate.shape().0, d)?;
         }
-        let copied = gather(&mut experts, &mut shared)?;
+        let all = experts.iter_mut().chain(&mut shared);
+        let mut weights: Vec<_> = all.flat_map(|e| [&mut e.gate, &mut e.up, &mut e.down]).collect();
+        let copied = gather(&mut weights)?;
         Ok(Self {
+            stack: Stack::of(&experts, &shared)?,
             experts,
             shared,
             copied,
@@ -75,10 +83,117 @@ impl FusedMoe {
     /// in F32, F16 or BF16; the result has `x`'s shape and dtype.
     ///
     /// # Errors
-    /// Names the argument at fault where shape, dtype or device do not fit, or an id names no expert.
+    /// Names the argument at fault where shape, dtype or device do not fit, or, on the CPU, an id names no expert. On other
+    /// devices, which nobody waits for, such an id gives NaN.
     pub fn forward(&self, x: &Tensor, ids: &Tensor, weights: &Tensor) -> candle_core::Result<Tensor> {
+        if planned::runs_on(x.device()) {
+            let (ids, weights) = (ids.contiguous()?, weights.to_dtype(DType::F32)?.contiguous()?);
+            return planned::prepared(x, 1)?.apply_op3_no_bwd(&ids, &weights, self);
+        }
         x.apply_op3_no_bwd(ids, weights, self)
     }
+
+    /// What a device runs; `None` for experts that no kernel takes.
+    fn planned(
+        &self,
+        x: (&Layout, DType),
+        (ids, of_ids): (&Layout, DType),
+        (weights, of_weights): (&Layout, DType),
+    ) -> Result<Option<Planned<'_, 1>>> {
+        let Some(stack) = &self.stack else { return Ok(None) };
+        let (leading, top_k) = self.check_shapes(x.0, ids, weights)?;
+        for (argument, layout, dtype, expected) in [
+            ("ids", ids, of_ids, DType::U32),
+            ("weights", weights, of_weights, DType::F32),
+        ] {
+            if dtype != expected || !layout.is_contiguous() {
+                let found = format!("{dtype:?}, strides {:?}", layout.stride());
+                return Err(Error::argument(
+                    OP,
+                    argument,
+                    format!("{expected:?} without gaps"),
+                    found,
+                ));
+            }
+        }
+        let offset = |layout: &Layout| layout.start_offset() * size_of::<u32>();
+        let routed = Routed {
+            ids: (4, offset(ids)),
+            weights: (5, offset(weights)),
+            top_k,
+        };
+        mixture(OP, stack, Some(routed), x, leading).map(Some)
+    }
+
+    /// The leading dimensions, and top_k.
+    fn check_shapes<'a>(
+        &self,
+        x: &'a Layout,
+        ids: &Layout,
+        weights: &Layout,
+    ) -> Result<(&'a [usize], usize)> {
+        let d = self.experts[0].gate.shape().1;
+        let Some((_, leading)) = x.dims().split_last().filter(|(last, _)| **last == d) else {
+            let found = format!("shape {:?}", x.dims());
+            return Err(Error::argument(
+                OP,
+                "x",
+                format!("a last dimension of {d}"),
+                found,
+            ));
+        };
+        let top_k = match ids.dims().split_last() {
+            Some((top_k, tokens)) if tokens == leading && *top_k > 0 => *top_k,
+            _ => {
+                let found = format!("shape {:?}", ids.dims());
+                let expected = format!("{leading:?} and top_k of at least 1");
+                return Err(Error::argument(OP, "ids", expected, found));
+            }
+        };
+        if weights.dims() != ids.dims() {
+            let found = format!("shape {:?}", weights.dims());
+            return Err(Error::argument(
+                OP,
+                "weights",
+                format!("{:?}, as ids", ids.dims()),
+                found,
+            ));
+        }
+        Ok((leading, top_k))
+    }
+}
+
+/// Experts' launches for activations that lie so: operands are the stack's bytes, the inputs, the output, memory between.
+pub(super) fn mixture<'a>(
+    op: &'static str,
+    stack: &'a Stack,
+    routed: Option<Routed>,
+    (x, dtype): (&Layout, DType),
+    leading: &[usize],
+) -> Result<Planned<'a, 1>> {
+    let Some(x_row) = row_stride(x, 1) else {
+        let found = format!("strides {:?} of {:?}", x.stride(), x.dims());
+        return Err(Error::argument(op, "x", "rows one stride apart", found));
+    };
+    let inputs = if routed.is_some() { 3 } else { 1 };
+    let bytes = stack.bytes();
+    let mixture = Mixture {
+        stack,
+        routed,
+        x: bytes.len(),
+        y: bytes.len() + inputs,
+        scratch: bytes.len() + inputs + 1,
+        dtype,
+        tokens: leading.iter().product(),
+        x_offset: x.start_offset() * dtype.size_in_bytes(),
+        x_row,
+    };
+    Ok(Planned {
+        launches: mixture.launches()?,
+        bytes: bytes.to_vec(),
+        outputs: [(x.shape().clone(), dtype)],
+        scratch: mixture.scratch(),
+    })
 }
 
 fn check_shapes(argument: &'static str, index: usize, expert: &Expert, width: usize, d: usize) -> Result<()> {
@@ -96,48 +211,6 @@ fn check_shapes(argument: &'static str, index: usize, expert: &Expert, width: us
     Ok(())
 }
 
-/// Moves all weights into one map where they are not in one; gives the bytes copied.
-fn gather(experts: &mut [Expert], shared: &mut [Expert]) -> Result<usize> {
-    let mut all: Vec<&mut Weight> = experts
-        .iter_mut()
-        .chain(shared)
-        .flat_map(|e| [&mut e.gate, &mut e.up, &mut e.down])
-        .collect();
-    let home = all[0].regions().next().cloned();
-    let together =
-        home.is_some_and(|home| all.iter().all(|w| w.regions().all(|bytes| bytes.same_map(&home))));
-    if together {
-        return Ok(0);
-    }
-    // Every region begins at a multiple of 16 bytes, for the kernels to come.
-    let aligned = |len: usize| len.next_multiple_of(16);
-    let total = all
-        .iter()
-        .flat_map(|w| w.regions())
-        .map(|bytes| aligned(bytes.len()))
-        .sum();
-    let region = Bytes::build(total, |memory| {
-        let mut rest = memory;
-        for bytes in all.iter().flat_map(|w| w.regions()) {
-            let (place, after) = rest.split_at_mut(aligned(bytes.len()));
-            place[..bytes.len()].copy_from_slice(bytes);
-            rest = after;
-        }
-        Ok(())
-    })?;
-    let mut start = 0;
-    for weight in &mut all {
-        **weight = weight.relocated(|old| {
-            let place = region
-                .slice(start..start + old.len())
-                .expect("the region was sized for all weights");
-            start += aligned(old.len());
-            place
-        });
-    }
-    Ok(total)
-}
-
 impl CustomOp3 for FusedMoe {
     fn name(&self) -> &'static str {
         OP
@@ -152,31 +225,16 @@ impl CustomOp3 for FusedMoe {
         weights: &CpuStorage,
         weights_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        super::without_kernel(OP);
-        let d = self.experts[0].gate.shape().1;
-        let Some((last, leading)) = x_layout.dims().split_last().filter(|(last, _)| **last == d) else {
-            let found = format!("shape {:?}", x_layout.dims());
-            return Err(Error::argument(OP, "x", format!("a last dimension of {d}"), found).into());
-        };
-        let top_k = match ids_layout.dims().split_last() {
-            Some((top_k, tokens)) if tokens == leading && *top_k > 0 => *top_k,
-            _ => {
-                let found = format!("shape {:?}", ids_layout.dims());
-                return Err(Error::argument(
-                    OP,
-                    "ids",
-                    format!("{leading:?} and top_k of at least 1"),
-                    found,
-                )
-                .into());
-            }
-        };
-        if weights_layout.dims() != ids_layout.dims() {
-            let found = format!("shape {:?}", weights_layout.dims());
-            return Err(
-                Error::argument(OP, "weights", format!("{:?}, as ids", ids_layout.dims()), found).into(),
-            );
+        if let Some([done]) = planned::in_place_of_cpu(OP, &[x, ids, weights], || {
+            self.planned(
+                (x_layout, x.dtype()),
+                (ids_layout, ids.dtype()),
+                (weights_layout, weights.dtype()),
+            )
+        })? {
+            return Ok(done);
         }
+        let (_, top_k) = self.check_shapes(x_layout, ids_layout, weights_layout)?;
         let ids = to_u32(OP, "ids", ids, ids_layout)?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.experts.len()) {
             let expected = format!("ids below {}, the number of experts", self.experts.len());
@@ -184,7 +242,6 @@ impl CustomOp3 for FusedMoe {
         }
         let weights = to_f32(OP, "weights", weights, weights_layout)?;
         let activations = to_f32(OP, "x", x, x_layout)?;
-        debug_assert_eq!(activations.len() % last, 0);
         let mut y = vec![0.0; activations.len()];
         cpu::fused_moe(
             &*Executor::current()?,
@@ -202,13 +259,20 @@ impl CustomOp3 for FusedMoe {
 
     fn metal_fwd(
         &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
+        x: &MetalStorage,
+        x_layout: &Layout,
+        ids: &MetalStorage,
+        ids_layout: &Layout,
+        weights: &MetalStorage,
+        weights_layout: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(OP)
+        let [done] = planned::on_metal(OP, &[x, ids, weights], || {
+            self.planned(
+                (x_layout, x.dtype()),
+                (ids_layout, ids.dtype()),
+                (weights_layout, weights.dtype()),
+            )
+        })?;
+        Ok(done)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::activations::to_f32;
 use crate::cpu::{self, Routing};
+use crate::fp4::Bytes;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, MetalStorage, Shape, Tensor};
 
@@ -12,6 +13,8 @@ const OP: &str = "mmfp4-route";
 pub struct Route {
     pub(super) routing: Routing,
     pub(super) bias: Vec<f32>,
+    /// The bias as a device's kernels read it.
+    pub(super) bias_bytes: Bytes,
 }
 
 impl Route {
@@ -19,7 +22,7 @@ impl Route {
     ///
     /// # Errors
     /// [`Error::Argument`] where the experts do not divide into the groups, or the groups that may be chosen
-    /// hold fewer experts than a token needs.
+    /// hold fewer experts than a token needs; [`Error::Io`] without memory.
     pub fn new(routing: Routing, bias: Vec<f32>) -> Result<Self> {
         let (
             experts,
@@ -47,7 +50,12 @@ impl Route {
                 top_k,
             );
         }
-        Ok(Self { routing, bias })
+        let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Ok(Self {
+            routing,
+            bias,
+            bias_bytes: Bytes::copy_from(&bytes)?,
+        })
     }
 
     /// Chooses experts for `logits` `[T, E]`; gives ids (U32) and weights (F32), both `[T, top_k]`.

@@ -2,7 +2,7 @@
 
 use crate::backend::available;
 use crate::checks::{failure, strict};
-use crate::{dense, linear, norm_rope};
+use crate::{dense, linear, moe, norm_rope};
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
@@ -31,6 +31,7 @@ fn all() -> impl Iterator<Item = &'static Fault> {
         linear::faults::FAULTS,
         norm_rope::faults::FAULTS,
         dense::faults::FAULTS,
+        moe::faults::FAULTS,
     ];
     families.into_iter().flatten()
 }

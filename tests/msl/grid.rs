@@ -21,7 +21,12 @@ pub fn pairwise<const N: usize>(axes: [usize; N]) -> Vec<[usize; N]> {
         }
         met
     };
-    let mut missing: BTreeSet<_> = every(axes).iter().flat_map(pairs).collect();
+    let mut missing = BTreeSet::new();
+    for (a, size) in axes.into_iter().enumerate() {
+        for (b, other) in axes.into_iter().enumerate().skip(a + 1) {
+            missing.extend((0..size).flat_map(|i| (0..other).map(move |j| (a, i, b, j))));
+        }
+    }
     let mut places = Vec::new();
     while let Some(&(a, i, b, j)) = missing.first() {
         let best = (0..64)

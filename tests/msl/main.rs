@@ -20,6 +20,7 @@ mod faults;
 mod grid;
 mod linear;
 mod model;
+mod moe;
 mod norm_rope;
 #[cfg(target_os = "linux")]
 mod runner;

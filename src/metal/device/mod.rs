@@ -8,10 +8,9 @@
 mod buffers;
 mod pipelines;
 
+use super::memory;
 use super::plan::{Binding, Plan};
-use super::{dense, linear, memory, norm_rope};
-use crate::cpu::Pairing;
-use crate::fp4::{Bytes, FloatKind, Format};
+use crate::fp4::{Bytes, Format};
 use crate::{Error, Result};
 use candle_core::{DType, Device, MetalDevice};
 use candle_metal_kernels::metal::{Buffer, ComputeCommandEncoder};
@@ -56,12 +55,7 @@ pub fn open(ordinal: usize) -> Result<Device> {
 /// [`Error::Argument`] with the compiler's message.
 pub fn warm_up(device: &MetalDevice, format: Format, dtype: DType) -> Result<()> {
     let pipelines = Pipelines::of(device.device())?;
-    let plans = [
-        linear::every_kernel(format, dtype)?,
-        norm_rope::every_kernel(dtype, Pairing::Interleaved)?,
-        dense::every_kernel(FloatKind::BF16, dtype)?,
-    ];
-    for plan in plans.into_iter().flatten() {
+    for plan in super::every_kernel(format, dtype)? {
         for launch in &plan.launches {
             pipelines.get(device.device(), launch)?;
         }

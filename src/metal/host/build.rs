@@ -6,6 +6,7 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What a build is for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,7 +58,10 @@ pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf>
     if out.exists() {
         return Ok(out);
     }
-    let partial = to.join(format!("{:016x}.{}", hasher.finish(), std::process::id()));
+    // Tests build at the same time, in one process and in several.
+    static BUILDS: AtomicUsize = AtomicUsize::new(0);
+    let build = BUILDS.fetch_add(1, Ordering::Relaxed);
+    let partial = to.join(format!("{:016x}.{}.{build}", hasher.finish(), std::process::id()));
     let mut command = Command::new("python3");
     command
         .arg(tool.join("mslc.py"))

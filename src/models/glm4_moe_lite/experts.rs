@@ -34,6 +34,7 @@ impl FeedForward {
         };
         if kind == Layer::Dense {
             let mlp = GatedMlp::new(expert(prefix.to_string(), config.intermediate_size)?)?;
+            loader.note_copied(prefix, mlp.copied_bytes());
             return Ok(Self::Dense(mlp.with_arithmetic(loader.arithmetic())));
         }
         let width = config.moe_intermediate_size;
