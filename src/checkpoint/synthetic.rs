@@ -110,6 +110,11 @@ impl Synthetic {
         &self.name
     }
 
+    /// Its `config.json`.
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+
     /// Its dimensions.
     pub fn config(&self) -> &Config {
         &self.config

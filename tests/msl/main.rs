@@ -24,6 +24,8 @@ mod moe;
 mod norm_rope;
 #[cfg(target_os = "linux")]
 mod runner;
+#[cfg(target_os = "linux")]
+mod token;
 
 pub use common::{noise, values};
 
