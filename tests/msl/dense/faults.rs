@@ -21,7 +21,7 @@ pub const FAULTS: &[Fault] = &[
     Fault { what: "no barrier before columns' sums meet", file: FILE,
         from: "    threadgroup_barrier(mem_flags::mem_threadgroup);\n\n    // Each simdgroup adds up one", to: "\n    // Each simdgroup adds up one" },
     Fault { what: "tiles of a dense product written past the last column", file: FILE,
-        from: "if (to_row < args.m && to < outer) {", to: "if (to_row < args.m) {" },
+        from: "if (to_row < args.m && to < outer) {", to: "if (to_row < args.m && to <= outer) {" },
     Fault { what: "dense tiles staged again too early", file: FILE,
         from: "        threadgroup_barrier(mem_flags::mem_threadgroup);\n    }\n\n    for (ushort i = 0; i < 2; i++) {\n        for (ushort j = 0; j < 2; j++) {\n            const uint to_row",
         to: "    }\n\n    for (ushort i = 0; i < 2; i++) {\n        for (ushort j = 0; j < 2; j++) {\n            const uint to_row" },
