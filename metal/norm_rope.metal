@@ -271,7 +271,7 @@ template <typename T>
 // | 3      | AddArgs | bytes |
 
 template <typename T>
-[[kernel]] void add(
+[[kernel]] void add_rows(
     device const T* x [[buffer(0)]],
     device const T* delta [[buffer(1)]],
     device T* y [[buffer(2)]],
@@ -309,7 +309,7 @@ template <typename T>
     INSTANTIATE_NORM_ROPE("add_rms_norm_" type, add_rms_norm<T>)       \
     INSTANTIATE_NORM_ROPE("rope_" type, rope<T>)                       \
     INSTANTIATE_NORM_ROPE("latent_rows_" type, latent_rows<T>)         \
-    INSTANTIATE_NORM_ROPE("add_" type, add<T>)
+    INSTANTIATE_NORM_ROPE("add_" type, add_rows<T>)
 
 INSTANTIATE_NORM_ROPE_TYPE("f32", float)
 INSTANTIATE_NORM_ROPE_TYPE("f16", half)

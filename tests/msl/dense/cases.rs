@@ -108,7 +108,7 @@ impl Case {
 
     /// What the plain reference gives.
     pub fn expected(&self, op: &Linear, x: &[f32]) -> Vec<f32> {
-        let mut expected = reference::linear(op.weight(), x, self.m, Arithmetic::Exact);
+        let mut expected = reference::linear(op.weight(), x, x.len() / self.k, Arithmetic::Exact);
         if let Some(bias) = op.bias() {
             for row in expected.chunks_exact_mut(self.n) {
                 for (value, bias) in row.iter_mut().zip(bias) {

@@ -54,7 +54,6 @@ pub fn all() -> Vec<Work> {
             m: 9,
             n: 5,
             k: 33,
-            kind: FloatKind::F16,
             lies: Lies::OddRows,
             ..plain
         },
