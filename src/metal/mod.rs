@@ -22,3 +22,16 @@ pub mod plan;
 pub mod source;
 #[cfg(any(target_os = "macos", test))]
 mod windows;
+
+use crate::Result;
+use crate::fp4::Format;
+use candle_core::DType;
+
+/// Plans that between them launch every kernel on weights of a format and activations of a dtype: what can be compiled
+/// ahead of the first token.
+///
+/// # Errors
+/// As [`linear::every_kernel`].
+pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<plan::Plan>> {
+    linear::every_kernel(format, dtype)
+}
