@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 #[cfg(target_os = "macos")]
 use crate::metal::device::Timestamps;
 
-/// There is no GPU here whose time could be taken.
+/// There is no GPU here whose time could be taken. (It belongs to a thread wherever there is one.)
 #[cfg(not(target_os = "macos"))]
 #[derive(Debug)]
-struct Timestamps;
+struct Timestamps(std::marker::PhantomData<*const ()>);
 
 #[cfg(not(target_os = "macos"))]
 impl Timestamps {
     fn start() -> Self {
-        Self
+        Self(std::marker::PhantomData)
     }
 
     fn take(&mut self) -> Duration {
@@ -271,7 +271,11 @@ impl fmt::Display for ProfileReport {
                 Phase::Prompt => "of several tokens (prompt)",
                 Phase::Generation => "of one token (generation)",
             };
-            write!(f, "\n\n{} passes {passes}: {:.1} ms", phase.passes, phase.total_ms)?;
+            write!(
+                f,
+                "\n\n{} passes {passes}: {:.1} ms",
+                phase.passes, phase.total_ms
+            )?;
             for (head, rows) in [("op", &phase.ops), ("layer", &phase.layers)] {
                 table(f, head, rows)?;
             }
@@ -352,13 +356,7 @@ mod tests {
                 assert!(rows.iter().all(|row| row.gpu_ms.is_none()));
             }
             assert!(phase.layers.iter().all(|row| row.calls == passes), "{report}");
-            let calls = |op: &str| {
-                phase
-                    .ops
-                    .iter()
-                    .find(|row| row.name == op)
-                    .map(|row| row.calls)
-            };
+            let calls = |op: &str| phase.ops.iter().find(|row| row.name == op).map(|row| row.calls);
             assert_eq!(calls("attention"), Some(passes * layers));
             assert_eq!(calls("embed_tokens"), Some(passes));
             assert_eq!(calls("lm_head"), Some(passes));

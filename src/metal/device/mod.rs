@@ -13,8 +13,8 @@ mod timestamps;
 pub use examine::{Gpu, has_bfloat, has_simdgroup_matrices};
 pub use timestamps::Timestamps;
 
-use super::plan::{Binding, Plan};
 use super::memory;
+use super::plan::{Binding, Plan};
 use crate::fp4::{Bytes, Format};
 use crate::{Error, Result};
 use candle_core::{DType, Device, MetalDevice};
