@@ -10,14 +10,8 @@ use crate::{Result, memory};
 /// Variables that change what the kernels do, or how fast, begin so.
 const VARIABLES: [&str; 5] = ["MMFP4_", "CANDLE_", "RAYON_", "MTL_", "METAL_"];
 
-/// Those among them that check or record what the GPU does, and slow it down.
-const DEBUGGING: [&str; 5] = [
-    "MTL_DEBUG_LAYER",
-    "MTL_SHADER_VALIDATION",
-    "MTL_CAPTURE_ENABLED",
-    "MTL_HUD_ENABLED",
-    "METAL_DEVICE_WRAPPER_TYPE",
-];
+/// Those among them that check what the GPU does, and slow it down.
+const DEBUGGING: [&str; 2] = ["MTL_DEBUG_LAYER", "MTL_SHADER_VALIDATION"];
 
 pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<()> {
     add(system());

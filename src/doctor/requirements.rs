@@ -120,9 +120,12 @@ impl Needs {
     }
 }
 
-/// Bytes as people read them: GB of 10⁹ bytes.
+/// Bytes as people read them: GB of 10⁹ bytes, or MB where they are few.
 pub fn gb(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
+    match bytes < 100_000_000 {
+        true => format!("{:.0} MB", bytes as f64 / 1e6),
+        false => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
 }
 
 /// The README's tables, in Markdown.
@@ -131,12 +134,24 @@ pub fn gb(bytes: u64) -> String {
 /// As [`Needs::flash`].
 pub fn tables() -> Result<String> {
     let flash = Needs::flash()?;
-    let mut text = format!(
-        "| on a Mac | |\n|---|---|\n| system | macOS {MACOS} or newer |\n| processor | M1 or later (GPU family \
-         Apple{APPLE_FAMILY}) |\n| Candle | {CANDLE} |\n| memory for {} | {} GB or more; 16 GB are refused |\n\n",
-        flash.name,
-        flash.smallest_mac(CONTEXTS[0], CacheFormat::F32).unwrap_or(0),
+    let mut text = String::from("| on a Mac | |\n|---|---|\n");
+    let memory = format!(
+        "{} GB or more, 16 GB are refused; where the system gives the GPU too little of it, `mmfp4 doctor` says how to \
+         give it more",
+        flash.smallest_mac(CONTEXTS[0], CacheFormat::F32).unwrap_or(0)
     );
+    for (name, needed) in [
+        ("system", format!("macOS {MACOS} or newer")),
+        (
+            "processor",
+            format!("M1 or later (GPU family Apple{APPLE_FAMILY})"),
+        ),
+        ("Candle", CANDLE.into()),
+        (&format!("memory for {}", flash.name), memory),
+    ] {
+        text += &format!("| {name} | {needed} |\n");
+    }
+    text.push('\n');
     text += &format!(
         "| {} | a token | {} |\n|---|---|{}\n",
         flash.name,

@@ -67,7 +67,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// The width of the names, of which the longest are kernels'.
-const NAME: usize = 48;
+const NAME: usize = 52;
 
 fn line(check: &Check) -> String {
     let status = word(check.status);
