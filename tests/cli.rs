@@ -854,7 +854,7 @@ fn a_profile_says_where_the_time_went() {
     assert_eq!(stdout(&output), stdout(&plain));
     for text in [
         "host's clock",
-        "1 passes of several tokens",
+        "1 pass of several tokens",
         "mlp.experts",
         "us a call",
     ] {

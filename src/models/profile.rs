@@ -276,9 +276,9 @@ impl fmt::Display for ProfileReport {
                 "\n\n{} passes {passes}: {:.1} ms",
                 phase.passes, phase.total_ms
             )?;
-            for (head, rows) in [("op", &phase.ops), ("layer", &phase.layers)] {
-                table(f, head, rows)?;
-            }
+            table(f, "op", &phase.ops)?;
+            f.write_str("\n")?;
+            table(f, "layer", &phase.layers)?;
         }
         Ok(())
     }
@@ -363,7 +363,7 @@ mod tests {
             assert!(phase.ops.is_sorted_by(|a, b| a.total_ms >= b.total_ms));
         }
         assert_eq!(report.phases.len(), 2);
-        assert!(report.to_string().contains("1 passes of one token"), "{report}");
+        assert!(report.to_string().contains("1 pass of one token"), "{report}");
         let text = serde_json::to_string(&report).unwrap();
         let back: ProfileReport = serde_json::from_str(&text).unwrap();
         assert_eq!(back.phases[0].ops.len(), report.phases[0].ops.len());

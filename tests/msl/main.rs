@@ -15,6 +15,8 @@ mod checks;
 #[path = "../common/mod.rs"]
 mod common;
 #[cfg(target_os = "linux")]
+mod doctor;
+#[cfg(target_os = "linux")]
 mod faults;
 mod linear;
 #[cfg(target_os = "linux")]
