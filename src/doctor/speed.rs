@@ -203,7 +203,7 @@ fn compare_with_plans(data: &Data, add: &mut dyn FnMut(Check)) {
 }
 
 fn regions(weight: &Weight) -> Vec<&[u8]> {
-    weight.regions().into_iter().map(|bytes| &bytes[..]).collect()
+    weight.regions().map(|bytes| &bytes[..]).collect()
 }
 
 fn cases(runner: &Runner, data: &Data, dtype: DType) -> Result<Vec<Case>> {

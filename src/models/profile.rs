@@ -30,7 +30,8 @@ impl Timestamps {
 ///
 /// The time of an op is all that passed since the op before: RoPE, the cache and `kv_b` count as `attention`, the first
 /// residual addition as `post_attention_layernorm`, the second one as `layer`. A device that works while the program goes
-/// on is waited for after every op, so that a pass takes longer than without; see [`Clock`].
+/// on is waited for after every op, so that a pass takes longer than without; see [`Clock`]. On a Mac one profile at a time
+/// is for a thread.
 ///
 /// ```
 /// use candle_core::Device;
@@ -77,7 +78,8 @@ pub enum Clock {
     /// The host's clock: ops are done when they return.
     Host,
     /// The host's clock, with a wait for the GPU after each op; that wait is part of an op's time. The GPU's own time, from
-    /// the timestamps of the command buffers, stands beside it.
+    /// the timestamps of the command buffers, stands beside it; a GPU that waits between ops may be clocked lower than one
+    /// that is kept busy.
     HostWithWaits,
 }
 
