@@ -47,6 +47,7 @@
 //! | [`checkpoint`] | safetensors folders read where they lie, quantised and written; the hub |
 //! | [`generation`] | tokenizer, chat template, sampling, sessions, batches |
 //! | [`memory`], [`bandwidth`] | how much of it this process takes, and how fast it is read |
+//! | [`doctor`] | what this machine is, and whether the kernels compute here what they should |
 //!
 //! # What runs where
 //!
@@ -58,6 +59,7 @@
 pub mod bandwidth;
 pub mod checkpoint;
 pub mod cpu;
+pub mod doctor;
 mod error;
 pub mod fp4;
 pub mod generation;

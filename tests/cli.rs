@@ -22,6 +22,7 @@ fn mmfp4(arguments: &[&str]) -> Command {
         let name = name.to_string_lossy().into_owned();
         let matters = [
             "ALPHAHENG_",
+            "MMFP4_",
             "HF_",
             "HUGGING",
             "TRANSFORMERS_",
@@ -396,7 +397,10 @@ fn mistakes_are_one_line_with_a_remedy() {
         &["bench", "--synthetic", "slice", "-m", "model"],
         &["bench", "--synthetic-dir", "folder"],
         &["bench", "--json", "--csv"],
+        &["bench", "--profile", "--csv"],
         &["bench", "-r", "0"],
+        &["doctor", "--context", "many"],
+        &["doctor", "--device", "gpu"],
         &["perplexity"],
         &["no-such-command"],
         &[],
@@ -465,6 +469,7 @@ fn help_shows_examples_and_formats() {
         ),
         (&["help", "perplexity"], &["Examples:", "--stride", "mean loss"]),
         (&["bench", "--help"], &["Examples:", "--synthetic", "noisy"]),
+        (&["doctor", "--help"], &["Examples:", "--context", "ends with 1"]),
         (&["--version"], &[env!("CARGO_PKG_VERSION")]),
     ] {
         let output = run(&mut mmfp4(arguments));
@@ -799,4 +804,169 @@ fn bench_refuses_what_does_not_fit_in_memory() {
         line.contains("384000000000000 of cache") && line.contains("are available"),
         "{line}"
     );
+}
+
+/// The sums of a profile's rows, which are to be its total's.
+fn check_profile(profile: &Value, passes: &[(&str, u64)]) {
+    assert_eq!(profile["clock"], "host");
+    let phases = profile["phases"].as_array().unwrap();
+    assert_eq!(phases.len(), passes.len(), "{profile}");
+    for (phase, (name, count)) in phases.iter().zip(passes) {
+        assert_eq!(
+            (&phase["phase"], &phase["passes"]),
+            (&(*name).into(), &(*count).into())
+        );
+        let total = phase["total_ms"].as_f64().unwrap();
+        assert!(total > 0.0);
+        for rows in ["ops", "layers"] {
+            let rows = phase[rows].as_array().unwrap();
+            let sum = |field: &str| rows.iter().map(|row| row[field].as_f64().unwrap()).sum::<f64>();
+            assert!((sum("total_ms") / total - 1.0).abs() < 1e-6, "{phase}");
+            assert!((sum("share") - 1.0).abs() < 1e-6, "{phase}");
+        }
+        let calls = |list: &str, name: &str| {
+            let rows = phase[list].as_array().unwrap();
+            rows.iter().find(|row| row["name"] == name).unwrap()["calls"].clone()
+        };
+        // Six layers, the first of them dense.
+        assert_eq!(calls("ops", "attention"), count * 6);
+        assert_eq!(calls("ops", "mlp.experts"), count * 5);
+        assert_eq!(calls("ops", "lm_head"), *count);
+        assert_eq!(calls("layers", "5"), *count);
+        assert_eq!(calls("layers", "outside"), *count);
+    }
+}
+
+#[test]
+fn a_profile_says_where_the_time_went() {
+    let generate = ["generate", "--profile", "--max-tokens", "4", "-p", QUESTION];
+    let found = json(&[&generate[..], &["--json"]].concat());
+    check_profile(&found["profile"], &[("prompt", 1), ("generation", 3)]);
+    let statistics = &found["statistics"];
+    let milliseconds = |field: &str| statistics[field].as_f64().unwrap() * 1e3;
+    for (phase, wall) in [(0, "prefill_seconds"), (1, "decode_seconds")] {
+        let total = found["profile"]["phases"][phase]["total_ms"].as_f64().unwrap();
+        assert!(total < milliseconds(wall), "{found}");
+    }
+
+    let output = run(&mut mmfp4(&generate));
+    let plain = run(&mut mmfp4(&[&["generate"], &generate[2..]].concat()));
+    assert_eq!(stdout(&output), stdout(&plain));
+    for text in [
+        "host's clock",
+        "1 pass of several tokens",
+        "mlp.experts",
+        "us a call",
+    ] {
+        assert!(stderr(&output).contains(text), "{output:?}");
+    }
+    assert!(!stderr(&plain).contains("us a call"));
+}
+
+#[test]
+fn bench_profiles_a_repetition_of_its_own() {
+    let sizes = ["-p", "8", "-n", "3", "-r", "1", "--profile"];
+    let output = run(&mut mmfp4(&[&["bench", "--json"][..], &sizes].concat()));
+    let rows: Vec<Value> = serde_json::from_str(stdout(&output)).unwrap();
+    let [.., prompt, generation] = rows.as_slice() else {
+        panic!("{rows:?}");
+    };
+    check_profile(&prompt["profile"], &[("prompt", 1)]);
+    check_profile(&generation["profile"], &[("generation", 3)]);
+    assert!(rows[0].get("profile").is_none());
+    for head in ["pp 8\n", "tg 3\n"] {
+        assert!(stderr(&output).contains(head), "{output:?}");
+    }
+}
+
+/// Runs the doctor; gives what it found, of which its exit code has to tell.
+fn doctor(arguments: &[&str]) -> Value {
+    let output = run(&mut mmfp4(&[&["doctor", "--json"][..], arguments].concat()));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    let checks = report["checks"].as_array().unwrap();
+    let wrong = checks.iter().any(|check| check["status"] == "wrong");
+    assert_eq!(output.status.code(), Some(i32::from(wrong)), "{report}");
+    if cfg!(target_os = "linux") {
+        assert!(!wrong, "{report}");
+    }
+    report
+}
+
+#[test]
+fn the_doctor_examines_machine_and_kernels() {
+    let report = doctor(&["--device", "cpu"]);
+    assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+    let checks = report["checks"].as_array().unwrap();
+    for check in checks {
+        let texts = ["name", "found"].map(|field| check[field].as_str().unwrap());
+        assert!(texts.iter().all(|text| !text.is_empty()), "{check}");
+        let advised = !check["advice"].as_str().unwrap().is_empty();
+        assert_eq!(advised, check["status"] != "ok", "{check}");
+    }
+    let named = |end: &str| {
+        let found = checks
+            .iter()
+            .filter(|check| check["name"].as_str().unwrap().ends_with(end));
+        found.collect::<Vec<_>>()
+    };
+    for name in [
+        "system",
+        "program",
+        "processor",
+        "instructions",
+        "memory for a model",
+    ] {
+        assert_eq!(named(name).len(), 1, "{name}");
+    }
+    let number = |check: &Value, name: &str| {
+        check["numbers"][name]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{name} of {check}"))
+    };
+    // Each set of instructions: plain code at least.
+    assert!(!named(": linear").is_empty());
+    for family in [
+        "linear",
+        "per head",
+        "mixture of experts",
+        "routing",
+        "RMS norm",
+        "RoPE",
+        "attention",
+    ] {
+        assert_eq!(named(&format!(": {family}")).len(), named(": linear").len());
+        for check in named(&format!(": {family}")) {
+            assert!(number(check, "nmse") <= number(check, "bound"), "{check}");
+            assert!(number(check, "cases") >= 4.0);
+        }
+    }
+    for check in named("speed of linear, 1 row") {
+        assert!(number(check, "gb_per_s") > 0.0 && number(check, "bytes") > 3e7);
+        assert!(number(check, "first_ms") > 0.0 && number(check, "later_ms") > 0.0);
+    }
+    for check in named("first call") {
+        assert!(number(check, "later_ms") > 0.0);
+    }
+}
+
+#[test]
+fn the_doctor_says_what_is_wrong_and_what_to_do() {
+    // The demo model fits wherever this runs; its sizes are known.
+    let folder = mmfp4_demo();
+    let mut command = mmfp4(&["doctor", "-m", folder.to_str().unwrap(), "--context", "1000"]);
+    let output = run(command.env("MMFP4_CPU", "z80"));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let text = std::str::from_utf8(&output.stdout).unwrap();
+    for part in [
+        "wrong    instructions",
+        "`z80`",
+        "correct the variable",
+        "10 MB of weights",
+        "1000 tokens",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert!(stderr(&output).contains(" wrong"), "{output:?}");
+    let line = failure(&["doctor", "-m", "./no/such/folder"], 1);
+    assert!(line.contains("check the path"), "{line}");
 }

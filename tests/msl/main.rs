@@ -16,6 +16,8 @@ mod checks;
 mod common;
 mod dense;
 #[cfg(target_os = "linux")]
+mod doctor;
+#[cfg(target_os = "linux")]
 mod faults;
 mod grid;
 mod linear;

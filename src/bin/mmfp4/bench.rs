@@ -76,6 +76,9 @@ pub struct Arguments {
     /// Print a JSON array of all rows.
     #[arg(long, conflicts_with = "csv")]
     json: bool,
+    /// After the repetitions of pp and tg run one more, and tell where its time went, by op and by layer.
+    #[arg(long, conflicts_with = "csv")]
+    profile: bool,
     /// Print all rows as CSV.
     #[arg(long)]
     csv: bool,
@@ -152,6 +155,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         rows.extend(measure_elsewhere(*test)?);
     }
     say(report::table(&rows));
+    for (row, profile) in rows.iter().filter_map(|row| Some((row, row.profile.as_ref()?))) {
+        say(format!("\n{}\n{profile}", report::name(row)));
+    }
     match (arguments.json, arguments.csv) {
         (true, _) => print_json(&rows),
         (_, true) => report::print_csv(&rows),

@@ -9,7 +9,9 @@ use candle_mmfp4::generation::{
     Statistics,
 };
 use candle_mmfp4::memory::{self, MemoryLog};
+use candle_mmfp4::models::{Profile, ProfileReport};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
 use std::io::Write;
 use std::time::Duration;
 
@@ -58,6 +60,9 @@ pub struct Arguments {
     /// Search every op's output for NaN and infinity, and end with the first layer and op that has one.
     #[arg(long, help_heading = "Diagnosis")]
     check_nan: bool,
+    /// Tell where the time went: a table of ops and one of layers; with --json as `profile`.
+    #[arg(long, help_heading = "Diagnosis")]
+    profile: bool,
     /// Tell how much memory is taken at the start, after loading, after the prompt and at the end.
     #[arg(long, help_heading = "Diagnosis")]
     log_memory: bool,
@@ -135,7 +140,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     options.use_cache = !arguments.no_cache;
     options.check_finite = arguments.check_nan;
     arguments.sampling.apply(&mut options.sampling)?;
-    let finished = generate(arguments, &pipeline, &prompt, &options, &mut log)?;
+    let profile = arguments
+        .profile
+        .then(|| RefCell::new(Profile::new(pipeline.model().device())));
+    let mut finished = generate(
+        arguments,
+        &pipeline,
+        &prompt,
+        &options,
+        &mut log,
+        profile.as_ref(),
+    )?;
+    finished.profile = profile.map(|profile| profile.into_inner().report());
 
     let statistics = finished.statistics;
     say(format!(
@@ -149,6 +165,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     ));
     if arguments.log_memory {
         say(&log);
+    }
+    if let Some(profile) = finished.profile.as_ref().filter(|_| !arguments.json) {
+        say(profile);
     }
     if arguments.json {
         let opened = pipeline.tokenizer().token_id("<think>");
@@ -186,6 +205,7 @@ struct Finished {
     logprobs: Vec<Value>,
     reason: FinishReason,
     statistics: Statistics,
+    profile: Option<ProfileReport>,
 }
 
 fn generate(
@@ -194,6 +214,7 @@ fn generate(
     prompt: &[u32],
     options: &Options,
     log: &mut MemoryLog,
+    profile: Option<&RefCell<Profile>>,
 ) -> anyhow::Result<Finished> {
     let mut out = std::io::stdout().lock();
     let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
@@ -206,14 +227,23 @@ fn generate(
         out.flush()
     };
     let mut events = pipeline.generate(prompt, options)?;
-    if trace::is_wanted() {
-        let mut spans = Spans::default();
+    if trace::is_wanted() || profile.is_some() {
+        let mut spans = trace::is_wanted().then(Spans::default);
         events = events.observe(move |site, _, output| {
-            spans.see(site, output);
+            if let Some(profile) = profile {
+                profile.borrow_mut().see(site, output)?;
+            }
+            if let Some(spans) = &mut spans {
+                spans.see(site, output);
+            }
             Ok(())
         });
     }
-    for event in events {
+    loop {
+        if let Some(profile) = profile {
+            profile.borrow_mut().begin();
+        }
+        let Some(event) = events.next() else { break };
         match event? {
             Event::Prefill { done, total } => tracing::info!(done, total, "prefill"),
             Event::Token {
@@ -254,6 +284,7 @@ fn generate(
                     logprobs,
                     reason,
                     statistics,
+                    profile: None,
                 });
             }
         }
@@ -307,6 +338,9 @@ impl Finished {
                 "peak_memory_bytes": memory::peak_resident(),
             }),
         );
+        if let Some(profile) = &self.profile {
+            put("profile", json!(profile));
+        }
         Value::Object(object)
     }
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod doctor;
 mod generate;
 mod model;
 mod output;
@@ -28,6 +29,7 @@ Examples:
   mmfp4 bench --synthetic slice
   mmfp4 perplexity book.txt -m path/to/model
   mmfp4 validate path/to/bf16-model mmfp4
+  mmfp4 doctor
 
 Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
 `mmfp4 help COMMAND` tells more.";
@@ -49,18 +51,25 @@ enum Command {
     Bench(Box<bench::Arguments>),
     Perplexity(perplexity::Arguments),
     Validate(validate::Arguments),
+    Doctor(doctor::Arguments),
+}
+
+fn succeed((): ()) -> ExitCode {
+    ExitCode::SUCCESS
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = trace::init(arguments.verbose).and_then(|()| match arguments.command {
-        Command::Generate(arguments) => generate::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Perplexity(arguments) => perplexity::run(&arguments),
-        Command::Validate(arguments) => validate::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments).map(succeed),
+        Command::Bench(arguments) => bench::run(&arguments).map(succeed),
+        Command::Perplexity(arguments) => perplexity::run(&arguments).map(succeed),
+        Command::Validate(arguments) => validate::run(&arguments).map(succeed),
+        Command::Doctor(arguments) => doctor::run(&arguments),
     });
-    let Err(error) = result else {
-        return ExitCode::SUCCESS;
+    let error = match result {
+        Ok(code) => return code,
+        Err(error) => error,
     };
     if output::is_closed_pipe(&error) {
         // Whoever read has read enough (`| head`).

@@ -6,7 +6,12 @@
 //! wait for.
 
 mod buffers;
+mod examine;
 mod pipelines;
+mod timestamps;
+
+pub use examine::{Gpu, has_bfloat, has_simdgroup_matrices};
+pub use timestamps::Timestamps;
 
 use super::memory;
 use super::plan::{Binding, Plan};
@@ -101,27 +106,32 @@ fn encode(device: &MetalDevice, plan: &Plan, operands: &[Operand<'_>]) -> Result
             Error::argument(OP, "plan", expected, format!("{} operands", buffers.len()))
         })
     };
-    let guard = device.command_encoder()?;
-    let encoder: &ComputeCommandEncoder = guard.as_ref();
-    for (launch, pipeline) in plan.launches.iter().zip(&ready) {
-        encoder.set_compute_pipeline_state(pipeline);
-        for (index, binding) in &launch.bindings {
-            match binding {
-                Binding::Read { operand: at, offset } => {
-                    let (buffer, start) = operand(*at, &launch.kernel)?;
-                    encoder.set_input_buffer(*index, Some(buffer.as_ref()), start + offset);
-                }
-                Binding::Write { operand: at, offset } => {
-                    let (buffer, start) = operand(*at, &launch.kernel)?;
-                    encoder.set_output_buffer(*index, Some(buffer.as_ref()), start + offset);
-                }
-                Binding::Bytes(bytes) => {
-                    encoder.set_bytes_directly(*index, bytes.len(), bytes.as_ptr().cast());
+    let dispatch = |encoder: &ComputeCommandEncoder| {
+        for (launch, pipeline) in plan.launches.iter().zip(&ready) {
+            encoder.set_compute_pipeline_state(pipeline);
+            for (index, binding) in &launch.bindings {
+                match binding {
+                    Binding::Read { operand: at, offset } => {
+                        let (buffer, start) = operand(*at, &launch.kernel)?;
+                        encoder.set_input_buffer(*index, Some(buffer.as_ref()), start + offset);
+                    }
+                    Binding::Write { operand: at, offset } => {
+                        let (buffer, start) = operand(*at, &launch.kernel)?;
+                        encoder.set_output_buffer(*index, Some(buffer.as_ref()), start + offset);
+                    }
+                    Binding::Bytes(bytes) => {
+                        encoder.set_bytes_directly(*index, bytes.len(), bytes.as_ptr().cast());
+                    }
                 }
             }
+            let size = |[width, height, depth]: [usize; 3]| MTLSize { width, height, depth };
+            encoder.dispatch_thread_groups(size(launch.threadgroups), size(launch.threads));
         }
-        let size = |[width, height, depth]: [usize; 3]| MTLSize { width, height, depth };
-        encoder.dispatch_thread_groups(size(launch.threadgroups), size(launch.threads));
+        Ok(())
+    };
+    if timestamps::are_wanted() {
+        return timestamps::timed(device, dispatch);
     }
-    Ok(())
+    let guard = device.command_encoder()?;
+    dispatch(guard.as_ref())
 }

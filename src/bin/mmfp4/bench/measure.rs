@@ -2,11 +2,13 @@
 
 use super::row::{Row, Samples, Setup, is_noisy};
 use super::{Arguments, Kind, Test};
+use candle_core::Tensor;
 use candle_mmfp4::bandwidth::ReadBandwidth;
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::generation::Options;
 use candle_mmfp4::memory;
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::models::Profile;
+use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use candle_mmfp4::nn::TokenCache;
 use std::time::Instant;
 
@@ -33,7 +35,11 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
     };
     match test.kind {
         Kind::Latency => run.latency(load_ms, arguments.repetitions),
-        Kind::Prompt | Kind::Decode => Ok(vec![run.throughput(test, arguments.repetitions)?]),
+        Kind::Prompt | Kind::Decode => Ok(vec![run.throughput(
+            test,
+            arguments.repetitions,
+            arguments.profile,
+        )?]),
     }
 }
 
@@ -47,7 +53,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn throughput(&mut self, test: Test, repetitions: u32) -> anyhow::Result<Row> {
+    fn throughput(&mut self, test: Test, repetitions: u32, profiled: bool) -> anyhow::Result<Row> {
         self.feed(0, test.depth, chunk())?;
         let step = if test.kind == Kind::Decode { 1 } else { chunk() };
         let first_ms = self.feed(test.depth, test.tokens, step)?;
@@ -65,6 +71,12 @@ impl Run<'_> {
         let mut row = self.row(name, prompt, generated, &times, step);
         row.depth = test.depth;
         row.first_ms = Some(first_ms);
+        if profiled {
+            // By itself: on a GPU a profile takes time.
+            let mut profile = Profile::new(self.model.device());
+            self.pass_through(test.depth, test.tokens, step, Some(&mut profile))?;
+            row.profile = Some(profile.report());
+        }
         Ok(row.beside(&rates))
     }
 
@@ -92,6 +104,17 @@ impl Run<'_> {
     /// Adds `tokens` random tokens behind the first `depth` that the cache holds, `step` at a time; gives the
     /// milliseconds that took.
     fn feed(&mut self, depth: usize, tokens: usize, step: usize) -> anyhow::Result<f64> {
+        self.pass_through(depth, tokens, step, None)
+    }
+
+    /// [`feed`](Self::feed), with the time of each op where there is a profile for it.
+    fn pass_through(
+        &mut self,
+        depth: usize,
+        tokens: usize,
+        step: usize,
+        mut profile: Option<&mut Profile>,
+    ) -> anyhow::Result<f64> {
         let vocabulary = self.model.config().vocab_size as u64;
         let drawn: Vec<u32> = (self.drawn..self.drawn + tokens as u64)
             .map(|index| (mix(index) % vocabulary) as u32)
@@ -101,8 +124,20 @@ impl Run<'_> {
         let start = Instant::now();
         for tokens in drawn.chunks(step) {
             let position = self.cache.len();
+            let Some(profile) = &mut profile else {
+                self.model
+                    .forward(tokens, position, &mut self.cache, Logits::Last)?;
+                continue;
+            };
+            let mut alone = [Sequence {
+                tokens,
+                position,
+                cache: Some(&mut self.cache),
+            }];
+            profile.begin();
+            let mut observer = |site, _: &Tensor, output: &Tensor| profile.see(site, output);
             self.model
-                .forward(tokens, position, &mut self.cache, Logits::Last)?;
+                .forward_batch(&mut alone, Logits::Last, Some(&mut observer))?;
         }
         Ok(milliseconds(start))
     }
@@ -131,6 +166,7 @@ impl Run<'_> {
             private_memory_bytes: memory::private_resident(),
             repetitions: times.0.len(),
             samples_ms: times.0.clone(),
+            profile: None,
         }
     }
 }

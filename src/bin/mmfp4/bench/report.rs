@@ -47,13 +47,18 @@ fn heading(rows: &[Row]) -> String {
     })
 }
 
-fn line(row: &Row) -> [String; 11] {
+/// What a row is called.
+pub fn name(row: &Row) -> String {
     let tokens = row.prompt_tokens + row.generated_tokens;
-    let name = match (row.test.as_str(), row.depth) {
+    match (row.test.as_str(), row.depth) {
         ("pp" | "tg", 0) => format!("{} {tokens}", row.test),
         ("pp" | "tg", depth) => format!("{} {tokens} at {depth}", row.test),
         (latency, _) => latency.to_string(),
-    };
+    }
+}
+
+fn line(row: &Row) -> [String; 11] {
+    let tokens = row.prompt_tokens + row.generated_tokens;
     let show = |value: f64, digits: usize| format!("{value:.digits$}");
     // What has no tokens has no rate, and one measurement no spread.
     let rate = |text: String| if tokens > 0 { text } else { String::new() };
@@ -63,7 +68,7 @@ fn line(row: &Row) -> [String; 11] {
         String::new()
     };
     [
-        name,
+        name(row),
         rate(show(row.tokens_per_s, 1)),
         spread,
         show(row.latency_ms, 1),

@@ -1,5 +1,6 @@
 //! What is measured, as it is reported.
 
+use candle_mmfp4::models::ProfileReport;
 use serde::{Deserialize, Serialize};
 
 /// A bandwidth that spreads by more than this tells that other programs ran.
@@ -45,6 +46,9 @@ pub struct Row {
     pub repetitions: usize,
     /// The time of each.
     pub samples_ms: Vec<f64>,
+    /// Of one more repetition, where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<ProfileReport>,
 }
 
 /// What all rows of a report share.

@@ -1,0 +1,98 @@
+//! `mmfp4 doctor`: what this machine is, and whether the kernels compute here what they should.
+
+use crate::model;
+use crate::output::{print_json, say};
+use candle_mmfp4::Place;
+use candle_mmfp4::doctor::requirements::{CONTEXTS, Needs};
+use candle_mmfp4::doctor::{Check, Options, Status, examine};
+use std::io::Write;
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Each line is ok, a warning (it works, but worse than it could) or wrong; below it stands what to do. Where something is
+wrong the program ends with 1. Speeds are worth what the machine was idle.
+
+Examples:
+  mmfp4 doctor
+  mmfp4 doctor --json > doctor.json
+  mmfp4 doctor -m path/to/model --context 32768";
+
+/// Examine this machine: what it is, which kernels it runs, whether they compute what they should, and how fast.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Whose kernels: auto (the CPU's and, on a Mac, the GPU's), cpu, metal or msl-host.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Place,
+    /// A model that is to fit in memory, a folder or a repository, which is fetched
+    /// [default: GLM-4.7-Flash in MMFP4, of which nothing is fetched].
+    #[arg(short, long, value_name = "FOLDER|REPO")]
+    model: Option<String>,
+    /// Tokens that the model's cache is to hold.
+    #[arg(long, value_name = "TOKENS", default_value_t = CONTEXTS[0])]
+    context: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Gives the exit code, too.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let model = match &arguments.model {
+        Some(model) => Some(Needs::of_files(model, &model::find(model, false)?)?),
+        None => None,
+    };
+    let options = Options {
+        place: arguments.device,
+        model,
+        context: arguments.context,
+    };
+    let mut out = std::io::stdout();
+    let mut written = Ok(());
+    let report = examine(&options, |check| {
+        // Nobody waits for a minute without a word.
+        if !arguments.json && written.is_ok() {
+            written = writeln!(out, "{}", line(check));
+        }
+    })?;
+    written?;
+    match arguments.json {
+        true => print_json(&report)?,
+        false => say(summary(&report.checks)),
+    }
+    Ok(match report.is_wrong() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
+}
+
+/// The width of the names, of which the longest are kernels'.
+const NAME: usize = 52;
+
+fn line(check: &Check) -> String {
+    let status = word(check.status);
+    let mut text = format!("{status:<7}  {:<NAME$}  {}", check.name, check.found);
+    if !check.advice.is_empty() {
+        text += &format!("\n{:9}{}", "", check.advice);
+    }
+    text
+}
+
+fn word(status: Status) -> &'static str {
+    match status {
+        Status::Ok => "ok",
+        Status::Warning => "warning",
+        Status::Wrong => "wrong",
+    }
+}
+
+fn summary(checks: &[Check]) -> String {
+    let count = |status| checks.iter().filter(|check| check.status == status).count();
+    format!(
+        "{} checks: {} ok, {} warnings, {} wrong",
+        checks.len(),
+        count(Status::Ok),
+        count(Status::Warning),
+        count(Status::Wrong)
+    )
+}

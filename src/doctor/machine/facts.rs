@@ -1,0 +1,158 @@
+//! What the system tells of itself.
+
+#[cfg(target_os = "linux")]
+pub(super) use of_linux::*;
+#[cfg(target_os = "macos")]
+pub(super) use of_macos::*;
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+pub(super) use unknown::*;
+
+#[cfg(target_os = "linux")]
+mod of_linux {
+    use std::fs::read_to_string;
+
+    /// `Debian GNU/Linux 12 (bookworm), Linux 6.1.0`.
+    pub fn system() -> String {
+        let release = read_to_string("/etc/os-release").unwrap_or_default();
+        let name = release
+            .lines()
+            .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+            .map(|name| format!("{}, ", name.trim_matches('"')));
+        let kernel = read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        format!("{}Linux {}", name.unwrap_or_default(), kernel.trim())
+    }
+
+    pub fn macos() -> Option<String> {
+        None
+    }
+
+    /// The first processor's name; AArch64 has numbers in its place.
+    pub fn processor() -> String {
+        let text = read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let field = |name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name))?;
+            line.split_once(':').map(|(_, value)| value.trim().to_string())
+        };
+        let numbers = || {
+            let (maker, part) = (field("CPU implementer")?, field("CPU part")?);
+            Some(format!("implementer {maker}, part {part}"))
+        };
+        field("model name")
+            .or_else(numbers)
+            .unwrap_or_else(|| "unknown".into())
+    }
+
+    /// Bytes.
+    pub fn memory() -> Option<u64> {
+        let text = read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(kib * 1024)
+    }
+
+    /// [`memory::available`](crate::memory::available) knows.
+    pub fn available() -> Option<u64> {
+        None
+    }
+}
+
+/// Type-checked for the real target; not run yet.
+#[cfg(target_os = "macos")]
+mod of_macos {
+    use std::ffi::CStr;
+    use std::mem::MaybeUninit;
+
+    /// `macOS 15.1 (24B83), MacBookPro18,3`.
+    pub fn system() -> String {
+        let text = |name| text(name).unwrap_or_else(|| "unknown".into());
+        format!(
+            "macOS {} ({}), {}",
+            text(c"kern.osproductversion"),
+            text(c"kern.osversion"),
+            text(c"hw.model")
+        )
+    }
+
+    pub fn macos() -> Option<String> {
+        text(c"kern.osproductversion")
+    }
+
+    pub fn processor() -> String {
+        text(c"machdep.cpu.brand_string").unwrap_or_else(|| "unknown".into())
+    }
+
+    /// Bytes.
+    pub fn memory() -> Option<u64> {
+        let mut value = [0; size_of::<u64>()];
+        (read(c"hw.memsize", &mut value)? == value.len()).then(|| u64::from_ne_bytes(value))
+    }
+
+    /// Bytes of pages that are free, or that the system can free at once.
+    pub fn available() -> Option<u64> {
+        let mut statistics = MaybeUninit::<libc::vm_statistics64>::zeroed();
+        let mut count = libc::HOST_VM_INFO64_COUNT;
+        // SAFETY: `count` says how many integers there is room for behind the pointer; the port is this process's own.
+        let status = unsafe {
+            #[allow(deprecated, reason = "libc wants another crate used, for this one call")]
+            let host = libc::mach_host_self();
+            libc::host_statistics64(
+                host,
+                libc::HOST_VM_INFO64,
+                statistics.as_mut_ptr().cast(),
+                &mut count,
+            )
+        };
+        // SAFETY: it consists of integers, for which the zeros it began with are valid.
+        let statistics = unsafe { statistics.assume_init() };
+        // SAFETY: no pointers are involved.
+        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+        let pages = u64::from(statistics.free_count) + u64::from(statistics.inactive_count);
+        (status == libc::KERN_SUCCESS).then(|| pages * page)
+    }
+
+    fn text(name: &CStr) -> Option<String> {
+        let mut value = [0; 256];
+        let len = read(name, &mut value)?;
+        let text = CStr::from_bytes_until_nul(&value[..len]).ok()?;
+        Some(text.to_string_lossy().into_owned())
+    }
+
+    /// A value of the system's by name; gives its length.
+    fn read(name: &CStr, value: &mut [u8]) -> Option<usize> {
+        let mut len = value.len();
+        // SAFETY: the name ends with a zero; `len` says how much room there is, and is set to what was written.
+        let status = unsafe {
+            libc::sysctlbyname(
+                name.as_ptr(),
+                value.as_mut_ptr().cast(),
+                &mut len,
+                std::ptr::null_mut(),
+                0,
+            )
+        };
+        (status == 0).then_some(len)
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+mod unknown {
+    pub fn system() -> String {
+        std::env::consts::OS.into()
+    }
+
+    pub fn macos() -> Option<String> {
+        None
+    }
+
+    pub fn processor() -> String {
+        "unknown".into()
+    }
+
+    pub fn memory() -> Option<u64> {
+        None
+    }
+
+    pub fn available() -> Option<u64> {
+        None
+    }
+}
