@@ -161,7 +161,13 @@ fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
     let plans = cases::DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
     for plan in plans.into_iter().flatten() {
         for launch in plan.launches {
-            assert!(launch.threads.iter().product::<usize>() <= limits::THREADS);
+            let threads: usize = launch.threads.iter().product();
+            assert!(threads <= limits::THREADS);
+            assert!(
+                threads.is_multiple_of(32),
+                "{}: lanes of a simdgroup missing",
+                launch.kernel
+            );
             for (_, binding) in &launch.bindings {
                 if let Binding::Bytes(bytes) = binding {
                     assert!(bytes.len() <= limits::BYTES);

@@ -14,6 +14,7 @@ from support import (
     BYTES, READ, WRITE, Launch, Library, as_floats, as_words, floats, mslc, run_program, words, write_run_file,
 )  # fmt: skip
 
+CONSTRUCTS = Path(__file__).parent / "accepted.metal"
 KERNELS = """#include <metal_stdlib>
 using namespace metal;
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
@@ -77,6 +78,20 @@ constant bool with_scale [[function_constant(0)]];
 kernel void optional(device float* y, constant float& scale [[buffer(1), function_constant(with_scale)]],
   uint i [[thread_position_in_grid]]) { y[i] = with_scale ? scale : 3.0f; }
 kernel void shift(device uint* y, uint i [[thread_position_in_grid]]) { y[i] = 1u << (i + 20u); }
+kernel void other_memory(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); threadgroup_barrier(mem_flags::mem_threadgroup); y[tid] = z[tid ^ 33]; }
+kernel void this_memory(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); threadgroup_barrier(mem_flags::mem_device); y[tid] = z[tid ^ 33]; }
+kernel void other_way_round(device float* y, uint tid [[thread_index_in_threadgroup]]) {
+  threadgroup float t[64]; t[tid] = float(tid); threadgroup_barrier(mem_flags::mem_device); y[tid] = t[tid ^ 33]; }
+kernel void both_memories(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  threadgroup float t[64]; t[tid] = z[tid] = 1.0f;
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); y[tid] = z[tid ^ 33] + t[tid ^ 33]; }
+kernel void in_simdgroup(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); simdgroup_barrier(mem_flags::mem_threadgroup); y[tid] = z[tid ^ 1]; }
+kernel void unset(device float* y, uint i [[thread_position_in_grid]]) {
+  float a[4]; uint4 b; if (y[i] > 5) { a[i & 3] = 1; b.y = 1; } y[i] = i % 2 ? a[i & 3] : float(b.y); }
+kernel void negative(device uint* y, device const float* x, uint i [[thread_position_in_grid]]) { y[i] = uint(x[i]); }
 """
 
 
@@ -111,8 +126,9 @@ class Check(unittest.TestCase):
                 self.assertRegex("\n".join(messages) or "nothing found", reason)
 
     def test_accepted(self):
-        found = self.check([text for _, text in ACCEPTED])
-        for (name, _), messages in zip(ACCEPTED, found):
+        accepted = [*ACCEPTED, ("constructs", CONSTRUCTS.read_text())]
+        found = self.check([text for _, text in accepted])
+        for (name, _), messages in zip(accepted, found):
             with self.subTest(name):
                 self.assertEqual(messages, [])
 
@@ -155,7 +171,7 @@ class Run(unittest.TestCase):
         for name, text in texts.items():
             files.append(place / f"{name}.metal")
             files[-1].write_text(text)
-        status, printed = mslc("build", "-o", place / "library.so", *files)
+        status, printed = mslc("build", "-o", place / "library.so", CONSTRUCTS, *files)
         if status:
             raise AssertionError(printed)
         cls.library = Library(place / "library.so")
@@ -370,6 +386,18 @@ class Sanitized(unittest.TestCase):
                 self.assertEqual("data race" in printed, found, printed)
                 self.assertEqual(status != 0, found)
 
+    def test_what_barriers_order(self):
+        """A barrier orders the memory that its flags name, and no other."""
+        for kernel, found in (
+            ("other_memory", True), ("this_memory", False), ("other_way_round", True), ("both_memories", False),
+            ("in_simdgroup", True),
+        ):  # fmt: skip
+            with self.subTest(kernel):
+                more = [] if kernel == "other_way_round" else [(1, WRITE, floats([0] * 64))]
+                status, printed, _ = self.run_under("thread", kernel, more=more)
+                self.assertEqual("data race" in printed, found, printed)
+                self.assertEqual(status != 0, found)
+
     def test_faults(self):
         """A fault is told as such under the race detector too."""
         for sanitizer in ("address", "thread"):
@@ -388,6 +416,15 @@ class Sanitized(unittest.TestCase):
         self.assertRegex(printed, r"use-after-poison[\s\S]*memory\.metal:19")
         _, printed, _ = self.run_under("address", "shift")
         self.assertRegex(printed, "shift exponent 32 is too large")
+
+    def test_values(self):
+        """What has no value is NaN or large; a float that no integer is near is told."""
+        _, printed, out = self.run_under("address", "unset")
+        self.assertEqual(printed, "")
+        for i, value in enumerate(as_floats(out.read_bytes())):
+            self.assertTrue(math.isnan(value) if i % 2 else value > 1e9, value)
+        _, printed, _ = self.run_under("address", "negative", more=[(1, READ, floats([-1] * 64))])
+        self.assertRegex(printed, "-1 is outside the range of representable values")
 
     def test_fast_math(self):
         """As Metal compiles by default: still the same function, and still checked."""

@@ -44,15 +44,15 @@ pub const FAULTS: &[PlanFault] = &[
     }) },
     PlanFault { what: "half the threads", change: |plan| in_linear(plan, |launch| {
         launch.threads[0] /= 2;
-        true
+        !launch.kernel.contains("_tiles") || args(launch)[M] > 16 || args(launch)[N] > 16
     }) },
     PlanFault { what: "twice the threads", change: |plan| in_linear(plan, |launch| {
         launch.threads[0] *= 2;
-        true
+        !launch.kernel.contains("_rows") || launch.threadgroups[0] > 1
     }) },
     PlanFault { what: "threads that are no multiple of a simdgroup", change: |plan| in_linear(plan, |launch| {
         launch.threads[0] -= 16;
-        true
+        launch.kernel.contains("_tiles") || args(launch)[K] > 1024
     }) },
     PlanFault { what: "x a row too far", change: |plan| further(plan, X, X_ROW) },
     PlanFault { what: "y a row too far", change: |plan| further(plan, Y, Y_ROW) },
@@ -72,9 +72,15 @@ pub const FAULTS: &[PlanFault] = &[
     }) },
     PlanFault { what: "the first row of W that a head has ignored",
         change: |plan| word(plan, WEIGHT_ROW, |row, _| *row > 0 && set(row, 0)) },
-    PlanFault { what: "a row of x too many", change: |plan| word(plan, M, |m, _| add(m, 1)) },
+    PlanFault { what: "a row of x too many", change: |plan| in_linear(plan, |launch| {
+        let (rows, _) = block(launch);
+        change_word(launch, M, |m, _| !m.is_multiple_of(rows) && add(m, 1))
+    }) },
     PlanFault { what: "a row of x too few", change: |plan| word(plan, M, |m, _| *m > 1 && set(m, *m - 1)) },
-    PlanFault { what: "a row of W too many", change: |plan| word(plan, N, |n, _| add(n, 1)) },
+    PlanFault { what: "a row of W too many", change: |plan| in_linear(plan, |launch| {
+        let (_, rows) = block(launch);
+        change_word(launch, N, |n, _| !n.is_multiple_of(rows) && add(n, 1))
+    }) },
     PlanFault { what: "a row of W too few", change: |plan| word(plan, N, |n, _| *n > 1 && set(n, *n - 1)) },
     PlanFault { what: "a group along K too few", change: |plan| in_linear(plan, |launch| {
         let group = u32::from(constant(launch, GROUP));
@@ -101,7 +107,7 @@ pub const FAULTS: &[PlanFault] = &[
         constant(launch, FACTOR_KIND) == 2 && replace_constant(launch, FACTOR_KIND, |_| Constant::U16(1))
     }) },
     PlanFault { what: "wide loads of what is not aligned", change: |plan| in_linear(plan, |launch| {
-        constant(launch, WIDE) == 0 && replace_constant(launch, WIDE, |_| Constant::Bool(true))
+        launch.kernel.contains("_rows") && constant(launch, WIDE) == 0 && replace_constant(launch, WIDE, |_| Constant::Bool(true))
     }) },
     PlanFault { what: "biases that are not bound", change: |plan| in_linear(plan, |launch| {
         has(launch, HAS_BIAS) && constant(launch, HAS_BIAS) == 0 && replace_constant(launch, HAS_BIAS, |_| Constant::Bool(true))
@@ -166,6 +172,15 @@ fn offset(launch: &mut Launch, buffer: usize, bytes: usize) -> bool {
             true
         }
         _ => false,
+    }
+}
+
+/// Rows of x and of W that a threadgroup has: those that it does not need are not written.
+fn block(launch: &Launch) -> (u32, u32) {
+    match launch.kernel.rsplit_once("_m") {
+        Some((_, "8")) => (8, 4),
+        Some((_, rows)) => (rows.parse().unwrap(), 8),
+        None => (32, 32),
     }
 }
 

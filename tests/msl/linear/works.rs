@@ -91,7 +91,7 @@ fn few() -> Vec<(Case, Orientation)> {
     let rows = [
         Case {
             n: 9,
-            k: 128,
+            k: 320,
             shift: 4,
             ..plain
         },
@@ -115,7 +115,7 @@ fn few() -> Vec<(Case, Orientation)> {
         Case {
             m: 7,
             n: 6,
-            k: 256,
+            k: 1152,
             group: 128,
             dtype: DType::BF16,
             kind: KINDS[2],
@@ -146,6 +146,12 @@ fn few() -> Vec<(Case, Orientation)> {
             group: 128,
             dtype: DType::BF16,
             factor: Factor::Mul(0.37),
+            ..plain
+        },
+        // K longer than what a simdgroup, or the lanes of a transposed product, take at once.
+        Case {
+            n: 5,
+            k: 1056,
             ..plain
         },
         // K shorter than a tile, and scales that are subnormal numbers.
