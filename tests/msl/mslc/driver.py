@@ -15,10 +15,7 @@ RUNTIME_SOURCES = ("bfloat.cpp", "fiber.cpp", "launch.cpp", "registry.cpp", "sch
 LINK = ("-lm", "-lpthread", "-Wl,-z,defs")  # nothing undefined: it would only show when the library is loaded
 SANITIZERS = {
     "address": ["-fsanitize=address", "-fsanitize-address-use-after-return=never"],
-    "undefined": [
-        "-fsanitize=undefined,float-cast-overflow", "-fno-sanitize-recover=undefined,float-cast-overflow",
-        "-fno-sanitize=function,vptr",
-    ],  # fmt: skip
+    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=function,vptr"],
     "thread": ["-fsanitize=thread"],
 }
 
