@@ -4,6 +4,8 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
+static_assert(sizeof(1.0) == 4, "a literal is a float");
+
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define PARAMETERS                                                                                                  \
   device float *o [[buffer(0)]], device const half4 *h [[buffer(1)]], constant P &p [[buffer(2)]],                  \
@@ -433,4 +435,18 @@ inline uint helper47(constant Record47& r) {
         BARRIER;
     }
     o[0] = 1;
+}
+
+struct Place {
+    uint first;
+    uint own;
+};
+[[kernel]] void members_of_different_levels(PARAMETERS) {
+    Place place;
+    place.first = p.n;
+    place.own = lane;
+    if (place.first > 3) {
+        o[1] = simd_sum(1.0f);
+    }
+    o[place.own] = 1;
 }

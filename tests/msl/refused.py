@@ -221,6 +221,12 @@ REFUSED = [
         "[[kernel]] void q(device float* a [[buffer(0)]]) { a[0] = 1; }===",
         "another kernel of the name 'q'",
     ),
+    (
+        "simd_sum under a member",
+        "P q; q.n = lane; q.s = 1; if (q.n > 3) q.s = simd_sum(q.s); o[0] = q.s;",
+        "simd_sum under a condition that varies by lane",
+    ),
+    ("simd_sum under a whole", "P q; q.n = lane; P r = q; if (r.s > 3) o[0] = simd_sum(1.0f);", "varies by lane"),
     ("long long", "long long x = i; o[x] = 1;", "'long long' is not in Metal"),
     ("fragment as a name", "float fragment = 1; o[0] = fragment;", "'fragment' is not in Metal, or means"),
     (

@@ -22,6 +22,7 @@ SIMDGROUP_OPERATION = re.compile(
 SIMDGROUP_UNIFORM = re.compile(r"simd_(sum|product|max|min|and|or|xor|all|any|ballot|broadcast|broadcast_first)$")
 # Whatever they are given. Who comes first at an atomic is anybody's guess.
 VARIES_BY_LANE = re.compile(r"(simd_is_first|simd_prefix_\w+|atomic_\w+)$")
+SWIZZLE = re.compile(r"([xyzw]{1,4}|[rgba]{1,4})$")
 ASSIGNMENTS = {"=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<="}
 MEMORY = {"device", "constant", "threadgroup"}
 
@@ -92,7 +93,7 @@ class _Body:
     def __init__(self, analysis, function):
         self.analysis, self.source, self.function = analysis, analysis.source, function
         self.start, self.end = function.body, self.source.pair[function.body]
-        # (name, token of its declaration, 0 for parameters) -> level
+        # (name, token of its declaration, 0 for parameters), and a member's name behind these -> level
         names = [(p.name, 0) for p in function.parameters]
         self.levels = dict(zip(names, analysis.parameter_levels[function.start]))
         self.scopes = {}  # name -> [(token of its declaration, end of its scope)]
@@ -153,9 +154,21 @@ class _Body:
             elif VARIES_BY_LANE.match(self.source[i]):
                 level = BY_LANE
             elif self.source[i - 1] not in (".", "->"):
-                level = max(level, self.levels.get(self._resolve(i), UNIFORM))
+                level = max(level, self._level_of(i))
             i += 1
         return level
+
+    def _level_of(self, i):
+        """How much the variable at i varies, or only the member of it that is read."""
+        variable, member = self._resolve(i), self._member(i)
+        keys = [key for key in self.levels if key[:2] == variable and (not member or key[2:] in ((), member))]
+        return max((self.levels[key] for key in keys), default=UNIFORM)
+
+    def _member(self, i):
+        """The member of the variable at i, as a tuple of one, if it is not a vector's."""
+        source = self.source
+        named = source[i + 1] == "." and not SWIZZLE.match(source[i + 2]) and source[i + 3] != "("
+        return (source[i + 2],) if named else ()
 
     def control(self, i):
         """How much the conditions over token i vary."""
@@ -238,8 +251,8 @@ class _Body:
 
     def _raise(self, i, level):
         if self.source[i] not in self.memory:
-            name = self._resolve(i)
-            self.levels[name] = max(self.levels.get(name, UNIFORM), level)
+            key = self._resolve(i) + self._member(i)
+            self.levels[key] = max(self.levels.get(key, UNIFORM), level)
 
     def _raise_callees(self):
         raised = False
