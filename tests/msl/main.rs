@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! cargo test --release --features msl-host --test msl                         # some minutes
-//! MMFP4_MSL_FULL=1 cargo test --release --features msl-host --test msl        # everything, by hand: hours
+//! MMFP4_MSL_FULL=1 cargo test --release --features msl-host --test msl        # everything, by hand
 //! cargo test --release --features msl-host --test msl -- --ignored faults     # seeded faults: docs/metal-faults.md
 //! ```
 //!

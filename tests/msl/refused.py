@@ -1,5 +1,5 @@
-"""Snippets that the check must refuse, each with words of the reason it must give, and files that it must accept; more of
-what it must accept is in accepted.metal.
+"""Snippets that the check must refuse, each with words of the reason it must give, and files that it must accept; more
+of what it must accept is in accepted.metal.
 
 A snippet is the body of a kernel with a buffer `o`, halves `h`, parameters `p`, threadgroup memory `t` and three
 indices; declarations before it, or instead of it, end with `===`.
@@ -251,7 +251,8 @@ REFUSED = [
     (
         "barrier under an atomic's result",
         "threadgroup atomic_uint c; if (lane == 0) atomic_store_explicit(&c, 0u, memory_order_relaxed); "
-        f"{BARRIER} const uint at = atomic_fetch_add_explicit(&c, 1u, memory_order_relaxed); if (at < 3) {{ {BARRIER} }} o[0] = "
+        f"{BARRIER} const uint at = atomic_fetch_add_explicit(&c, 1u, memory_order_relaxed); "
+        f"if (at < 3) {{ {BARRIER} }} o[0] = "
         "1;",
         "varies by lane",
     ),

@@ -23,8 +23,8 @@ DIALECT = [
     "-Wno-duplicate-decl-specifier", "-Wno-unknown-attributes",
     f"-isystem{INCLUDE / 'msl'}", "-include", "shim.h",
 ]  # fmt: skip
-# Metal 3.1 is a dialect of C++14. Conversions that may lose something are to be written down: an index of 64 bits kept in
-# 32, or of 32 in 16, is right for every small test.
+# Metal 3.1 is a dialect of C++14. Conversions that may lose something are to be written down: an index of 64 bits kept
+# in 32, or of 32 in 16, is right for every small test.
 STRICT = [
     "-std=c++14", "-Wc++17-extensions", "-Wshorten-64-to-32", "-Wimplicit-int-conversion", "-Wfloat-conversion",
     "-Wsign-compare", "-Wtautological-unsigned-zero-compare",

@@ -42,7 +42,7 @@ MSL_FN Result collective(Operand operand, const char* operation, msl::Site site,
 template <class T>
 constexpr bool in_simdgroup() {
   typedef typename elements<T>::type E;
-  return is_arithmetic_v<E> && !is_same_v<E, bool> && !is_same_v<E, bfloat> && sizeof(T) <= 16 && (sizeof(E) < 8 || is_floating_point_v<E>);
+  return is_arithmetic_v<E> && sizeof(E) < 8 && sizeof(T) <= 16 && !is_same_v<E, bool> && !is_same_v<E, bfloat>;
 }
 
 MSL_FN void simdgroup_barrier(mem_flags flags, MSL_HERE) {
