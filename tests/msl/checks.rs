@@ -138,13 +138,45 @@ fn fast_math_changes_no_more_than_rounding() {
 }
 
 #[test]
+fn more_threadgroups_than_needed_along_x_and_y_do_nothing() {
+    if !available() {
+        return;
+    }
+    for sanitize in [Sanitize::Addresses, Sanitize::Threads] {
+        let program = library(Options {
+            sanitize,
+            program: true,
+            ..Options::default()
+        });
+        for axis in 0..2 {
+            for work in linear::works::all() {
+                let more = work.changed(|plan| {
+                    plan.launches
+                        .iter_mut()
+                        .for_each(|launch| launch.threadgroups[axis] *= 2);
+                    true
+                });
+                let failure = more.and_then(|work| work.failure_of(&program, 0));
+                assert_eq!(failure, None, "axis {axis}: {}", work.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
     let Some(backend) = Backend::start() else { return };
     let mut launched = BTreeSet::new();
     let plans = cases::DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
     for plan in plans.into_iter().flatten() {
         for launch in plan.launches {
-            assert!(launch.threads.iter().product::<usize>() <= limits::THREADS);
+            let threads: usize = launch.threads.iter().product();
+            assert!(threads <= limits::THREADS);
+            assert!(
+                threads.is_multiple_of(32),
+                "{}: lanes of a simdgroup missing",
+                launch.kernel
+            );
             for (_, binding) in &launch.bindings {
                 if let Binding::Bytes(bytes) = binding {
                     assert!(bytes.len() <= limits::BYTES);

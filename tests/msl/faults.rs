@@ -1,9 +1,11 @@
-//! Faults planted in the kernels, and in their plans' bindings: the tests that would miss one are worth nothing.
+//! Faults planted in the kernels and in their plans: tests that would miss one are worth nothing.
 
 use crate::backend::available;
-use crate::checks::{failure, strict};
+use crate::checks::{failure, strict, subset};
+use crate::runner::Work;
 use crate::{dense, linear, moe, norm_rope};
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
+use candle_mmfp4::metal::plan::Plan;
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -14,6 +16,12 @@ pub struct Fault {
     pub file: &'static str,
     pub from: &'static str,
     pub to: &'static str,
+}
+
+/// A fault in a plan: what it is, and what plants it, `false` where a plan cannot have it.
+pub struct PlanFault {
+    pub what: &'static str,
+    pub change: fn(&mut Plan) -> bool,
 }
 
 /// Which checks found it, in the order in which they ran.
@@ -36,6 +44,11 @@ fn all() -> impl Iterator<Item = &'static Fault> {
     families.into_iter().flatten()
 }
 
+/// The faults of every family's plans.
+fn all_of_plans() -> impl Iterator<Item = &'static PlanFault> {
+    linear::plan_faults::FAULTS.iter()
+}
+
 /// Those that every run of the tests plants: one for each kind of check.
 const IN_CI: [&str; 5] = [
     "a barrier that one simdgroup does not reach",
@@ -43,6 +56,11 @@ const IN_CI: [&str; 5] = [
     "outputs written past the last row of W",
     "sums in half",
     "the code 0.5 flushed to zero",
+];
+const OF_PLANS_IN_CI: [&str; 3] = [
+    "a threadgroup too few along y",
+    "a row of W too many",
+    "twice the threads",
 ];
 
 impl Fault {
@@ -65,15 +83,10 @@ impl Fault {
         folder
     }
 
-    /// Runs the checks; `all` of them, or up to the first that finds it.
     fn find(&self, all: bool) -> Found {
         let folder = self.planted();
-        let run = |sanitize, seeds: std::ops::Range<u64>| -> Option<String> {
-            let options = Options {
-                sanitize,
-                program: true,
-                ..Options::default()
-            };
+        let strict = strict(folder.path()).map(|text| first_line(&text));
+        find(strict, all, |options, seeds| {
             match build::library_of(folder.path(), &folder.path().join("build"), &options) {
                 Err(error) => Some(format!("does not compile: {}", first_line(&error.to_string()))),
                 Ok(program) => seeds
@@ -81,29 +94,75 @@ impl Fault {
                     .find_map(|seed| failure(&program, seed))
                     .map(|text| text.replace(&format!("{}/", folder.path().display()), "")),
             }
-        };
-        let strict = strict(folder.path()).map(|text| first_line(&text));
-        let mut found = Found {
-            strict,
-            plain: None,
-            schedules: None,
-            addresses: None,
-            races: None,
-        };
-        if all || !found.any() {
-            found.plain = run(Sanitize::None, 0..1);
-        }
-        if all || !found.any() {
-            found.schedules = run(Sanitize::None, 1..9);
-        }
-        if all || !found.any() {
-            found.addresses = run(Sanitize::Addresses, 0..1);
-        }
-        if all || !found.any() {
-            found.races = run(Sanitize::Threads, 0..1);
-        }
-        found
+        })
     }
+}
+
+impl PlanFault {
+    /// What finds it in any of the plans that can have it.
+    fn find(&self, all: bool) -> Found {
+        find_in_plans(&self.planted(), all)
+    }
+
+    /// The plans in which nothing finds it.
+    fn missed(&self) -> Vec<String> {
+        let missed = |work: &Work| !find_in_plans(std::slice::from_ref(work), false).any();
+        let planted = self.planted().into_iter();
+        planted.filter(missed).map(|work| work.name).collect()
+    }
+
+    fn planted(&self) -> Vec<Work> {
+        let changed = |work: &Work| work.changed(self.change);
+        let works: Vec<_> = subset().iter().filter_map(changed).collect();
+        assert!(!works.is_empty(), "{}: no plan can have it", self.what);
+        works
+    }
+}
+
+fn find_in_plans(works: &[Work], all: bool) -> Found {
+    find(None, all, |options, seeds| {
+        let program = build::library(&options).unwrap_or_else(|error| panic!("{error}"));
+        let found = seeds
+            .into_iter()
+            .find_map(|seed| works.iter().find_map(|work| work.failure_of(&program, seed)));
+        found.map(|text| text.replace(concat!(env!("CARGO_MANIFEST_DIR"), "/metal/"), ""))
+    })
+}
+
+/// Runs the checks behind the strict one; `all` of them, or up to the first that finds something.
+fn find(
+    strict: Option<String>,
+    all: bool,
+    check: impl Fn(Options, std::ops::Range<u64>) -> Option<String>,
+) -> Found {
+    let mut found = Found {
+        strict,
+        plain: None,
+        schedules: None,
+        addresses: None,
+        races: None,
+    };
+    let run = |sanitize, seeds| {
+        let options = Options {
+            sanitize,
+            program: true,
+            ..Options::default()
+        };
+        check(options, seeds)
+    };
+    if all || !found.any() {
+        found.plain = run(Sanitize::None, 0..1);
+    }
+    if all || !found.any() {
+        found.schedules = run(Sanitize::None, 1..9);
+    }
+    if all || !found.any() {
+        found.addresses = run(Sanitize::Addresses, 0..1);
+    }
+    if all || !found.any() {
+        found.races = run(Sanitize::Threads, 0..1);
+    }
+    found
 }
 
 impl Found {
@@ -143,6 +202,10 @@ fn planted_faults_are_found() {
         let fault = all().find(|fault| fault.what == what).unwrap();
         assert!(fault.find(false).any(), "nothing finds: {what}");
     }
+    for what in OF_PLANS_IN_CI {
+        let fault = all_of_plans().find(|fault| fault.what == what).unwrap();
+        assert!(fault.find(false).any(), "nothing finds: {what}");
+    }
 }
 
 /// All of them through all checks; writes docs/metal-faults.md.
@@ -150,29 +213,57 @@ fn planted_faults_are_found() {
 #[ignore = "many minutes: cargo test --release --features msl-host --test msl -- --ignored faults"]
 fn faults() {
     assert!(available());
-    let mut table = String::from(
-        "# Faults planted in the Metal kernels\n\n\
-         Each is one change of `metal/`, put through every check on Linux; a cell tells what the check said. Written by\n\
-         `cargo test --release --features msl-host --test msl -- --ignored faults`, which fails where nothing finds one.\n\n\
-         | fault | strict check | numbers, threads in order | eight other schedules | addresses, undefined behaviour | races |\n\
-         |---|---|---|---|---|---|\n",
-    );
     let mut missed = Vec::new();
-    for fault in all() {
-        let found = fault.find(true);
-        let cells = found
-            .each()
-            .map(|cell| cell.as_deref().unwrap_or("").replace('|', "\\|"));
-        writeln!(table, "| {} | {} |", fault.what, cells.join(" | ")).unwrap();
-        eprintln!("{}: {cells:?}", fault.what);
-        if !found.any() {
-            missed.push(fault.what);
-        }
+    let mut tables = String::from(
+        "# Faults planted in the Metal kernels and in their plans\n\n\
+         Each is one change of `metal/`, or of a launch plan that a test recorded, put through every check on Linux; a cell\n\
+         tells what the check said. Written by `cargo test --release --features msl-host --test msl -- --ignored faults`,\n\
+         which fails where nothing finds one.\n\n## In kernels\n\n",
+    );
+    let kernels = all().map(|fault| (fault.what, fault.find(true)));
+    table(&mut tables, &mut missed, 0, kernels);
+    tables.push_str(
+        "\n## In plans\n\nThe kernels are as they are. More threadgroups than a plan needs along x and y are no fault: they \
+         write nothing.\n\n",
+    );
+    let plans = all_of_plans().map(|fault| (fault.what, fault.find(true)));
+    table(&mut tables, &mut missed, 1, plans);
+    for fault in all_of_plans() {
+        let plans = fault.missed().into_iter();
+        missed.extend(plans.map(|plan| format!("{} in {plan}", fault.what)));
     }
     std::fs::write(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metal-faults.md"),
-        table,
+        tables,
     )
     .unwrap();
-    assert!(missed.is_empty(), "nothing finds {missed:?}");
+    assert!(missed.is_empty(), "nothing finds {missed:#?}");
+}
+
+/// The checks from one on as columns, and a row for each fault.
+fn table(
+    text: &mut String,
+    missed: &mut Vec<String>,
+    from: usize,
+    faults: impl Iterator<Item = (&'static str, Found)>,
+) {
+    let columns = [
+        "strict check",
+        "numbers, threads in order",
+        "eight other schedules",
+        "addresses, undefined behaviour",
+        "races",
+    ];
+    writeln!(text, "| fault | {} |", columns[from..].join(" | ")).unwrap();
+    writeln!(text, "|---|{}", "---|".repeat(columns.len() - from)).unwrap();
+    for (what, found) in faults {
+        let cells = found
+            .each()
+            .map(|cell| cell.as_deref().unwrap_or("").replace('|', "\\|"));
+        writeln!(text, "| {what} | {} |", cells[from..].join(" | ")).unwrap();
+        eprintln!("{what}: {cells:?}");
+        if !found.any() {
+            missed.push(what.to_string());
+        }
+    }
 }

@@ -1,4 +1,5 @@
-"""Snippets that the check must refuse, each with words of the reason it must give, and snippets that it must accept.
+"""Snippets that the check must refuse, each with words of the reason it must give, and files that it must accept; more
+of what it must accept is in accepted.metal.
 
 A snippet is the body of a kernel with a buffer `o`, halves `h`, parameters `p`, threadgroup memory `t` and three
 indices; declarations before it, or instead of it, end with `===`.
@@ -47,8 +48,12 @@ REFUSED = [
         "without address space: 'float & p'",
     ),
     ("pointer result without space", "inline float* g(device float* p) { return p; }===", "returns a pointer"),
-    ("cast to another space", "threadgroup float* q = (threadgroup float*)o; o[0] = q[0];", "cast of 'o'"),
-    ("cast of an element's address", "o[0] = *(device float*)(&t[1]);", "cast of 't'"),
+    (
+        "cast to another space",
+        "threadgroup float* q = (threadgroup float*)o; o[0] = q[0];",
+        "reinterpret_cast from .* is not allowed",
+    ),
+    ("cast of an element's address", "o[0] = *(device float*)(&t[1]);", "reinterpret_cast from .* is not allowed"),
     # Program scope
     ("mutable global", "float g = 1;===", "program-scope variable 'g' must be constant"),
     ("static const global", "static const float g = 1;===", "program-scope variable 'g' must be constant"),
@@ -149,8 +154,8 @@ REFUSED = [
         "inline float sum(uint a, float x) { if (a < 8) x = simd_sum(x); return x; }\n===o[0] = sum(lane, 1);",
         "simd_sum under a condition that varies by lane",
     ),
-    ("return before a barrier", f"if (i >= p.n) return; {BARRIER} o[0] = 1;", "return before the barrier"),
-    ("return before a reduction", "if (i >= p.n) return; o[0] = simd_sum(1.0f);", "return before the barrier or simd"),
+    ("return before a barrier", f"if (i >= p.n) return; {BARRIER} o[0] = 1;", "threadgroup_barrier under a condition"),
+    ("return before a reduction", "if (i >= p.n) return; o[0] = simd_sum(1.0f);", "simd_sum under a condition"),
     # Types
     (
         "atomic on a plain pointer",
@@ -184,6 +189,153 @@ REFUSED = [
     ("missing return", "inline float g(uint i) { if (i) return 1; }===", "does not return a value"),
     ("uninitialised", "float x; o[0] = x;", "uninitialized"),
     ("unused", "float x = 1; o[0] = 1;", "unused variable"),
+    # What a stranger got past it
+    (
+        "cast of a member's value",
+        "struct B { device float* q; };\n"
+        "===B b{o}; threadgroup float* q = (threadgroup float*)b.q; o[0] = q[0];",
+        "reinterpret_cast from .* is not allowed",
+    ),
+    (
+        "cast of a sum",
+        "threadgroup float* q = (threadgroup float*)(1 + o); o[0] = q[0];",
+        "reinterpret_cast from .* is not allowed",
+    ),
+    ("cast that drops const", "device half4* q = (device half4*)h; q[0] = half4(0);", "casts away qualifiers"),
+    (
+        "cast of a local variable's address",
+        "device float* q = (device float*)&i; o[0] = q[0];",
+        "reinterpret_cast from .* is not allowed",
+    ),
+    (
+        "host name twice",
+        "template <typename T> [[kernel]] void q(device T* a [[buffer(0)]]) { a[0] = T(1); }\n"
+        'template [[host_name("q")]] [[kernel]] decltype(q<float>) q<float>;\n'
+        'template [[host_name("q")]] [[kernel]] decltype(q<half>) q<half>;\n'
+        "===",
+        "another kernel of the name 'q'",
+    ),
+    (
+        "kernel overloaded",
+        "[[kernel]] void q(device int* a [[buffer(0)]]) { a[0] = 1; }\n"
+        "[[kernel]] void q(device float* a [[buffer(0)]]) { a[0] = 1; }===",
+        "another kernel of the name 'q'",
+    ),
+    (
+        "simd_sum under a member",
+        "P q; q.n = lane; q.s = 1; if (q.n > 3) q.s = simd_sum(q.s); o[0] = q.s;",
+        "simd_sum under a condition that varies by lane",
+    ),
+    ("simd_sum under a whole", "P q; q.n = lane; P r = q; if (r.s > 3) o[0] = simd_sum(1.0f);", "varies by lane"),
+    ("long long", "long long x = i; o[x] = 1;", "'long long' is not in Metal"),
+    ("fragment as a name", "float fragment = 1; o[0] = fragment;", "'fragment' is not in Metal, or means"),
+    (
+        "structured binding",
+        "struct A { float a, b; };\n"
+        "===A x{1, 2}; auto [a, b] = x; o[0] = a + b;",
+        r"C\+\+17 extension",
+    ),
+    (
+        "nested namespace",
+        "namespace a::b { constant float c = 1; }\n"
+        "===o[0] = a::b::c;",
+        r"C\+\+17 extension",
+    ),
+    ("if with a declaration", "if (uint k = i; k > 3) o[0] = 1;", r"C\+\+17 extension"),
+    ("barrier under simd_is_first", f"if (simd_is_first()) {{ {BARRIER} }} o[0] = 1;", "varies by lane"),
+    (
+        "simd_sum under a prefix sum",
+        "const uint k = simd_prefix_exclusive_sum(1u); float x = 1; if (k < 4) x = simd_sum(x); o[0] = x;",
+        "simd_sum under a condition that varies by lane",
+    ),
+    (
+        "barrier under an atomic's result",
+        "threadgroup atomic_uint c; if (lane == 0) atomic_store_explicit(&c, 0u, memory_order_relaxed); "
+        f"{BARRIER} const uint at = atomic_fetch_add_explicit(&c, 1u, memory_order_relaxed); "
+        f"if (at < 3) {{ {BARRIER} }} o[0] = "
+        "1;",
+        "varies by lane",
+    ),
+    ("simd_sum in ?:", "o[0] = lane < 8 ? simd_sum(1.0f) : 0.0f;", "simd_sum under a condition"),
+    ("simd_any behind &&", "if (lane < 8 && simd_any(p.n > i)) o[0] = 1;", "simd_any under a condition"),
+    (
+        "simd_any behind ||",
+        "const bool b = lane < 8 || simd_any(p.n > i); o[0] = float(b);",
+        "simd_any under a condition",
+    ),
+    (
+        "first of two overloads",
+        "inline float g(uint lane, float x) { if (lane < 3) x = simd_sum(x); return x; }\n"
+        "inline float g(float x) { return x; }\n"
+        "===o[0] = g(lane, 1.0f) + g(1.0f);",
+        "simd_sum under a condition",
+    ),
+    (
+        "barrier in a method under a lane",
+        f"struct T {{ void sync() {{ {BARRIER} }} }};\n"
+        "===T a; if (lane == 0) a.sync(); o[0] = 1;",
+        "sync under a condition",
+    ),
+    (
+        "return in a loop behind its barrier",
+        f"for (uint e = 0; e < p.n; e++) {{ {BARRIER} if (e == i) return; }} o[0] = 1;",
+        "threadgroup_barrier under a condition",
+    ),
+    ("return of a simdgroup before a barrier", f"if (sg == 1) return; {BARRIER} o[0] = 1;", "varies by simdgroup"),
+    ("64 bits kept in 32", "uint at = ulong(p.n) * i; o[at] = 1;", "loses integer precision"),
+    ("32 bits kept in 16", "ushort at = p.n * i; o[at] = 1;", "loses integer precision"),
+    ("float kept in an integer", "uint at = p.s; o[at] = 1;", "turns floating-point number into integer"),
+    ("comparison of int and uint", "int a = int(i) - 5; if (a < p.n) o[i] = 1;", "different signs"),
+    ("uint not below 0", "for (uint a = p.n; a >= 0; a--) o[a] = 1;", "always true"),
+    (
+        "atomic_float in threadgroup memory",
+        "threadgroup atomic_float a; atomic_fetch_add_explicit(&a, 1.0f, memory_order_relaxed); o[0] = 1;",
+        "device memory only",
+    ),
+    (
+        "maximum of atomic_float",
+        "atomic_fetch_max_explicit((device atomic_float*)o, 1.0f, memory_order_relaxed);",
+        "no matching",
+    ),
+    ("simd_sum of bfloat", "o[0] = float(simd_sum(bfloat(1.0f)));", "type not supported"),
+    ("exp of bfloat", "o[0] = float(exp(bfloat(1.0f)));", "deleted function"),
+    ("max of bfloat", "o[0] = float(max(bfloat(1.0f), bfloat(2.0f)));", "deleted function"),
+    (
+        "cast to a type in a scope",
+        "struct Q { typedef float4 V; };\n"
+        "===o[0] = ((Q::V)uint4(1)).x;",
+        "through a scope",
+    ),
+    (
+        "lookup table of a function's own",
+        "const float table[4] = {1, 2, 3, 4}; o[0] = table[i & 3];",
+        "constant table 'table' indexed by 'i'",
+    ),
+    (
+        "lookup table of two dimensions",
+        "constant float table[2][4] = {{1, 2, 3, 4}, {1,2,3,4}};\n"
+        "===o[0] = table[0][i & 3];",
+        "constant table 'table' indexed by 'i'",
+    ),
+    (
+        "lookup table given to a helper",
+        "constant float table[4] = {1, 2, 3, 4};\n"
+        "inline float at(constant float* q, uint i) { return q[i]; }\n"
+        "===o[0] = at(table, i);",
+        "taken as a pointer",
+    ),
+    (
+        "arithmetic on a reference to half4",
+        "inline float g(thread const half4& a) { return float(a.x * a.y); }\n"
+        "===half4 v = h[0]; o[0] = g(v);",
+        "narrow parameter 'a'",
+    ),
+    (
+        "arithmetic on what may be a half",
+        "template <typename T> inline T g(T a) { return a * a; }\n"
+        "===o[0] = float(g(h[0].x));",
+        "narrow parameter 'a'",
+    ),
     # Rules of the house
     ("arithmetic on a half", "inline half g(half a) { return a * a; }===", "narrow parameter 'a'"),
     ("arithmetic on a half4", "inline float g(half4 a) { return float(a.x + a.y); }===", "narrow parameter 'a'"),

@@ -4,12 +4,13 @@
 use crate::nmse;
 use candle_core::{DType, Device};
 use candle_mmfp4::metal::host::{Host, Operand, Recorded, RecordedOperand};
-use candle_mmfp4::metal::plan::{Binding, Constant};
+use candle_mmfp4::metal::plan::{Binding, Constant, Plan};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 /// What an output should be.
+#[derive(Clone)]
 pub struct Expected {
     /// Values, of U32 as well.
     pub values: Vec<f32>,
@@ -47,6 +48,16 @@ pub fn record<T>(
 }
 
 impl Work {
+    /// The same by another plan, where `change` says that it has changed this one.
+    pub fn changed(&self, change: impl FnOnce(&mut Plan) -> bool) -> Option<Self> {
+        let mut recorded = self.recorded.clone();
+        change(&mut recorded.plan).then(|| Self {
+            name: self.name.clone(),
+            recorded,
+            expected: self.expected.clone(),
+        })
+    }
+
     /// Runs it with kernels of this process; what went wrong.
     pub fn failure_on(&self, host: &Host) -> Option<String> {
         let mut memories: Vec<_> = self.recorded.operands.iter().map(Memory::of).collect();
@@ -174,7 +185,8 @@ impl Work {
                         word(&mut file, usize::from(matches!(binding, Binding::Write { .. })));
                         word(&mut file, *operand);
                         long(&mut file, *offset);
-                        long(&mut file, self.recorded.operands[*operand].len - offset);
+                        let len = self.recorded.operands.get(*operand).map_or(0, |found| found.len);
+                        long(&mut file, len.saturating_sub(*offset));
                     }
                 }
             }

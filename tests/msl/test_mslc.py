@@ -14,6 +14,7 @@ from support import (
     BYTES, READ, WRITE, Launch, Library, as_floats, as_words, floats, mslc, run_program, words, write_run_file,
 )  # fmt: skip
 
+CONSTRUCTS = Path(__file__).parent / "accepted.metal"
 KERNELS = """#include <metal_stdlib>
 using namespace metal;
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
@@ -32,8 +33,13 @@ kernel void broadcast(device float* y, TID) { y[tid] = simd_broadcast(1.0f, usho
 kernel void dynamic(device float* y, threadgroup float* a [[threadgroup(0)]], threadgroup float* b [[threadgroup(1)]],
   TID) { threadgroup float c[4]; c[tid % 4] = 1; y[tid] = a[0] + b[0] + c[0]; }
 kernel void poison(device float* y, device uint* z, TID) { threadgroup float t[4]; threadgroup uint u;
-  y[tid] = t[tid % 4]; z[tid] = u; }
+  simdgroup_float8x8 m; y[tid] = tid % 2 ? t[tid % 4] : m.thread_elements()[0]; z[tid] = u; }
+kernel void rounding(device const float* x, device float* y) { y[0] = x[0] * x[0] - x[1];
+  const half one = half(x[2]), little = half(x[3]); y[1] = float(one + little + little);
+  y[2] = x[0] + x[4] - x[4]; }
 kernel void late(device float* y, TID) { threadgroup float t[64]; t[tid] = float(tid); y[tid] = t[tid ^ 1]; }
+kernel void again(device float* y, TID) { threadgroup float t[64]; float sum = 0;
+  for (uint r = 1; r < 4; r++) { t[tid] = float(r * tid); BARRIER; sum = sum * 100 + t[tid ^ 33]; } y[tid] = sum; }
 kernel void order(device atomic_uint* next, device uint* y, TID, uint g [[threadgroup_position_in_grid]]) {
   y[g * 64 + tid] = atomic_fetch_add_explicit(next, 1u, memory_order_relaxed); }
 [[max_total_threads_per_threadgroup(64)]] kernel void few(device float* y, TID) { y[tid] = 1; }
@@ -71,12 +77,26 @@ kernel void groups(device float* y, uint tid [[thread_index_in_threadgroup]], ui
   y[tid ^ g] = 1.0f; }
 kernel void past_the_end(device float* y, uint i [[thread_position_in_grid]]) { y[i] = 1.0f; }
 kernel void past_the_array(device float* y, constant uint& n, uint i [[thread_position_in_grid]]) {
-  threadgroup float t[20]; threadgroup float u[20]; threadgroup float* p = t; p[i + n] = 1.0f;
-  u[i % 20] = 2.0f; y[i] = t[0]; }
+  threadgroup float t[20]; threadgroup float u[64]; threadgroup float* p = t; p[i + n] = 1.0f;
+  u[i] = 2.0f; y[i] = t[0]; }
 constant bool with_scale [[function_constant(0)]];
 kernel void optional(device float* y, constant float& scale [[buffer(1), function_constant(with_scale)]],
   uint i [[thread_position_in_grid]]) { y[i] = with_scale ? scale : 3.0f; }
 kernel void shift(device uint* y, uint i [[thread_position_in_grid]]) { y[i] = 1u << (i + 20u); }
+kernel void other_memory(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); threadgroup_barrier(mem_flags::mem_threadgroup); y[tid] = z[tid ^ 33]; }
+kernel void this_memory(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); threadgroup_barrier(mem_flags::mem_device); y[tid] = z[tid ^ 33]; }
+kernel void other_way_round(device float* y, uint tid [[thread_index_in_threadgroup]]) {
+  threadgroup float t[64]; t[tid] = float(tid); threadgroup_barrier(mem_flags::mem_device); y[tid] = t[tid ^ 33]; }
+kernel void both_memories(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  threadgroup float t[64]; t[tid] = z[tid] = 1.0f;
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); y[tid] = z[tid ^ 33] + t[tid ^ 33]; }
+kernel void in_simdgroup(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
+  z[tid] = float(tid); simdgroup_barrier(mem_flags::mem_threadgroup); y[tid] = z[tid ^ 1]; }
+kernel void unset(device float* y, uint i [[thread_position_in_grid]]) {
+  float a[4]; uint4 b; if (y[i] > 5) { a[i & 3] = 1; b.y = 1; } y[i] = i % 2 ? a[i & 3] : float(b.y); }
+kernel void negative(device uint* y, device const float* x, uint i [[thread_position_in_grid]]) { y[i] = uint(x[i]); }
 """
 
 
@@ -111,8 +131,9 @@ class Check(unittest.TestCase):
                 self.assertRegex("\n".join(messages) or "nothing found", reason)
 
     def test_accepted(self):
-        found = self.check([text for _, text in ACCEPTED])
-        for (name, _), messages in zip(ACCEPTED, found):
+        accepted = [*ACCEPTED, ("constructs", CONSTRUCTS.read_text())]
+        found = self.check([text for _, text in accepted])
+        for (name, _), messages in zip(accepted, found):
             with self.subTest(name):
                 self.assertEqual(messages, [])
 
@@ -155,7 +176,7 @@ class Run(unittest.TestCase):
         for name, text in texts.items():
             files.append(place / f"{name}.metal")
             files[-1].write_text(text)
-        status, printed = mslc("build", "-o", place / "library.so", *files)
+        status, printed = mslc("build", "-o", place / "library.so", CONSTRUCTS, *files)
         if status:
             raise AssertionError(printed)
         cls.library = Library(place / "library.so")
@@ -301,6 +322,12 @@ class Run(unittest.TestCase):
         self.assertTrue(all(math.isnan(value) for value in as_floats(y)))
         self.assertEqual(set(as_words(z)), {0xFFFFFFFF})
 
+    def test_rounding(self):
+        """Every operation is rounded by itself, in its own type."""
+        x, y = [1 + 2**-12, 1 + 2**-11, 1, 2**-11, 1e8], floats([0] * 3)
+        self.runs(Launch("rounding", [(0, READ, floats(x)), (1, WRITE, y)], threads=1))
+        self.assertEqual(as_floats(y), (0, 1, 0))
+
     def test_schedules(self):
         """Seeds change who comes first; a missing barrier shows."""
         orders, results = set(), set()
@@ -313,6 +340,11 @@ class Run(unittest.TestCase):
             self.runs(Launch("late", [(0, WRITE, late)], threads=64, seed=seed))
             results.add(bytes(late))
         self.assertEqual(len(orders), 8)
+        for seed in range(2, 10, 2):  # a barrier missing at a loop's end: simdgroups must be far apart
+            y = floats([0] * 64)
+            self.runs(Launch("again", [(0, WRITE, y)], threads=64, seed=seed))
+            wrong = [value for i, value in enumerate(as_floats(y)) if value != (i ^ 33) * 10203]
+            self.assertTrue(wrong, seed)
         self.assertGreater(len(results), 3)
 
     def test_threads_at_once(self):
@@ -370,6 +402,18 @@ class Sanitized(unittest.TestCase):
                 self.assertEqual("data race" in printed, found, printed)
                 self.assertEqual(status != 0, found)
 
+    def test_what_barriers_order(self):
+        """A barrier orders the memory that its flags name, and no other."""
+        for kernel, found in (
+            ("other_memory", True), ("this_memory", False), ("other_way_round", True), ("both_memories", False),
+            ("in_simdgroup", True),
+        ):  # fmt: skip
+            with self.subTest(kernel):
+                more = [] if kernel == "other_way_round" else [(1, WRITE, floats([0] * 64))]
+                status, printed, _ = self.run_under("thread", kernel, more=more)
+                self.assertEqual("data race" in printed, found, printed)
+                self.assertEqual(status != 0, found)
+
     def test_faults(self):
         """A fault is told as such under the race detector too."""
         for sanitizer in ("address", "thread"):
@@ -389,16 +433,28 @@ class Sanitized(unittest.TestCase):
         _, printed, _ = self.run_under("address", "shift")
         self.assertRegex(printed, "shift exponent 32 is too large")
 
+    def test_values(self):
+        """What has no value is NaN or large; a float that no integer is near is told."""
+        _, printed, out = self.run_under("address", "unset")
+        self.assertEqual(printed, "")
+        for i, value in enumerate(as_floats(out.read_bytes())):
+            self.assertTrue(math.isnan(value) if i % 2 else value > 1e9, value)
+        _, printed, _ = self.run_under("address", "negative", more=[(1, READ, floats([-1] * 64))])
+        self.assertRegex(printed, "-1 is outside the range of representable values")
+
     def test_fast_math(self):
         """As Metal compiles by default: still the same function, and still checked."""
         file, program = self.place / "fast.metal", self.place / "fast"
         file.write_text("kernel void root(device float* y, uint i [[thread_position_in_grid]]) {\n"
-                        "  y[i] = metal::rsqrt(float(i + 1)) * metal::sqrt(float(i + 1)); }\n")
+                        "  y[i] = metal::rsqrt(float(i + 1)) * metal::sqrt(float(i + 1)); }\n"
+                        "kernel void sums(device float* y, uint i [[thread_position_in_grid]]) {\n"
+                        "  const float x = y[i]; y[i] = x + 1e8f - 1e8f; }\n")
         self.assertEqual(mslc("build", "--exe", "--fast-math", "-o", program, file), (0, ""))
-        write_run_file(self.place / "fast.run", [Launch("root", [(0, WRITE, floats([0] * 64))], threads=64)])
+        launches = [Launch(name, [(0, WRITE, floats([1] * 64))], threads=64) for name in ("root", "sums")]
+        write_run_file(self.place / "fast.run", launches)
         self.assertEqual(run_program(program, self.place / "fast.run"), (0, ""))
         for value in as_floats((self.place / "fast.run.out").read_bytes()):
-            self.assertAlmostEqual(value, 1.0, 5)
+            self.assertAlmostEqual(value, 1.0, 5)  # of sums, 0 if they were done in order
 
     def test_misaligned(self):
         """Buffers may begin anywhere that suits their elements; what is found at their ends stays the same."""

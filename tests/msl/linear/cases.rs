@@ -259,7 +259,12 @@ fn subnormal(scales: &[u8], kind: ScaleKind) -> Bytes {
             .chunks_exact(2)
             .flat_map(|b| [b[0] | 1, b[1] & 3])
             .collect(),
-        ScaleKind::E4M3 => scales.iter().map(|b| b & 7 | 1).collect(),
+        // Noise has much the same scales everywhere: each is another.
+        ScaleKind::E4M3 => scales
+            .iter()
+            .zip(0..)
+            .map(|(b, i): (_, usize)| ((i + usize::from(*b)) % 7 + 1) as u8)
+            .collect(),
         ScaleKind::BF16 | ScaleKind::E8M0 => unreachable!("Metal flushes subnormal floats"),
     };
     Bytes::copy_from(&bytes).unwrap()

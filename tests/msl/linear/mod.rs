@@ -4,6 +4,8 @@ pub mod cases;
 #[cfg(target_os = "linux")]
 pub mod faults;
 #[cfg(target_os = "linux")]
+pub mod plan_faults;
+#[cfg(target_os = "linux")]
 pub mod works;
 
 use crate::backend::Backend;

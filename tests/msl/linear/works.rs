@@ -1,55 +1,90 @@
 //! Products whose plans are run again and again: see [`runner`](crate::runner).
 
-use super::cases::{Case, KINDS, activations, pairwise};
+use super::cases::{Case, KINDS, Lies, activations, pairwise};
 use crate::runner::{Expected, Work, record};
 use crate::values;
 use candle_core::DType;
-use candle_mmfp4::cpu::{HeadRows, reference};
+use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
 use candle_mmfp4::fp4::Factor;
 use candle_mmfp4::ops::{Orientation, PerHead};
 
 /// Runs in both orientations that reach every kernel's loops and edges.
 pub fn all() -> Vec<Work> {
-    let few = few().into_iter();
-    if !crate::full() {
-        return few.map(|(case, orientation)| work(&case, orientation)).collect();
+    let mut cases = few();
+    if crate::full() {
+        let both =
+            |case| [Orientation::Ordinary, Orientation::Transposed].map(|orientation| (case, orientation));
+        cases.extend(pairwise().into_iter().flat_map(both));
     }
-    let both = |case| [Orientation::Ordinary, Orientation::Transposed].map(|orientation| (case, orientation));
-    let all = few.chain(pairwise().into_iter().flat_map(both));
-    all.map(|(case, orientation)| work(&case, orientation)).collect()
+    let works = cases.iter().map(|(case, orientation)| work(case, *orientation));
+    works.chain(of_heads()).collect()
 }
 
 fn work(case: &Case, orientation: Orientation) -> Work {
+    let (op, n) = (case.op(), case.n);
+    if orientation == Orientation::Transposed {
+        let rows = HeadRows {
+            heads: 1,
+            stride: n,
+            start: 0,
+            len: n,
+        };
+        return per_head(case, rows, orientation);
+    }
+    let x = case.x().unwrap();
+    let values = case.expected(&op, &values(&x.contiguous().unwrap()));
     let name = format!("{orientation:?} {case:?}");
-    let op = case.op();
-    let (n, k) = op.weight().shape();
-    let dtype = case.dtype;
-    let expected = |values| Expected {
+    record(name, |_| op.forward(&x), vec![expected(values, case.dtype)])
+}
+
+fn per_head(case: &Case, rows: HeadRows, orientation: Orientation) -> Work {
+    let name = format!("{orientation:?} {rows:?} {case:?}");
+    let (weight, m, heads) = (case.op().weight().clone(), case.m, rows.heads);
+    let width = match orientation {
+        Orientation::Ordinary => case.k,
+        Orientation::Transposed => rows.len,
+    };
+    // Small: scales without their tensor's factor are large, and sums over 576 rows would leave F16.
+    let x = (activations((m, heads * width), case.dtype, 17) * 0.25).unwrap();
+    let values = match orientation {
+        Orientation::Ordinary => reference::per_head(&weight, rows, &values(&x), m, Arithmetic::Exact),
+        Orientation::Transposed => reference::per_head_transposed(&weight, rows, &values(&x), m),
+    };
+    let op = PerHead::new(weight, rows, orientation).unwrap();
+    let x = x.reshape((m, heads, width)).unwrap();
+    record(name, |_| op.forward(&x), vec![expected(values, case.dtype)])
+}
+
+fn expected(values: Vec<f32>, dtype: DType) -> Expected {
+    Expected {
         values,
         dtype,
         bound: crate::bound(dtype),
+    }
+}
+
+/// Three heads that have rows 5 to 21 of every 24 in a weight, by each kernel.
+fn of_heads() -> Vec<Work> {
+    let rows = HeadRows {
+        heads: 3,
+        stride: 24,
+        start: 5,
+        len: 17,
     };
-    match orientation {
-        Orientation::Ordinary => {
-            let x = case.x().unwrap();
-            let values = case.expected(&op, &values(&x.contiguous().unwrap()));
-            record(name, |_| op.forward(&x), vec![expected(values)])
-        }
-        Orientation::Transposed => {
-            let rows = HeadRows {
-                heads: 1,
-                stride: n,
-                start: 0,
-                len: n,
+    let mut works = Vec::new();
+    for orientation in [Orientation::Ordinary, Orientation::Transposed] {
+        for (m, dtype) in [(1, DType::F32), (3, DType::F16), (33, DType::BF16)] {
+            let case = Case {
+                m,
+                n: 72,
+                k: 96,
+                dtype,
+                ..Case::default()
             };
-            let x = activations((case.m, n), dtype, 17);
-            let values = reference::per_head_transposed(op.weight(), rows, &values(&x), case.m);
-            let op = PerHead::new(op.weight().clone(), rows, orientation).unwrap();
-            let x = x.reshape((case.m, 1, n)).unwrap();
-            debug_assert_eq!(values.len(), case.m * k);
-            record(name, |_| op.forward(&x), vec![expected(values)])
+            works.push(per_head(&case, rows, orientation));
         }
     }
+    works
 }
 
 fn few() -> Vec<(Case, Orientation)> {
@@ -57,7 +92,7 @@ fn few() -> Vec<(Case, Orientation)> {
     let rows = [
         Case {
             n: 9,
-            k: 128,
+            k: 320,
             shift: 4,
             ..plain
         },
@@ -81,10 +116,11 @@ fn few() -> Vec<(Case, Orientation)> {
         Case {
             m: 7,
             n: 6,
-            k: 256,
+            k: 1152,
             group: 128,
             dtype: DType::BF16,
             kind: KINDS[2],
+            lies: Lies::Offset,
             ..plain
         },
         Case {
@@ -101,6 +137,7 @@ fn few() -> Vec<(Case, Orientation)> {
             k: 64,
             dtype: DType::F16,
             bias: true,
+            lies: Lies::OddRows,
             ..plain
         },
         Case {
@@ -110,6 +147,12 @@ fn few() -> Vec<(Case, Orientation)> {
             group: 128,
             dtype: DType::BF16,
             factor: Factor::Mul(0.37),
+            ..plain
+        },
+        // K longer than what a simdgroup, or the lanes of a transposed product, take at once.
+        Case {
+            n: 5,
+            k: 1056,
             ..plain
         },
         // K shorter than a tile, and scales that are subnormal numbers.
@@ -147,6 +190,7 @@ fn few() -> Vec<(Case, Orientation)> {
             dtype: DType::F16,
             ..plain
         },
+        Case { m: 6, n: 5, ..plain },
         Case {
             m: 9,
             n: 33,

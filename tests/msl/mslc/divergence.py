@@ -1,8 +1,9 @@
 """Barriers and simdgroup operations that not every thread may reach, found by following thread indices in the text.
 
 A value is uniform over the threadgroup, uniform over each simdgroup, or varies by lane. A barrier needs conditions that
-are uniform over the threadgroup, a simdgroup operation ones that are uniform over its simdgroup. Loads are as uniform
-as their indices. The reading is by names, so it errs on both sides; the run-time check is the exact one.
+are uniform over the threadgroup, a simdgroup operation ones that are uniform over its simdgroup: those of `if`, loops
+and `switch`, of `&&`, `||` and `?:`, and of a `return` before it. Loads are as uniform as their indices. The reading is
+by names, so it errs on both sides; the run-time check is the exact one.
 """
 import re
 
@@ -19,6 +20,9 @@ SIMDGROUP_OPERATION = re.compile(
     r"(simd_(?!is_first|vote)\w+|simdgroup_(barrier|load|store|multiply|multiply_accumulate))$"
 )
 SIMDGROUP_UNIFORM = re.compile(r"simd_(sum|product|max|min|and|or|xor|all|any|ballot|broadcast|broadcast_first)$")
+# Whatever they are given. Who comes first at an atomic is anybody's guess.
+VARIES_BY_LANE = re.compile(r"(simd_is_first|simd_prefix_\w+|atomic_\w+)$")
+SWIZZLE = re.compile(r"([xyzw]{1,4}|[rgba]{1,4})$")
 ASSIGNMENTS = {"=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<="}
 MEMORY = {"device", "constant", "threadgroup"}
 
@@ -30,28 +34,31 @@ def problems(source, declarations):
 class Analysis:
     def __init__(self, source, declarations):
         self.source = source
-        self.functions = {f.name: f for f in declarations.functions if f.body}
+        self.functions = [f for f in declarations.functions if f.body]
+        self.by_name = {}  # name -> its overloads: which of them a call means is not known here
+        for function in self.functions:
+            self.by_name.setdefault(function.name, []).append(function)
         self.parameter_levels = {
-            name: [max((BUILTIN_LEVEL.get(a, UNIFORM) for a in p.attributes), default=UNIFORM) for p in f.parameters]
-            for name, f in self.functions.items()
+            f.start: [max((BUILTIN_LEVEL.get(a, UNIFORM) for a in p.attributes), default=UNIFORM) for p in f.parameters]
+            for f in self.functions
         }
-        self.demands = {}  # function -> the most uniform condition that something inside it needs
+        self.demands = {}  # name -> the most uniform condition that something inside such a function needs
         self._find_demands()
 
     def problems(self):
-        while any([_Body(self, function).spread() for function in self.functions.values()]):
+        while any([_Body(self, function).spread() for function in self.functions]):
             pass  # until no call raises a parameter's level
         found = []
-        for function in self.functions.values():
+        for function in self.functions:
             body = _Body(self, function)
             body.spread()
-            found += body.divergent() + body.early_returns()
+            found += body.divergent()
         return found
 
     def call_at(self, i):
         """The parenthesis of the call of the name at i, or 0."""
         source = self.source
-        if source.tokens[i].kind != "word" or source[i - 1] in (".", "->"):
+        if source.tokens[i].kind != "word":
             return 0
         j = i + 1
         if source[j] == "<":
@@ -72,8 +79,8 @@ class Analysis:
         changed = True
         while changed:
             changed = False
-            for name, function in self.functions.items():
-                inside = [self.demand(i) for i in range(function.body, function.end)]
+            for name, overloads in self.by_name.items():
+                inside = [self.demand(i) for f in overloads for i in range(f.body, f.end)]
                 least = min((level for level in inside if level is not None), default=None)
                 if least != self.demands.get(name):
                     self.demands[name] = least
@@ -86,9 +93,9 @@ class _Body:
     def __init__(self, analysis, function):
         self.analysis, self.source, self.function = analysis, analysis.source, function
         self.start, self.end = function.body, self.source.pair[function.body]
-        # (name, token of its declaration, 0 for parameters) -> level
+        # (name, token of its declaration, 0 for parameters), and a member's name behind these -> level
         names = [(p.name, 0) for p in function.parameters]
-        self.levels = dict(zip(names, analysis.parameter_levels[function.name]))
+        self.levels = dict(zip(names, analysis.parameter_levels[function.start]))
         self.scopes = {}  # name -> [(token of its declaration, end of its scope)]
         self.memory = {p.name for p in function.parameters if MEMORY & set(p.words)}
         self.controls = []  # [start, end, level, is a loop]
@@ -144,10 +151,24 @@ class _Body:
             if SIMDGROUP_UNIFORM.match(self.source[i]) and self.analysis.call_at(i):
                 level = max(level, BY_SIMDGROUP)
                 i = self.source.pair[self.analysis.call_at(i)]
+            elif VARIES_BY_LANE.match(self.source[i]):
+                level = BY_LANE
             elif self.source[i - 1] not in (".", "->"):
-                level = max(level, self.levels.get(self._resolve(i), UNIFORM))
+                level = max(level, self._level_of(i))
             i += 1
         return level
+
+    def _level_of(self, i):
+        """How much the variable at i varies, or only the member of it that is read."""
+        variable, member = self._resolve(i), self._member(i)
+        keys = [key for key in self.levels if key[:2] == variable and (not member or key[2:] in ((), member))]
+        return max((self.levels[key] for key in keys), default=UNIFORM)
+
+    def _member(self, i):
+        """The member of the variable at i, as a tuple of one, if it is not a vector's."""
+        source = self.source
+        named = source[i + 1] == "." and not SWIZZLE.match(source[i + 2]) and source[i + 3] != "("
+        return (source[i + 2],) if named else ()
 
     def control(self, i):
         """How much the conditions over token i vary."""
@@ -178,12 +199,26 @@ class _Body:
                 closing = source.pair[i + 1]
                 condition = self.level(closing + 2, source.pair[closing + 2])
                 self.controls.append([i + 1, closing, condition, True])
+            elif source[i] in ("&&", "||", "?"):
+                self.controls.append([i + 1, *self._operand(i), False])
         for i in range(self.start, self.end):
-            if source[i] in ("break", "continue") and self.control(i):
+            if source[i] in ("break", "continue", "return") and self.control(i):
+                level = self.control(i)
                 loops = [control for control in self.controls if control[3] and control[0] <= i < control[1]]
-                if loops:
-                    innermost = min(loops, key=lambda control: control[1] - control[0])
-                    innermost[2] = max(innermost[2], self.control(i))
+                innermost = min(loops, key=lambda control: control[1] - control[0], default=None)
+                for loop in loops if source[i] == "return" else [innermost] if loops else []:
+                    loop[2] = max(loop[2], level)
+                if source[i] == "return":
+                    self.controls.append([self._statement_end(i), self.end, level, False])
+
+    def _operand(self, i):
+        """The end of what `&&`, `||` or `?` at i evaluates or not, and the level of what stands before it."""
+        source, start, end = self.source, i - 1, i + 1
+        while source[start] not in ("(", "[", "{", ";", ",", "=", "return") and start > self.start:
+            start = source.pair[start] - 1 if source[start] in (")", "]", "}") else start - 1
+        while source[end] not in (")", "]", "}", ";", ","):
+            end = source.skip(end)
+        return end, self.level(start + 1, i)
 
     def _follow_assignments(self):
         source = self.source
@@ -194,17 +229,18 @@ class _Body:
                 while source[end] not in (";", ",", ")", "}"):
                     end = source.skip(end)
                 self._raise(target, max(self.level(i + 1, end), self.control(i)))
-            elif source[i] in self.analysis.functions and self.analysis.call_at(i):
+            elif source[i] in self.analysis.by_name and self.analysis.call_at(i):
                 self._follow_outputs(i)
 
     def _follow_outputs(self, i):
         """What a helper stores through a thread reference varies as much as anything it was given."""
         ranges = self.source.arguments(self.analysis.call_at(i))
         level = max([self.level(*r) for r in ranges] + [self.control(i)])
-        for (start, end), parameter in zip(ranges, self.analysis.functions[self.source[i]].parameters):
-            if parameter.is_pointer and "thread" in parameter.words and "const" not in parameter.words:
-                for k in range(start, end):
-                    self._raise(k, level)
+        for function in self.analysis.by_name[self.source[i]]:
+            for (start, end), parameter in zip(ranges, function.parameters):
+                if parameter.is_pointer and "thread" in parameter.words and "const" not in parameter.words:
+                    for k in range(start, end):
+                        self._raise(k, level)
 
     def _target(self, equals):
         """The name that `x = `, `x.y = `, `x[i] = ` or `x.elements()[i] = ` changes."""
@@ -215,19 +251,20 @@ class _Body:
 
     def _raise(self, i, level):
         if self.source[i] not in self.memory:
-            name = self._resolve(i)
-            self.levels[name] = max(self.levels.get(name, UNIFORM), level)
+            key = self._resolve(i) + self._member(i)
+            self.levels[key] = max(self.levels.get(key, UNIFORM), level)
 
     def _raise_callees(self):
         raised = False
         for i in range(self.start, self.end):
-            callee = self.analysis.parameter_levels.get(self.source[i])
-            if callee is None or not self.analysis.call_at(i):
+            overloads = self.analysis.by_name.get(self.source[i])
+            if not overloads or not self.analysis.call_at(i):
                 continue
-            for k, (start, end) in enumerate(self.source.arguments(self.analysis.call_at(i))[: len(callee)]):
-                level = self.level(start, end)
-                raised |= level > callee[k]
-                callee[k] = max(callee[k], level)
+            given = [self.level(start, end) for start, end in self.source.arguments(self.analysis.call_at(i))]
+            for callee in (self.analysis.parameter_levels[function.start] for function in overloads):
+                for k, level in enumerate(given[: len(callee)]):
+                    raised |= level > callee[k]
+                    callee[k] = max(callee[k], level)
         return raised
 
     def divergent(self):
@@ -240,13 +277,3 @@ class _Body:
                 found.append(self.source.problem(i, message))
         return found
 
-    def early_returns(self):
-        found = []
-        operations = [i for i in range(self.start, self.end) if self.analysis.demand(i) is not None]
-        for i in range(self.start, self.end):
-            later = [k for k in operations if k >= self._statement_end(i)] if self.source[i] == "return" else []
-            if later:
-                line = self.source.origin(later[0])[1]
-                message = f"return before the barrier or simdgroup operation in line {line}"
-                found.append(self.source.problem(i, message))
-        return found

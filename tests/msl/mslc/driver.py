@@ -70,7 +70,7 @@ def build(options):
         return "--sanitize needs --exe: a sanitizer's runtime must be in the program itself"
     flags = [flag for name in chosen for flag in SANITIZERS[name]]
     defines = [f"-DMSL_SANITIZE_{name.upper()}" for name in chosen]
-    kernel_flags = [*flags, *defines, *(clang.FAST if options.fast_math else clang.EXACT)]
+    kernel_flags = [*flags, *defines, clang.POISON, *(clang.FAST if options.fast_math else clang.EXACT)]
     texts = translate(options.files, options.include)
     runtime = [clang.RUNTIME / name for name in (*RUNTIME_SOURCES, *(["runner.cpp"] if options.exe else []))]
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -21,7 +21,7 @@ CONSTANT_TYPES = {"bool", "ushort", "short", "uint", "int", "float"}
 LAST_BUFFER = 30
 NOT_IN_METAL = {
     "double", "goto", "throw", "try", "catch", "new", "delete", "asm", "virtual", "dynamic_cast", "typeid",
-    "thread_local", "register", "wchar_t",
+    "thread_local", "register", "wchar_t", "vertex", "fragment", "ray_data", "object_data", "threadgroup_imageblock",
 }  # fmt: skip
 NARROW_FLOAT = re.compile(r"(half|bfloat)[234]?$")
 ARITHMETIC = {"+", "-", "*", "/", "+=", "-=", "*=", "/="}
@@ -32,8 +32,8 @@ def problems(source, declarations):
     """Every finding, in the order of the file."""
     rules = (
         forbidden_words, program_scope, function_constants, pointers_without_space, kernel_parameters,
-        hidden_conversions, function_bodies, local_declarations, space_casts, kernel_calls, recursion,
-        narrow_arithmetic, lookup_tables, attributes_known, divergence.problems,
+        hidden_conversions, function_bodies, local_declarations, kernel_calls, recursion,
+        narrow_arithmetic, lookup_tables, attributes_known, kernel_names, atomics, divergence.problems,
     )  # fmt: skip
     return sorted({problem for rule in rules for problem in rule(source, declarations)})
 
@@ -45,7 +45,9 @@ def bodies(declarations):
 def forbidden_words(source, _):
     for i in range(source.size):
         if source.tokens[i].kind == "word" and source[i] in NOT_IN_METAL:
-            yield source.problem(i, f"'{source[i]}' is not in Metal")
+            yield source.problem(i, f"'{source[i]}' is not in Metal, or means something else there")
+        if source.texts(i, i + 2) == ["long", "long"]:
+            yield source.problem(i, "'long long' is not in Metal: long has 64 bits")
         if source[i - 1] == "." and re.match(r"(lo|hi|even|odd|s[0-9a-fA-F]+)$", source[i]):
             yield source.problem(i, f"swizzle '.{source[i]}' is OpenCL, not Metal")
         if source[i] == "(" and source[i + 1] == "*" and source.texts(i + 3, i + 5) == [")", "("]:
@@ -80,6 +82,24 @@ def attributes_known(source, declarations):
     for function in declarations.functions:
         for name in set(function.attributes) - FUNCTION_ATTRIBUTES:
             yield source.problem(function.opening, f"unknown attribute [[{name}]] of '{function.name}'")
+
+
+def kernel_names(source, declarations):
+    """What the host asks for must be one kernel."""
+    plain = [(f.host_name, f.opening) for f in declarations.kernels if not f.is_template]
+    templates = {function.name for function in declarations.kernels if function.is_template}
+    made = [(entry.host_name, entry.start) for entry in declarations.instantiations if entry.base in templates]
+    seen = set()
+    for name, place in plain + made:
+        if name in seen:
+            yield source.problem(place, f"another kernel of the name '{name}'")
+        seen.add(name)
+
+
+def atomics(source, _):
+    for i in range(source.size):
+        if source[i] == "threadgroup" and "atomic_float" in source.texts(i + 1, i + 3):
+            yield source.problem(i, "atomic_float is for device memory only")
 
 
 def pointers_without_space(source, declarations):
@@ -134,9 +154,12 @@ def _parameter_messages(parameter):
 
 
 def hidden_conversions(source, declarations):
-    """`Traits::Vector(x)`: clang would take the bits of x if its size is the same."""
+    """`Traits::Vector(x)`, `(Traits::Vector)x`: clang would take the bits of x if its size is the same."""
     for i in range(source.size):
-        if source[i] in declarations.aliases and source[i - 1] == "::" and source[i + 1] == "(":
+        if source[i] not in declarations.aliases or source[i - 1] != "::":
+            continue
+        closed = source[i + 1] == ")" and source[source.pair[i + 1] - 1] not in ("sizeof", "alignof", "decltype")
+        if source[i + 1] == "(" or closed and (source.tokens[i + 2].kind in ("word", "number") or source[i + 2] == "("):
             yield source.problem(i, f"conversion to '{source[i]}' through a scope: name the type with 'using' first")
 
 
@@ -190,33 +213,12 @@ def _pointer_without_space(source, i):
         yield source.problem(i, f"pointer or reference without address space: '{source[j + 1]}'")
 
 
-def space_casts(source, declarations):
-    """`(threadgroup float*)p` where p points into another space: clang lets a C cast do that."""
-    for function in bodies(declarations):
-        spaces = {}
-        for parameter in function.parameters:
-            if parameter.is_pointer:
-                spaces[parameter.name] = SPACES & set(parameter.words)
-        for i in range(function.body, function.end):
-            if source[i] in SPACES and source[i - 1] in STATEMENT_START | {"const"}:
-                j = i
-                while source[j] not in (";", "=", "["):
-                    j += 1
-                spaces[source[j - 1]] = {source[i]}
-            target = SPACES & set(source.texts(i + 1, source.pair[i])) if source[i] == "(" else set()
-            if target and source[source.pair[i] - 1] == "*":
-                j = source.pair[i] + 1
-                while source[j] in ("(", "&"):
-                    j += 1
-                if spaces.get(source[j], target) != target:
-                    yield source.problem(i, f"cast of '{source[j]}' to another address space")
-
-
 def kernel_calls(source, declarations):
     kernels = {function.name for function in declarations.kernels}
     for function in bodies(declarations):
         for i in range(function.body, function.end):
-            if source[i] in kernels and source[i + 1] in ("(", "<") and source[i] != function.name:
+            after = source.angle_end(i + 1) if source[i + 1] == "<" else i + 1
+            if source[i] in kernels and after and source[after] == "(" and source[i] != function.name:
                 yield source.problem(i, f"call of kernel '{source[i]}'")
 
 
@@ -243,12 +245,13 @@ def recursion(source, declarations):
 
 
 def narrow_arithmetic(source, declarations):
-    """Arithmetic is done in float: a helper may take a half, and converts it at once."""
+    """Arithmetic is done in float: a helper may take a half, or what may be one, and converts it at once."""
     for function in bodies(declarations):
         narrow = {
             parameter.name
             for parameter in function.parameters
-            if not parameter.is_pointer and any(NARROW_FLOAT.match(word) for word in parameter.words)
+            if "*" not in parameter.words
+            and any(NARROW_FLOAT.match(word) or word in function.template_types for word in parameter.words)
         }
         for i in range(function.body, function.end):
             if source[i] not in narrow or source[i - 1] in (".", "->"):
@@ -262,10 +265,10 @@ def narrow_arithmetic(source, declarations):
 
 def lookup_tables(source, declarations):
     """A table in constant memory, indexed by data, serialises the lanes: compute instead."""
-    tables = {v.name for v in declarations.variables if v.is_array and "constant" in v.words and not v.is_member}
+    everywhere = {v.name for v in declarations.variables if v.is_array and "constant" in v.words and not v.is_member}
     constants = {v.name for v in declarations.variables if "constant" in v.words or "constexpr" in v.words}
     for function in bodies(declarations):
-        fixed = constants | function.template_values
+        fixed, tables = constants | function.template_values, everywhere | _local_tables(source, function)
         for i in range(function.body, function.end):
             if source[i] == "constexpr":
                 j = i
@@ -273,7 +276,28 @@ def lookup_tables(source, declarations):
                     j += 1
                 fixed.add(source[j - 1])
         for i in range(function.body, function.end):
+            if source[i] in everywhere and source[i + 1] != "[":
+                yield source.problem(i, f"constant table '{source[i]}' taken as a pointer: compute it")
             if source[i] in tables and source[i + 1] == "[":
-                varying = sorted(source.words(i + 2, source.pair[i + 1]) - fixed)
+                j = i + 1
+                while source[j] == "[":
+                    j = source.pair[j] + 1
+                varying = sorted(source.words(i + 2, j) - fixed)
                 if varying:
                     yield source.problem(i, f"constant table '{source[i]}' indexed by '{varying[0]}': compute it")
+
+
+def _local_tables(source, function):
+    """Arrays of a function's own that are const and full of literals."""
+    found = set()
+    for i in range(function.body, function.end):
+        if source[i] in ("const", "constexpr", "constant", "static") and source[i - 1] in STATEMENT_START:
+            j = i
+            while source[j] not in (";", "=", "[", "("):
+                j += 1
+            name = source[j - 1]
+            while source[j] == "[":
+                j = source.pair[j] + 1
+            if source[j - 1] == "]" and source[j] == "=" and not source.words(j, source.skip(j + 1)):
+                found.add(name)
+    return found

@@ -3,6 +3,7 @@
 - `[[...]]` vanishes: clang refuses attributes in explicit instantiations.
 - Threadgroup variables become references into the threadgroup's memory.
 - Vector constructors and casts, which clang would read as comma expressions or bit-casts, become `metal::construct`.
+- For the check, casts of pointers become `reinterpret_cast`, which leaves the address space and const as they are.
 - For execution, function constants become registered variables, and every kernel gets an entry in a table.
 """
 import re
@@ -101,7 +102,8 @@ class Rewriter:
 
     def _constructors(self):
         source = self.source
-        generic = [(f.start, f.end, f.template_types) for f in self.declarations.functions if f.template_types]
+        templates = self.declarations.functions + self.declarations.types
+        generic = [(entry.start, entry.end, entry.template_types) for entry in templates if entry.template_types]
         i = 0
         while i < source.size:
             if source.is_attribute(i):
@@ -116,6 +118,8 @@ class Rewriter:
                 after = source.angle_end(i + 1)
                 if after and source[after] == "(":
                     self._construct(i, after - 1, "metal::vec", ">>")
+            elif text == "(" and not self.execute and self._is_pointer(i + 1, source.pair[i]) and self._is_cast(i):
+                self._pointer_cast(i)
             elif source.tokens[i].kind == "word" and before not in NOT_A_CALL:
                 if self._may_name_vector(i, generic):
                     if source[i + 1] == "(" and not self._declares_array(i + 1):
@@ -162,6 +166,19 @@ class Rewriter:
         if last:
             self._replace(i - 1, "metal::construct<")
             self._replace(i + 1, ">(")
+            self._append(last - 1, ")")
+
+    def _is_pointer(self, start, end):
+        """`device const uint4*` and the like."""
+        return self.source[end - 1] == "*" and bool(SPACES & set(self.source.texts(start, end)))
+
+    def _pointer_cast(self, opening):
+        """`(device uint4*)expression` -> `reinterpret_cast<device uint4*>(expression)`."""
+        closing = self.source.pair[opening]
+        last = self._unary_end(closing + 1)
+        if last:
+            self._replace(opening, "reinterpret_cast<")
+            self._replace(closing, ">(")
             self._append(last - 1, ")")
 
     def _unary_end(self, i):
@@ -268,8 +285,7 @@ class Rewriter:
         found = {}
         for function in kernels.values():
             if not function.is_template:
-                name = "".join(re.findall(r'"([^"]*)"', function.attributes.get("host_name", ""))) or function.name
-                found[name] = (function, name, function.qualified)
+                found[function.host_name] = (function, function.host_name, function.qualified)
         for entry in self.declarations.instantiations:
             if entry.base in kernels:
                 found.setdefault(entry.host_name, (kernels[entry.base], entry.host_name, entry.expression))

@@ -46,6 +46,10 @@ class Function:
     is_template: bool = False
 
     @property
+    def host_name(self):
+        return host_name(self.attributes) or self.name
+
+    @property
     def is_kernel(self):
         return "kernel" in self.result or "kernel" in self.attributes
 
@@ -61,6 +65,7 @@ class Instantiation:
     base: str
     expression: str
     host_name: str
+    start: int
 
 
 @dataclass
@@ -90,6 +95,7 @@ class Type:
     name: str
     start: int
     end: int
+    template_types: set
 
 
 class Declarations:
@@ -219,7 +225,7 @@ class Declarations:
                 words.append(text)
                 j += 1
         if source[j] == "{" and TYPE_DECLARATIONS & set(words):
-            return self._type(start, j, words, namespace)
+            return self._type(start, j, words, namespace, types)
         after = self._statement_end(j)
         if words and not TYPE_DECLARATIONS & set(words[:1]):
             equals = j if source[j] == "=" else 0
@@ -228,12 +234,12 @@ class Declarations:
             )
         return after
 
-    def _type(self, start, body, words, namespace):
+    def _type(self, start, body, words, namespace, template_types):
         source = self.source
         at = next(k for k, word in enumerate(words) if word in TYPE_DECLARATIONS)
         name = words[at + 1] if at + 1 < len(words) else ""
         after = self._statement_end(source.pair[body])
-        self.types.append(Type(name, start, after))
+        self.types.append(Type(name, start, after, template_types))
         if words[at] != "enum":
             self._walk(body + 1, source.pair[body], namespace + (name,), True)
         return after
@@ -277,8 +283,7 @@ class Declarations:
             else:
                 j = source.skip(j)
         prefix = "".join(name + "::" for name in namespace)
-        host_name = "".join(re.findall(r'"([^"]*)"', attributes.get("host_name", ""))) or base
-        self.instantiations.append(Instantiation(base, prefix + expression, host_name))
+        self.instantiations.append(Instantiation(base, prefix + expression, host_name(attributes) or base, start))
         return end
 
     def parameters(self, opening):
@@ -299,6 +304,11 @@ class Declarations:
             if words and words != ["void"]:
                 found.append(Parameter(start, words, attributes))
         return found
+
+
+def host_name(attributes):
+    """The text of `[[host_name("a" "b")]]`, or nothing."""
+    return "".join(re.findall(r'"([^"]*)"', attributes.get("host_name", "")))
 
 
 def assign_indices(function):

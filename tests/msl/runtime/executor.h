@@ -59,8 +59,9 @@ inline unsigned first_lane() { return unsigned(__builtin_ctz(current->simdgroup-
 inline void* operand(Simdgroup& group, unsigned lane) { return group.operands[lane].bytes; }
 inline void* result(Simdgroup& group, unsigned lane) { return group.results[lane].bytes; }
 
-void threadgroup_barrier(bool orders_memory, Site);
-void order_simdgroup(bool before);  // the memory order of a simdgroup_barrier, before and after its rendezvous
+void threadgroup_barrier(unsigned flags, Site);
+// The memory order of a simdgroup_barrier, before and after its rendezvous.
+void order_simdgroup(unsigned flags, bool before);
 void limit_threads(unsigned);  // [[max_total_threads_per_threadgroup]]
 void* shared_memory(unsigned long size, int id, const char* name);
 [[noreturn]] void fail_at(const char* operation, Site, const char* why);

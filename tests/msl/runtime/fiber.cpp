@@ -19,6 +19,7 @@ void __tsan_switch_to_fiber(void*, unsigned);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
 void __tsan_release(void*);
+void AnnotateBenignRaceSized(const char*, int, const volatile void*, long, const char*);
 #endif
 #ifdef MSL_SANITIZE_ADDRESS
 void __sanitizer_start_switch_fiber(void**, const void*, size_t);
@@ -59,6 +60,8 @@ constexpr size_t kStack = 512 << 10;
 #else
 constexpr size_t kStack = 128 << 10;
 #endif
+
+unsigned watched = kDevice | kThreadgroup;
 
 char* map(void* where, size_t size, int flags) {
   flags |= MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -152,6 +155,16 @@ void acquire([[maybe_unused]] void* at) {
 void release([[maybe_unused]] void* at) {
 #ifdef MSL_SANITIZE_THREAD
   __tsan_release(at);
+#endif
+}
+
+void watch(Memory memory) { watched = memory; }
+
+bool orders(unsigned flags) { return flags & watched; }
+
+void belongs_to([[maybe_unused]] Memory memory, [[maybe_unused]] void* start, [[maybe_unused]] unsigned long size) {
+#ifdef MSL_SANITIZE_THREAD
+  if (!(memory & watched)) AnnotateBenignRaceSized(__FILE__, __LINE__, start, long(size), "not watched");
 #endif
 }
 }  // namespace msl

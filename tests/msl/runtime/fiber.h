@@ -25,4 +25,10 @@ void adopt_thread(Context& main);  // `main` is the stack that runs now
 // The race detector's orders: what happened before release(x) happened before what follows acquire(x).
 void acquire(void*);
 void release(void*);
+
+// The race detector has one order for all memory, a barrier may order one kind only: so it watches one kind at a time.
+enum Memory : unsigned { kDevice = 1, kThreadgroup = 2 };  // as in metal::mem_flags
+void watch(Memory);                                         // from now on; before the first launch
+bool orders(unsigned flags);                                // does a barrier with these flags order what is watched?
+void belongs_to(Memory, void*, unsigned long size);
 }  // namespace msl

@@ -7,6 +7,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef MSL_SANITIZE_THREAD
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include <memory>
 #include <string>
@@ -14,6 +18,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "fiber.h"
 
 #ifdef MSL_SANITIZE_ADDRESS
 extern "C" void __asan_poison_memory_region(const volatile void*, size_t);
@@ -80,6 +85,7 @@ Buffer read_buffer(Reader& in) {
   __asan_poison_memory_region(memory.get(), misalignment);
 #endif
   memcpy(data, in.take(size), size);
+  msl::belongs_to(msl::kDevice, memory.get(), misalignment + size);
   return {std::move(memory), data, size};
 }
 
@@ -124,11 +130,8 @@ void run_launch(Reader& in, const std::vector<Buffer>& buffers, const char* file
   char error[1280];
   if (msl_run(&launch, error, sizeof(error))) stop(error, file);
 }
-}  // namespace
 
-int main(int count, char** arguments) {
-  if (count != 2) stop("takes one file of launches", arguments[0]);
-  const char* name = arguments[1];
+int run_file(const char* name) {
   const std::vector<char> bytes = read_all(name);
   Reader in(name, bytes);
   if (memcmp(in.take(8), "MSLRUN1", 8) != 0) stop("is no file of launches", name);
@@ -140,4 +143,29 @@ int main(int count, char** arguments) {
   for (const Buffer& buffer : buffers) fwrite(buffer.data, 1, buffer.size, out);
   if (fclose(out)) stop("its output cannot be written", name);
   return 0;
+}
+
+#ifdef MSL_SANITIZE_THREAD
+// Once for each kind of memory.
+int run(const char* name) {
+  for (msl::Memory memory : {msl::kThreadgroup, msl::kDevice}) {
+    const pid_t child = fork();
+    if (child == 0) {
+      msl::watch(memory);
+      return run_file(name);
+    }
+    int status = 0;
+    if (child < 0 || waitpid(child, &status, 0) != child) stop("cannot be run in a process of its own", name);
+    if (status) return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+  }
+  return 0;
+}
+#else
+int run(const char* name) { return run_file(name); }
+#endif
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 2) stop("takes one file of launches", arguments[0]);
+  return run(arguments[1]);
 }

@@ -212,7 +212,7 @@ void limit_threads(unsigned limit) {
   if (e.thread_count > limit) e.fail("%u threads in a threadgroup, at most %u", e.thread_count, limit);
 }
 
-void threadgroup_barrier(bool orders_memory, Site site) {
+void threadgroup_barrier(unsigned flags, Site site) {
   Executor& e = executor();
   Fiber* me = current;
   Simdgroup& group = *me->simdgroup;
@@ -230,7 +230,7 @@ void threadgroup_barrier(bool orders_memory, Site site) {
            e.site.line);
   }
   char* order = &e.order[e.round % 2];
-  if (orders_memory) release(order);
+  if (orders(flags)) release(order);
   e.site = site;
   group.waiting |= bit(me->lane);
   group.runnable &= ~bit(me->lane);
@@ -245,10 +245,11 @@ void threadgroup_barrier(bool orders_memory, Site site) {
   } else {
     go_on(e, me, false);
   }
-  if (orders_memory) acquire(order);
+  if (orders(flags)) acquire(order);
 }
 
-void order_simdgroup(bool before) {
+void order_simdgroup(unsigned flags, bool before) {
+  if (!orders(flags)) return;
   char* order = &executor().order[2 + current->simdgroup->index];
   before ? release(order) : acquire(order);
 }

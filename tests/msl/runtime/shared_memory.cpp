@@ -23,8 +23,8 @@ constexpr size_t kArena = 256 << 20;
 #else
 constexpr size_t kArena = 128 << 10;
 #endif
-constexpr size_t kThreadgroup = 64 << 10;  // the most that one threadgroup takes, with the gaps
-static_assert(kLimit + kMaxShared * kGap < kThreadgroup);
+constexpr size_t kMost = 64 << 10;  // the most that one threadgroup takes, with the gaps
+static_assert(kLimit + kMaxShared * kGap < kMost);
 
 // Not memset: sanitizers would take that for an access by the program.
 void fill(void* memory, size_t size) {
@@ -40,6 +40,7 @@ void make_arena(Executor& e) {
     abort();
   }
   e.arena = static_cast<char*>(memory);
+  belongs_to(kThreadgroup, memory, kArena);
 }
 
 void free_arena(Executor& e) {
@@ -51,7 +52,7 @@ void free_arena(Executor& e) {
 
 void Executor::begin_shared() {
 #ifdef MSL_SANITIZE_THREAD
-  if (shared_top + kThreadgroup > kArena) {
+  if (shared_top + kMost > kArena) {
     acquire(&end_order);  // all threadgroups so far happened before those that reuse their memory
     release(&begin_order);
     shared_top = 0;
@@ -64,7 +65,7 @@ void Executor::begin_shared() {
   order = arena + shared_top;  // addresses for the race detector; nothing is stored there
   shared_top += 64;
 #ifdef MSL_SANITIZE_ADDRESS
-  __asan_poison_memory_region(arena, kThreadgroup);
+  __asan_poison_memory_region(arena, kMost);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// <metal_atomic>: relaxed atomics in device and threadgroup memory.
+// <metal_atomic>: relaxed atomics in device and threadgroup memory; of floats in device memory only (mslc/lint.py).
 #pragma once
 
 namespace metal {
@@ -30,21 +30,22 @@ using Plain = typename type_identity<T>::type;  // not deduced: the atomic's typ
                                                 __ATOMIC_RELAXED, __ATOMIC_RELAXED);)
 MSL_FOR_WRITABLE(MSL_ATOMIC_PLAIN)
 
-// Read, change, write. E is an expression in `old` and `operand`.
-#define MSL_ATOMIC_CHANGE(SPACE, NAME, E)                                                                \
-  template <class T>                                                                                     \
+// Read, change, write. E is an expression in `old` and `operand`; NUMBER says of which T.
+#define MSL_ATOMIC_CHANGE(SPACE, NAME, NUMBER, E)                                                        \
+  template <class T, class = enable_if_t<NUMBER<T>>>                                                     \
   MSL_FN T NAME(volatile SPACE atomic<T>* object, Plain<T> operand, memory_order)                        \
       MSL_BODY(T old; __atomic_load(&object->value, &old, __ATOMIC_RELAXED); T changed;                  \
                do { changed = T(E); } while (!__atomic_compare_exchange(                                 \
                    &object->value, &old, &changed, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));           \
                return old;)
-#define MSL_ATOMIC_CHANGES(SPACE)                                    \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_exchange_explicit, operand)        \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_add_explicit, old + operand) \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_sub_explicit, old - operand) \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_min_explicit, min(old, operand)) \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_max_explicit, max(old, operand)) \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_and_explicit, old & operand) \
-  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_or_explicit, old | operand)
+#define MSL_ATOMIC_CHANGES(SPACE)                                                            \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_exchange_explicit, is_arithmetic_v, operand)               \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_add_explicit, is_arithmetic_v, old + operand)        \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_sub_explicit, is_arithmetic_v, old - operand)        \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_min_explicit, is_integral_v, min(old, operand))      \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_max_explicit, is_integral_v, max(old, operand))      \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_and_explicit, is_integral_v, old & operand)          \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_or_explicit, is_integral_v, old | operand)           \
+  MSL_ATOMIC_CHANGE(SPACE, atomic_fetch_xor_explicit, is_integral_v, old ^ operand)
 MSL_FOR_WRITABLE(MSL_ATOMIC_CHANGES)
 }  // namespace metal

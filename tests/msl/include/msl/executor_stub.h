@@ -12,8 +12,8 @@ struct Simdgroup {
 struct Unobserved {
   ~Unobserved() {}  // not trivial: its variables are not unused
 };
-void threadgroup_barrier(bool orders_memory, Site);
-void order_simdgroup(bool before);
+void threadgroup_barrier(unsigned flags, Site);
+void order_simdgroup(unsigned flags, bool before);
 MSL_THREADGROUP void* shared_memory(unsigned long size, int id, const char* name);
 void add_to_trail(Site, unsigned long what);
 void collective_failed(const char* why);

@@ -1,7 +1,7 @@
 // <metal_math>, <metal_geometric> and the arithmetic part of <metal_common>.
 //
-// Concrete overloads for each type, as in Metal, so that a call with mixed types is ambiguous there and here. half and
-// bfloat are computed in float and rounded once; vectors go by component.
+// Concrete overloads for each type, as in Metal, so that a call with mixed types is ambiguous there and here. half is
+// computed in float and rounded once; vectors go by component. Metal has none of these for bfloat.
 #pragma once
 
 namespace metal {
@@ -29,7 +29,7 @@ namespace metal {
 #define MSL_FLOAT1(NAME, E)                                                  \
   MSL_FN float NAME(float x) { return E; }                                   \
   MSL_FN half NAME(half narrow) { float x = float(narrow); return half(E); } \
-  MSL_FN bfloat NAME(bfloat narrow) { float x = float(narrow); return bfloat(E); } \
+  bfloat NAME(bfloat) = delete;                                              \
   MSL_FOR_SIZES(MSL_COMPONENTS1, NAME, float) MSL_FOR_SIZES(MSL_COMPONENTS1, NAME, half)
 MSL_FLOAT1(exp, __builtin_expf(x))
 MSL_FLOAT1(exp2, __builtin_exp2f(x))
@@ -59,7 +59,7 @@ MSL_FLOAT1(sign, float((x > 0.0f) - (x < 0.0f)))
 #define MSL_FLOAT2(NAME, E)                                                                        \
   MSL_FN float NAME(float x, float y) { return E; }                                                \
   MSL_FN half NAME(half a, half b) { float x = float(a), y = float(b); return half(E); }           \
-  MSL_FN bfloat NAME(bfloat a, bfloat b) { float x = float(a), y = float(b); return bfloat(E); }   \
+  bfloat NAME(bfloat, bfloat) = delete;                                                            \
   MSL_FOR_SIZES(MSL_COMPONENTS2, NAME, float) MSL_FOR_SIZES(MSL_COMPONENTS2, NAME, half)
 MSL_FLOAT2(pow, __builtin_powf(x, y))
 MSL_FLOAT2(powr, __builtin_powf(x, y))
@@ -76,10 +76,7 @@ MSL_FLOAT2(max, __builtin_fmaxf(x, y))
 #define MSL_FLOAT3(NAME, E)                                                                                    \
   MSL_FN float NAME(float x, float y, float z) { return E; }                                                   \
   MSL_FN half NAME(half a, half b, half c) { float x = float(a), y = float(b), z = float(c); return half(E); } \
-  MSL_FN bfloat NAME(bfloat a, bfloat b, bfloat c) {                                                           \
-    float x = float(a), y = float(b), z = float(c);                                                            \
-    return bfloat(E);                                                                                          \
-  }                                                                                                            \
+  bfloat NAME(bfloat, bfloat, bfloat) = delete;                                                                \
   MSL_FOR_SIZES(MSL_COMPONENTS3, NAME, float) MSL_FOR_SIZES(MSL_COMPONENTS3, NAME, half)
 MSL_FLOAT3(fma, __builtin_fmaf(x, y, z))
 MSL_FLOAT3(mix, x + (y - x) * z)

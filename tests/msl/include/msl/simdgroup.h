@@ -37,17 +37,18 @@ MSL_FN Result collective(Operand operand, const char* operation, msl::Site site,
   return result;
 }
 
-// What simdgroup functions take: scalars and vectors of numbers, no bool and no 64-bit integers.
+// What simdgroup functions take: scalars and vectors of numbers, no bool, no 64-bit integers, and no bfloat: the
+// language has it, but compilers for Apple's GPUs have been seen to refuse it.
 template <class T>
 constexpr bool in_simdgroup() {
   typedef typename elements<T>::type E;
-  return is_arithmetic_v<E> && !is_same_v<E, bool> && sizeof(T) <= 16 && (sizeof(E) < 8 || is_floating_point_v<E>);
+  return is_arithmetic_v<E> && sizeof(E) < 8 && sizeof(T) <= 16 && !is_same_v<E, bool> && !is_same_v<E, bfloat>;
 }
 
 MSL_FN void simdgroup_barrier(mem_flags flags, MSL_HERE) {
-  if (flags != mem_flags::mem_none) msl::order_simdgroup(true);
+  msl::order_simdgroup(uint(flags), true);
   collective<int>(0, "simdgroup_barrier", site, [](msl::Simdgroup&) {});
-  if (flags != mem_flags::mem_none) msl::order_simdgroup(false);
+  msl::order_simdgroup(uint(flags), false);
 }
 
 // Pairs of lanes 1, 2, 4, 8 and 16 apart; lanes that do not exist add nothing.

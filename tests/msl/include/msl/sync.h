@@ -14,6 +14,6 @@ enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 
 constexpr MSL_FN mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
 
 MSL_FN void threadgroup_barrier(mem_flags flags, MSL_HERE) {
-  msl::threadgroup_barrier(flags != mem_flags::mem_none, site);
+  msl::threadgroup_barrier(uint(flags), site);
 }
 }  // namespace metal
