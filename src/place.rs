@@ -6,7 +6,7 @@ use candle_core::Device;
 /// A device by the name that command lines give it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Place {
-    /// The CPU, until every op of a model has a Metal kernel.
+    /// The CPU, until Metal's kernels have been seen to run on a Mac.
     #[default]
     Auto,
     /// The CPU.
