@@ -273,9 +273,10 @@ impl fmt::Display for ProfileReport {
                 Phase::Prompt => "of several tokens (prompt)",
                 Phase::Generation => "of one token (generation)",
             };
+            let noun = if phase.passes == 1 { "pass" } else { "passes" };
             write!(
                 f,
-                "\n\n{} passes {passes}: {:.1} ms",
+                "\n\n{} {noun} {passes}: {:.1} ms",
                 phase.passes, phase.total_ms
             )?;
             table(f, "op", &phase.ops)?;
