@@ -39,7 +39,7 @@ pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn Fn
     let Ok(needs) = options.model.clone().map_or_else(Needs::flash, Ok) else {
         return;
     };
-    let bytes = needs.bytes(options.context, CacheFormat::F32) + ACTIVATIONS;
+    let bytes = needs.bytes(options.context, CacheFormat::Half) + ACTIVATIONS;
     let found = format!(
         "{} for the GPU; {} with {} tokens takes {}",
         gb(gpu.working_set),

@@ -28,9 +28,10 @@ pub const MACS: [u64; 12] = [8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 256, 512];
 /// What a number of the cache is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheFormat {
-    /// As [`Model`](crate::models::glm4_moe_lite::Model) keeps it.
+    /// As [`Model`](crate::models::glm4_moe_lite::Model) keeps it on the CPU.
     F32,
-    /// F16 or BF16, which a [`TokenCache`](crate::nn::TokenCache) can hold.
+    /// F16 or BF16; on a GPU the latter unless [`LoadOptions::activations`](crate::checkpoint::LoadOptions::activations)
+    /// says otherwise.
     Half,
 }
 
