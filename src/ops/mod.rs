@@ -2,9 +2,9 @@
 //!
 //! Weights live in the op's struct as bytes where they lie; only activations are tensors. Inputs may be
 //! strided, offset or of any leading shape; computation is in f32 whatever the activations' dtype, which is
-//! the output's as well. On the CPU the kernels are [`cpu`](crate::cpu)'s; on Metal the linear ops with FP4 weights run
-//! launch plans of [`metal`](crate::metal), and every other op answers with an error: it has no kernel yet. There is no
-//! backward pass: FP4 weights are not trained.
+//! the output's as well. On the CPU the kernels are [`cpu`](crate::cpu)'s; on Metal the linear ops with FP4 weights, experts,
+//! gated MLPs and routers run launch plans of [`metal`](crate::metal), and every other op answers with an error: it has no
+//! kernel yet. There is no backward pass: FP4 weights are not trained.
 
 mod activations;
 mod add;
