@@ -39,7 +39,7 @@ static constant constexpr ushort TILE = 32;
 // Rows in threadgroup memory are this much longer than a tile: eight rows of a fragment begin in different banks.
 static constant constexpr ushort PAD = 4;
 
-static inline float not_a_number() { return as_type<float>(0x7fc00000u); }
+static inline float or_nan(bool there, float value) { return there ? value : as_type<float>(0x7fc00000u); }
 
 static inline float swiglu(float gate, float up) { return gate / (1.0f + exp(-gate)) * up; }
 
@@ -144,7 +144,7 @@ template <typename T>
         const float up = simd_sum(sums[ROWS + r]) * fp4::UNIT;
         if (lane == 0 && first + r < width) {
             const ulong to = (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
-            h[to + first + r] = known ? moe::swiglu(gate, up) : moe::not_a_number();
+            h[to + first + r] = moe::or_nan(known, moe::swiglu(gate, up));
         }
     }
 }
@@ -205,7 +205,7 @@ template <typename T>
             if (routed) {
                 const uint id = ids[token * args.top_k + index];
                 expert = id < args.experts ? id : 0;
-                weight = id < args.experts ? weights[token * args.top_k + index] : moe::not_a_number();
+                weight = moe::or_nan(id < args.experts, weights[token * args.top_k + index]);
             }
         }
 
@@ -411,7 +411,7 @@ template <typename T, bool GATE_UP>
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    using namespace moe;
+    constexpr ushort TILE = moe::TILE, PAD = moe::PAD;
     threadgroup T tile_x[TILE][TILE + PAD];
     threadgroup T tile_w[TILE][TILE + PAD];
     // Of each row of the weights, of each 16 along K.
@@ -529,7 +529,7 @@ template <typename T, bool GATE_UP>
                     const uint to_column = first_row + left / 2 + at.y + e;
                     const float gate = sums[i][0].thread_elements()[e], up = sums[i][1].thread_elements()[e];
                     if (to_row < count && to_column < n) {
-                        out[to + to_column] = swiglu(gate, up);
+                        out[to + to_column] = moe::swiglu(gate, up);
                     }
                 } else {
                     for (ushort j = 0; j < 2; j++) {
@@ -571,13 +571,14 @@ template <typename T>
         float4 sum = float4(0.0f);
         if (moe::ROUTED) {
             for (uint slot = 0; slot < args.top_k; slot++) {
-                // What no expert wrote is not read.
-                if (ids[token * args.top_k + slot] < args.experts) {
-                    const float weight = weights[token * args.top_k + slot];
-                    sum += *(device const float4*)(z + (first + slot) * args.d + column) * weight;
-                } else {
-                    sum = float4(moe::not_a_number());
+                // No tile wrote z of an id that names no expert.
+                const bool known = ids[token * args.top_k + slot] < args.experts;
+                const float weight = moe::or_nan(known, weights[token * args.top_k + slot]);
+                float4 value = float4(1.0f);
+                if (known) {
+                    value = *(device const float4*)(z + (first + slot) * args.d + column);
                 }
+                sum += value * weight;
             }
         }
         for (uint slot = args.top_k; slot < args.top_k + args.shared; slot++) {

@@ -22,9 +22,9 @@
 
 #include "args.h"
 
-namespace router {
-
 using namespace metal;
+
+namespace router {
 
 // How the weight is stored.
 enum : ushort { F16 = 0, BF16 = 1, F32 = 2 };
@@ -132,20 +132,19 @@ template <typename T, ushort M>
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    using namespace router;
-    threadgroup float scores[M][MOST_EXPERTS];
-    threadgroup uint keys[M][MOST_EXPERTS];
-    threadgroup uint group_keys[M][MOST_EXPERTS];
-    threadgroup uint chosen[M][MOST_CHOSEN];
+    threadgroup float scores[M][router::MOST_EXPERTS];
+    threadgroup uint keys[M][router::MOST_EXPERTS];
+    threadgroup uint group_keys[M][router::MOST_EXPERTS];
+    threadgroup uint chosen[M][router::MOST_CHOSEN];
 
     // Tokens and experts that are not there are read as the last one, and not written.
     device const T* rows_of_x[M];
     for (ushort m = 0; m < M; m++) {
         rows_of_x[m] = x + ulong(min(group * M + m, args.tokens - 1)) * args.x_row;
     }
-    for (uint first = simdgroup * ROWS; first < args.experts; first += SIMDGROUPS * ROWS) {
-        float sums[ROWS][M];
-        for (ushort r = 0; r < ROWS; r++) {
+    for (uint first = simdgroup * router::ROWS; first < args.experts; first += router::SIMDGROUPS * router::ROWS) {
+        float sums[router::ROWS][M];
+        for (ushort r = 0; r < router::ROWS; r++) {
             for (ushort m = 0; m < M; m++) {
                 sums[r][m] = 0.0f;
             }
@@ -153,16 +152,16 @@ template <typename T, ushort M>
         for (uint start = lane * 4; start < args.d; start += 32 * 4) {
             float4 four[M];
             for (ushort m = 0; m < M; m++) {
-                four[m] = of_x(rows_of_x[m], start, args.d);
+                four[m] = router::of_x(rows_of_x[m], start, args.d);
             }
-            for (ushort r = 0; r < ROWS; r++) {
-                const float4 weight = of_gate(gate, min(first + r, args.experts - 1), start, args.d);
+            for (ushort r = 0; r < router::ROWS; r++) {
+                const float4 weight = router::of_gate(gate, min(first + r, args.experts - 1), start, args.d);
                 for (ushort m = 0; m < M; m++) {
                     sums[r][m] += dot(weight, four[m]);
                 }
             }
         }
-        for (ushort r = 0; r < ROWS; r++) {
+        for (ushort r = 0; r < router::ROWS; r++) {
             for (ushort m = 0; m < M; m++) {
                 const float logit = simd_sum(sums[r][m]);
                 if (lane == 0 && first + r < args.experts) {
@@ -177,12 +176,12 @@ template <typename T, ushort M>
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // From here on 512 / M threads have a token.
-    constexpr ushort SHARE = THREADS / M;
+    constexpr ushort SHARE = router::THREADS / M;
     const ushort mine = thread_index / SHARE, place = thread_index % SHARE;
     for (uint expert = place; expert < args.experts; expert += SHARE) {
         const float score = 1.0f / (1.0f + precise::exp(-scores[mine][expert]));
         scores[mine][expert] = score;
-        keys[mine][expert] = key(score + bias[expert]);
+        keys[mine][expert] = router::key(score + bias[expert]);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -196,18 +195,18 @@ template <typename T, ushort M>
                 second = max(second, min(best, next));
                 best = max(best, next);
             }
-            const float score = value(best) + (size > 1 ? value(second) : 0.0f);
-            group_keys[mine][index] = key(score);
+            const float score = router::value(best) + (size > 1 ? router::value(second) : 0.0f);
+            group_keys[mine][index] = router::key(score);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint expert = place; expert < args.experts; expert += SHARE) {
             const uint own = expert / size;
             uint rank = 0;
             for (uint other = 0; other < args.groups; other++) {
-                rank += before(group_keys[mine][other], other, group_keys[mine][own], own) ? 1 : 0;
+                rank += router::before(group_keys[mine][other], other, group_keys[mine][own], own) ? 1 : 0;
             }
             if (rank >= args.chosen_groups) {
-                keys[mine][expert] = OUT;
+                keys[mine][expert] = router::OUT;
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -217,7 +216,7 @@ template <typename T, ushort M>
         const uint own = keys[mine][expert];
         uint rank = 0;
         for (uint other = 0; other < args.experts; other++) {
-            rank += before(keys[mine][other], other, own, expert) ? 1 : 0;
+            rank += router::before(keys[mine][other], other, own, expert) ? 1 : 0;
         }
         if (rank < args.top_k) {
             chosen[mine][rank] = expert;

@@ -546,17 +546,18 @@ impl Mixture<'_> {
         self.tokens * (self.top_k() * self.stack.widths[0] + self.stack.shared * self.stack.widths[1])
     }
 
-    /// Bytes of a matrix `[width, d]` of each expert that slots can go to, so stored.
-    fn of_weights(&self, stored: Stored) -> u64 {
+    /// Bytes of `matrices` `[width, d]` of each expert that slots can go to, so stored, and of their places.
+    fn of_weights(&self, matrices: usize, stored: Stored) -> u64 {
         let chosen = (self.tokens * self.top_k()).min(self.stack.routed);
         let rows = chosen * self.stack.widths[0] + self.stack.shared * self.stack.widths[1];
-        let elements = rows * self.stack.d;
-        (elements / 2 + elements / stored.group * stored.kind.size()) as u64
+        let elements = matrices * rows * self.stack.d;
+        let places = (chosen + self.stack.shared) * size_of::<MoePlace>();
+        (elements / 2 + elements / stored.group * stored.kind.size() + places) as u64
     }
 
     fn work_of_gate_up(&self) -> Work {
         Work {
-            weights: 2 * self.of_weights(self.stack.gate_up),
+            weights: self.of_weights(2, self.stack.gate_up),
             read: self.of_tokens(self.dtype) + self.of_slots(size_of::<u32>()),
             written: (self.gated() * size_of::<f32>()) as u64,
             operations: (2 * 2 * self.gated() * self.stack.d) as u64,
@@ -566,7 +567,7 @@ impl Mixture<'_> {
     /// Of down by tiles: an output a slot.
     fn work_of_down(&self) -> Work {
         Work {
-            weights: self.of_weights(self.stack.down),
+            weights: self.of_weights(1, self.stack.down),
             read: (self.gated() * size_of::<f32>()) as u64,
             written: self.per_token() as u64 * self.of_tokens(DType::F32),
             operations: (2 * self.gated() * self.stack.d) as u64,

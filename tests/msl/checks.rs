@@ -132,7 +132,7 @@ fn fast_math_changes_no_more_than_rounding() {
         ..Options::default()
     });
     let host = Host::load(&library).unwrap();
-    for work in subset() {
+    for work in subset().into_iter().filter(|work| !work.expects_nan()) {
         assert_eq!(work.failure_on(&host), None, "{}", work.name);
     }
 }

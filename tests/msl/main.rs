@@ -45,16 +45,14 @@ pub fn bound(dtype: candle_core::DType) -> f64 {
     }
 }
 
-/// `Σ (a - e)² / Σ e²`; NaN counts as infinite.
+/// `Σ (a - e)² / Σ e²`; NaN counts as infinite, but for one that is expected.
 pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(actual.len(), expected.len());
     let square = |v: f64| v * v;
-    let differences = actual
-        .iter()
-        .zip(expected)
-        .map(|(a, e)| f64::from(*a) - f64::from(*e));
-    let error: f64 = differences.map(square).sum();
-    let norm: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
+    let other = |(a, e): &(&f32, &f32)| !(a.is_nan() && e.is_nan());
+    let pairs = || actual.iter().zip(expected).filter(other);
+    let error: f64 = pairs().map(|(a, e)| square(f64::from(*a) - f64::from(*e))).sum();
+    let norm: f64 = pairs().map(|(_, e)| square(f64::from(*e))).sum();
     match error {
         0.0 => 0.0,
         _ if error.is_nan() => f64::INFINITY,

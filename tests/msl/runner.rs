@@ -58,6 +58,13 @@ impl Work {
         })
     }
 
+    /// Whether NaN is to come out, of which fast math promises nothing.
+    pub fn expects_nan(&self) -> bool {
+        self.expected
+            .iter()
+            .any(|expected| expected.values.iter().any(|v| v.is_nan()))
+    }
+
     /// Runs it with kernels of this process; what went wrong.
     pub fn failure_on(&self, host: &Host) -> Option<String> {
         let mut memories: Vec<_> = self.recorded.operands.iter().map(Memory::of).collect();

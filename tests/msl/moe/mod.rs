@@ -211,6 +211,71 @@ fn mixtures_of_factors_are_taken_where_they_agree() {
     }
 }
 
+/// The floor of each launch: every byte once, however tiles and slots share them.
+#[cfg(target_os = "linux")]
+#[test]
+fn launches_tell_what_they_move_and_compute() {
+    use candle_mmfp4::metal::host::Host;
+    use candle_mmfp4::metal::plan::Work;
+    let works = |case: Case| {
+        let (op, x) = (case.op(), case.x().unwrap());
+        let (ids, weights) = (case.of_slots(&case.ids()), case.of_slots(&case.weights()));
+        let host = std::sync::Arc::new(Host::recorder(false));
+        host.install(|| op.forward(&x, &ids, &weights)).unwrap();
+        let launches = host.recorded().remove(0).plan.launches;
+        launches.into_iter().map(|launch| launch.work).collect::<Vec<_>>()
+    };
+    // Two of five routed experts of 32 × 64, and one shared: codes of half a byte, scales of two bytes a group of 32.
+    let case = Case {
+        dtype: DType::F16,
+        ..Case::default()
+    };
+    let matrices = |experts: u64, count: u64| experts * (count * (32 * 64 / 2 + 32 * 64 / 32 * 2) + 64);
+    let h = 3 * 32 * 4;
+    let expected = [
+        Work {
+            weights: matrices(3, 2),
+            read: 64 * 2 + 2 * 4,
+            written: h,
+            operations: 3 * 2 * 2 * 32 * 64,
+        },
+        Work {
+            weights: matrices(3, 1),
+            read: h + 2 * 8,
+            written: 64 * 2,
+            operations: 3 * 2 * 32 * 64,
+        },
+    ];
+    assert_eq!(works(case), expected);
+    // All six, by 30 tokens; 60 slots of five experts are at most (60 + 5 · 31) / 32 tiles, those of the shared one are one.
+    let (h, z) = (30 * h, 30 * 3 * 64 * 4);
+    let expected = [
+        Work {
+            read: 60 * 4,
+            written: 90 * 4 + 7 * 12,
+            ..Work::default()
+        },
+        Work {
+            weights: matrices(6, 2),
+            read: 30 * 64 * 2 + 60 * 4,
+            written: h,
+            operations: 90 * 2 * 2 * 32 * 64,
+        },
+        Work {
+            weights: matrices(6, 1),
+            read: h,
+            written: z,
+            operations: 90 * 2 * 32 * 64,
+        },
+        Work {
+            read: z + 60 * 8,
+            written: 30 * 64 * 2,
+            ..Work::default()
+        },
+    ];
+    assert_eq!(works(Case { tokens: 30, ..case }), expected);
+}
+
 /// On Linux the CPU runs what no kernel takes; a device refuses it.
 #[cfg(target_os = "linux")]
 #[test]

@@ -13,7 +13,7 @@ pub fn all() -> Vec<Work> {
     let mixtures = mixtures();
     let mixtures = mixtures.iter().map(mixture);
     let mlps = [1, 34].map(mlp);
-    let unknown = [2, 12].map(unknown);
+    let unknown = [2, 32].map(unknown);
     let routers = routers();
     mixtures
         .chain(mlps)
@@ -53,19 +53,36 @@ fn mlp(tokens: usize) -> Work {
     record(name, |_| op.forward(&x), expected(values, case.dtype))
 }
 
-/// Ids that name no expert: all that is expected is that nothing is read or written where it should not be.
+/// Ids that name no expert. Of many tokens each has an expert of its own: there is room for not one tile more.
 fn unknown(tokens: usize) -> Work {
     let case = Case {
         tokens,
+        top_k: 1,
+        experts: tokens - 1,
+        d: 32,
         ..Case::default()
     };
-    let mut ids = case.ids();
-    ids[0] = u32::MAX;
-    ids[3] = case.experts as u32;
-    let (op, x, ids) = (case.op(), case.x().unwrap(), case.of_slots(&ids));
-    let weights = case.of_slots(&case.weights());
+    let (op, right) = (case.op(), case.ids());
+    let mut ids = right.clone();
+    // One that would be a shared expert's, and where there is another one, one that is far off.
+    ids[tokens - 1] = case.experts as u32;
+    if tokens == 2 {
+        ids[0] = u32::MAX;
+    }
+    let mut values = case.expected(&op, &right);
+    for (row, id) in values.chunks_exact_mut(case.d).zip(&ids) {
+        if *id as usize >= case.experts {
+            row.fill(f32::NAN);
+        }
+    }
+    let (x, ids, weights) = (
+        case.x().unwrap(),
+        case.of_slots(&ids),
+        case.of_slots(&case.weights()),
+    );
     let name = format!("ids of no expert {case:?}");
-    record(name, |_| op.forward(&x, &ids, &weights), Vec::new())
+    let forward = |_: &_| op.forward(&x, &ids, &weights);
+    record(name, forward, expected(values, case.dtype))
 }
 
 fn mixtures() -> Vec<Case> {
