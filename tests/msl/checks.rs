@@ -88,10 +88,10 @@ fn any_schedule_gives_the_same_numbers() {
     if !available() {
         return;
     }
-    let library = library(Options::default());
+    let (library, works) = (library(Options::default()), subset());
     for seed in 1..=8 {
         let host = Host::load(&library).unwrap().with_seed(seed);
-        for work in subset() {
+        for work in &works {
             let failure = work.failure_on(&host);
             assert_eq!(failure, None, "seed {seed}, {}", work.name);
         }
@@ -142,6 +142,7 @@ fn more_threadgroups_than_needed_along_x_and_y_do_nothing() {
     if !available() {
         return;
     }
+    let works = linear::works::all();
     for sanitize in [Sanitize::Addresses, Sanitize::Threads] {
         let program = library(Options {
             sanitize,
@@ -149,7 +150,7 @@ fn more_threadgroups_than_needed_along_x_and_y_do_nothing() {
             ..Options::default()
         });
         for axis in 0..2 {
-            for work in linear::works::all() {
+            for work in &works {
                 let more = work.changed(|plan| {
                     plan.launches
                         .iter_mut()

@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! cargo test --release --features msl-host --test msl                         # some minutes
-//! MMFP4_MSL_FULL=1 cargo test --release --features msl-host --test msl        # everything, by hand
+//! MMFP4_MSL_FULL=1 cargo test --release --features msl-host --test msl        # everything, by hand: some more minutes
 //! cargo test --release --features msl-host --test msl -- --ignored faults     # seeded faults: docs/metal-faults.md
 //! ```
 //!

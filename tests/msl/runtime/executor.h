@@ -71,13 +71,6 @@ void* shared_memory(unsigned long size, int id, const char* name);
 bool begin_collective(const char* operation, Site);
 void end_collective();
 
-// simdgroup_load and simdgroup_store: every lane must do the same ones, from the same place. No rendezvous, for speed:
-// the next one compares. The race detector is not to see it: the fiber's next threadgroup is no thread that it knows.
-__attribute__((no_sanitize("thread"))) inline void add_to_trail(Site site, unsigned long what) {
-  if (current->simdgroup->members != ~0u) fail_at("simdgroup_load or _store", site, "in less than 32 threads");
-  current->trail = (current->trail ^ what ^ (unsigned long)(site.line) << 32) * 0x9E3779B97F4A7C15ul;
-}
-
 // Keeps the runtime's own memory traffic out of the race detector's sight.
 #ifdef MSL_SANITIZE_THREAD
 extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
@@ -93,4 +86,12 @@ struct Unobserved {
   ~Unobserved() {}  // not trivial: its variables are not unused
 };
 #endif
+
+// simdgroup_load and simdgroup_store: every lane must do the same ones, from the same place. No rendezvous, for speed:
+// the next one compares.
+inline void add_to_trail(Site site, unsigned long what) {
+  Unobserved unobserved;
+  if (current->simdgroup->members != ~0u) fail_at("simdgroup_load or _store", site, "in less than 32 threads");
+  current->trail = (current->trail ^ what ^ (unsigned long)(site.line) << 32) * 0x9E3779B97F4A7C15ul;
+}
 }  // namespace msl
