@@ -11,8 +11,7 @@ use crate::backend::Backend;
 use crate::linear::cases::{DTYPES, KINDS};
 use crate::{bound, nmse, values};
 use candle_core::{DType, Device, Tensor};
-use candle_mmfp4::cpu::Expert;
-use candle_mmfp4::fp4::{Bytes, DenseTensor, Factor, FloatKind, Weight};
+use candle_mmfp4::fp4::Factor;
 use candle_mmfp4::ops::FusedMoe;
 use cases::{Case, Goes, PLAIN, Stored};
 
@@ -280,6 +279,8 @@ fn launches_tell_what_they_move_and_compute() {
 #[cfg(target_os = "linux")]
 #[test]
 fn what_no_kernel_takes_is_not_launched() {
+    use candle_mmfp4::cpu::Expert;
+    use candle_mmfp4::fp4::{Bytes, DenseTensor, FloatKind, Weight};
     use candle_mmfp4::metal::host::Host;
     let case = Case::default();
     let plain = case.op();
