@@ -27,10 +27,12 @@ constant bool WIDE [[function_constant(3)]];
 // What decoded codes are to be multiplied by.
 constant float UNIT = 16384.0f;
 
-// Codes `from` and `from + 4` of a word, divided by UNIT.
+// Codes `from` and `from + 4` of a word, divided by UNIT. Each code stands at bits 9 to 12 of its half; adding seven to its
+// sign, carried, moves the sign to bit 15.
 static inline float2 pair(uint word, ushort from) {
-    const uint codes = word >> (4 * from);
-    return float2(as_type<half2>(((codes & 0x00070007u) << 9) | ((codes & 0x00080008u) << 12)));
+    const uint codes = word & (0x000f000fu << (4 * from));
+    const uint placed = from < 3 ? codes << (9 - 4 * from) : codes >> 3;
+    return float2(as_type<half2>((placed + 0x70007000u) & 0x8e008e00u));
 }
 
 // A word's eight codes in order, divided by UNIT.
