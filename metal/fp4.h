@@ -20,8 +20,8 @@ enum : ushort { NO_FACTOR = 0, MULTIPLIED = 1, DIVIDED = 2 };
 constant ushort SCALE_KIND [[function_constant(0)]];
 constant ushort GROUP [[function_constant(1)]];
 constant ushort FACTOR [[function_constant(2)]];
-// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and rows of activations begin at a multiple
-// of four elements: the host has checked it.
+// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and activations lie as the kernel's widest
+// loads want it: the host has checked it.
 constant bool WIDE [[function_constant(3)]];
 
 // What decoded codes are to be multiplied by.

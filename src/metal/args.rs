@@ -16,14 +16,19 @@ pub(super) struct LinearArgs {
     pub weight_row: u32,
     pub weight_head: u32,
     pub factor: f32,
+    pub second_n: u32,
+    pub second_factor: f32,
+    pub eps: f32,
 }
 
 const _: () = {
-    assert!(size_of::<LinearArgs>() == 40);
+    assert!(size_of::<LinearArgs>() == 52);
     assert!(offset_of!(LinearArgs, x_row) == 12);
     assert!(offset_of!(LinearArgs, y_row) == 20);
     assert!(offset_of!(LinearArgs, weight_row) == 28);
     assert!(offset_of!(LinearArgs, factor) == 36);
+    assert!(offset_of!(LinearArgs, second_n) == 40);
+    assert!(offset_of!(LinearArgs, eps) == 48);
 };
 
 impl LinearArgs {
@@ -40,8 +45,155 @@ impl LinearArgs {
             self.weight_row,
             self.weight_head,
             self.factor.to_bits(),
+            self.second_n,
+            self.second_factor.to_bits(),
+            self.eps.to_bits(),
         ];
         words.into_iter().flat_map(u32::to_ne_bytes).collect()
+    }
+}
+
+/// A norm of rows, of sums of rows with another operand's.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct NormArgs {
+    pub d: u32,
+    pub x_row: u32,
+    pub delta_row: u32,
+    pub eps: f32,
+}
+
+/// Rotary position embedding.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct RopeArgs {
+    pub heads: u32,
+    pub pairs: u32,
+    pub x_token: u32,
+    pub x_head: u32,
+    pub cos_row: u32,
+    pub sin_row: u32,
+}
+
+/// What MLA keeps of a token, and its queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct LatentArgs {
+    pub latent: u32,
+    pub pairs: u32,
+    pub kv_row: u32,
+    pub cos_row: u32,
+    pub sin_row: u32,
+    pub heads: u32,
+    pub q_token: u32,
+    pub q_head: u32,
+    pub eps: f32,
+}
+
+/// A sum of rows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct AddArgs {
+    pub d: u32,
+    pub x_row: u32,
+    pub delta_row: u32,
+}
+
+/// A product with a weight in floating point.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct DenseArgs {
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+    pub x_row: u32,
+    pub x_head: u32,
+    pub y_row: u32,
+    pub y_head: u32,
+    pub weight_row: u32,
+    pub weight_head: u32,
+}
+
+const _: () = {
+    assert!(size_of::<NormArgs>() == 16);
+    assert!(offset_of!(NormArgs, eps) == 12);
+    assert!(size_of::<RopeArgs>() == 24);
+    assert!(offset_of!(RopeArgs, cos_row) == 16);
+    assert!(size_of::<LatentArgs>() == 36);
+    assert!(offset_of!(LatentArgs, cos_row) == 12);
+    assert!(offset_of!(LatentArgs, heads) == 20);
+    assert!(offset_of!(LatentArgs, eps) == 32);
+    assert!(size_of::<AddArgs>() == 12);
+    assert!(offset_of!(AddArgs, delta_row) == 8);
+    assert!(size_of::<DenseArgs>() == 36);
+    assert!(offset_of!(DenseArgs, x_row) == 12);
+    assert!(offset_of!(DenseArgs, weight_row) == 28);
+};
+
+/// Words as a kernel reads them.
+fn words(words: impl IntoIterator<Item = u32>) -> Vec<u8> {
+    words.into_iter().flat_map(u32::to_ne_bytes).collect()
+}
+
+impl NormArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([self.d, self.x_row, self.delta_row, self.eps.to_bits()])
+    }
+}
+
+impl RopeArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([
+            self.heads,
+            self.pairs,
+            self.x_token,
+            self.x_head,
+            self.cos_row,
+            self.sin_row,
+        ])
+    }
+}
+
+impl LatentArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([
+            self.latent,
+            self.pairs,
+            self.kv_row,
+            self.cos_row,
+            self.sin_row,
+            self.heads,
+            self.q_token,
+            self.q_head,
+            self.eps.to_bits(),
+        ])
+    }
+}
+
+impl AddArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([self.d, self.x_row, self.delta_row])
+    }
+}
+
+impl DenseArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([
+            self.m,
+            self.n,
+            self.k,
+            self.x_row,
+            self.x_head,
+            self.y_row,
+            self.y_head,
+            self.weight_row,
+            self.weight_head,
+        ])
     }
 }
 
@@ -62,9 +214,36 @@ mod tests {
             weight_row: 8,
             weight_head: 9,
             factor: 0.1,
+            second_n: 10,
+            second_factor: 0.2,
+            eps: 1e-5,
         };
-        // SAFETY: the struct is ten words without gaps.
-        let words = unsafe { std::mem::transmute::<LinearArgs, [u8; 40]>(args) };
+        // SAFETY: the struct is thirteen words without gaps.
+        let words = unsafe { std::mem::transmute::<LinearArgs, [u8; 52]>(args) };
         assert_eq!(args.bytes(), words);
+    }
+
+    #[test]
+    fn bytes_of_the_others_too() {
+        let (norm, eps) = ([1, 2, 3, 0.1f32.to_bits()], 0.1);
+        let args = NormArgs {
+            d: 1,
+            x_row: 2,
+            delta_row: 3,
+            eps,
+        };
+        // SAFETY: each struct is words without gaps, as many as its array.
+        unsafe {
+            assert_eq!(std::mem::transmute::<NormArgs, [u32; 4]>(args), norm);
+            assert_eq!(args.bytes(), words(norm));
+            let rope = std::mem::transmute::<[u32; 6], RopeArgs>([1, 2, 3, 4, 5, 6]);
+            assert_eq!(rope.bytes(), words(1..=6));
+            let latent = std::mem::transmute::<[u32; 9], LatentArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9]);
+            assert_eq!(latent.bytes(), words(1..=9));
+            let add = std::mem::transmute::<[u32; 3], AddArgs>([1, 2, 3]);
+            assert_eq!(add.bytes(), words(1..=3));
+            let dense = std::mem::transmute::<[u32; 9], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9]);
+            assert_eq!(dense.bytes(), words(1..=9));
+        }
     }
 }

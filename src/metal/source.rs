@@ -19,7 +19,7 @@ macro_rules! files {
 pub const HEADERS: &[File] = files!("args.h", "fp4.h");
 
 /// The kernels, a family of ops a file.
-pub const KERNELS: &[File] = files!("linear.metal");
+pub const KERNELS: &[File] = files!("linear.metal", "norm_rope.metal", "dense.metal");
 
 /// All of it as one text, which needs no files beside it: headers first, once.
 pub fn library() -> String {

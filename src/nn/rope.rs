@@ -18,6 +18,18 @@ pub struct Angles {
     sin: Tensor,
 }
 
+impl Angles {
+    /// Cosines `[tokens, d/2]`, F32.
+    pub fn cos(&self) -> &Tensor {
+        &self.cos
+    }
+
+    /// Sines `[tokens, d/2]`, F32.
+    pub fn sin(&self) -> &Tensor {
+        &self.sin
+    }
+}
+
 impl RotaryEmbedding {
     /// For heads of `d` (even) rotated elements with base `theta`.
     pub fn new(d: usize, theta: f32, pairing: Pairing) -> Self {

@@ -1,9 +1,13 @@
 //! Sums of activations.
 
 use super::activations::{from_f32, to_f32};
-use crate::Error;
+use super::planned::{self, Planned};
+use super::rows::rows;
 use crate::cpu::{self, Executor};
-use candle_core::{CpuStorage, CustomOp2, Layout, MetalStorage, Shape, Tensor};
+use crate::metal::norm_rope::{self, Rows};
+use crate::{Error, Result};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, MetalStorage, Shape, Tensor};
 
 const OP: &str = "mmfp4-add";
 
@@ -18,8 +22,63 @@ impl Add {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
-        a.apply_op2_no_bwd(b, self)
+        planned::prepared(a, 1)?.apply_op2_no_bwd(&planned::prepared(b, 1)?, self)
     }
+
+    /// What a device runs.
+    fn planned(
+        self,
+        (a, dtype): (&Layout, DType),
+        (b, of_b): (&Layout, DType),
+    ) -> Result<Option<Planned<'static, 1>>> {
+        check(OP, ("b", "a"), (a, dtype), (b, of_b))?;
+        let (count, d) = (a.shape().elem_count(), a.dims().last().copied().unwrap_or(1));
+        let together = |layout: &Layout, operand| Rows {
+            operand,
+            offset: layout.start_offset() * dtype.size_in_bytes(),
+            row: count,
+        };
+        let (rows_of, d) = match a.is_contiguous() && b.is_contiguous() {
+            true => ([together(a, 0), together(b, 1)], count),
+            false => ([rows(OP, "a", a, dtype, 0)?, rows(OP, "b", b, dtype, 1)?], d),
+        };
+        let launches = match count {
+            0 => Vec::new(),
+            _ => {
+                let [a, b] = rows_of;
+                let add = norm_rope::Add {
+                    dtype,
+                    rows: count / d,
+                    d,
+                    a,
+                    b,
+                    y: 2,
+                };
+                vec![add.launch()?]
+            }
+        };
+        Ok(Some(Planned {
+            launches,
+            bytes: Vec::new(),
+            outputs: [(a.shape().clone(), dtype)],
+            scratch: Vec::new(),
+        }))
+    }
+}
+
+/// Refuses tensors of different shapes or dtypes; names the second, and the first in its words.
+pub(super) fn check(
+    op: &'static str,
+    (name, first): (&'static str, &'static str),
+    (a, of_a): (&Layout, DType),
+    (b, of_b): (&Layout, DType),
+) -> Result<()> {
+    if a.dims() == b.dims() && of_a == of_b {
+        return Ok(());
+    }
+    let expected = format!("{:?} in {of_a:?}, as `{first}`", a.dims());
+    let found = format!("shape {:?} in {of_b:?}", b.dims());
+    Err(Error::argument(op, name, expected, found))
 }
 
 impl CustomOp2 for Add {
@@ -34,11 +93,11 @@ impl CustomOp2 for Add {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        super::without_kernel(OP);
-        if a_layout.dims() != b_layout.dims() || std::mem::discriminant(a) != std::mem::discriminant(b) {
-            let expected = format!("{:?} in the same dtype, as `a`", a_layout.dims());
-            return Err(Error::argument(OP, "b", expected, format!("shape {:?}", b_layout.dims())).into());
+        let plan = || self.planned((a_layout, a.dtype()), (b_layout, b.dtype()));
+        if let Some([done]) = planned::in_place_of_cpu(OP, &[a, b], plan)? {
+            return Ok(done);
         }
+        check(OP, ("b", "a"), (a_layout, a.dtype()), (b_layout, b.dtype()))?;
         let (left, right) = (to_f32(OP, "a", a, a_layout)?, to_f32(OP, "b", b, b_layout)?);
         let mut y = vec![0.0; left.len()];
         cpu::add(&*Executor::current()?, &left, &right, &mut y);
@@ -47,12 +106,14 @@ impl CustomOp2 for Add {
 
     fn metal_fwd(
         &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
+        a: &MetalStorage,
+        a_layout: &Layout,
+        b: &MetalStorage,
+        b_layout: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        super::no_metal(OP)
+        let plan = || self.planned((a_layout, a.dtype()), (b_layout, b.dtype()));
+        let [done] = planned::on_metal(OP, &[a, b], plan)?;
+        Ok(done)
     }
 }
 

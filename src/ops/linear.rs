@@ -79,9 +79,14 @@ impl Linear {
         planned::prepared(x, 1)?.apply_op1_no_bwd(self)
     }
 
+    /// The weight, and the bias as a device's kernels read it.
+    pub(super) fn part(&self) -> (&Weight, Option<&Bytes>) {
+        (&self.weight, self.bias_bytes.as_ref())
+    }
+
     /// What a device runs; `None` for weights that no kernel takes.
     fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
-        let products = Products::with(OP, std::iter::once((&self.weight, self.bias_bytes.as_ref())));
+        let products = Products::with(OP, std::iter::once(self.part()));
         products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }
@@ -129,8 +134,8 @@ impl CustomOp1 for Linear {
     }
 }
 
-/// A bias as kernels read it.
-fn bytes_of(bias: &[f32]) -> Result<Bytes> {
+/// A bias, or a norm's weight, as kernels read it.
+pub(super) fn bytes_of(bias: &[f32]) -> Result<Bytes> {
     let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
     Bytes::copy_from(&bytes)
 }
@@ -191,8 +196,7 @@ impl JoinedLinear {
 
     /// What a device runs; `None` where a weight is one that no kernel takes.
     fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
-        let parts = self.parts.iter();
-        let products = Products::with(JOINED, parts.map(|part| (&part.weight, part.bias_bytes.as_ref())));
+        let products = Products::with(JOINED, self.parts.iter().map(Linear::part));
         products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }

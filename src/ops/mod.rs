@@ -11,10 +11,12 @@ mod add;
 mod attention;
 #[cfg(msl_host)]
 mod host;
+mod latent;
 mod linear;
 mod mlp;
 mod moe;
 mod norm;
+mod normed_linear;
 #[cfg(target_os = "macos")]
 mod on_metal;
 mod per_head;
@@ -22,14 +24,17 @@ mod planned;
 mod products;
 mod rope;
 mod route;
+mod rows;
 mod validate;
 
 pub use add::Add;
 pub use attention::Attention;
+pub use latent::LatentRows;
 pub use linear::{JoinedLinear, Linear};
 pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
-pub use norm::RmsNorm;
+pub use norm::{RmsNorm, add_norm};
+pub use normed_linear::NormedLinear;
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;

@@ -1,9 +1,11 @@
-//! Products with FP4 weights on devices that run launch plans.
+//! Products with weights on devices that run launch plans.
 
 use super::planned::{Planned, row_stride};
 use crate::cpu::HeadRows;
-use crate::fp4::{Bytes, Fp4Tensor, Weight};
-use crate::metal::linear::{Direction, Operands, Product};
+use crate::fp4::{Bytes, Weight};
+use crate::metal::linear::Direction;
+use crate::metal::plan::Launch;
+use crate::metal::{dense, linear};
 use crate::{Error, Result};
 use candle_core::{DType, Layout};
 
@@ -12,13 +14,15 @@ pub(super) struct Products<'a> {
     op: &'static str,
     direction: Direction,
     parts: Vec<Part<'a>>,
+    /// An RMS norm of the activations, its weight in F32 and its epsilon: for few rows and weights in FP4.
+    norm: Option<(&'a Bytes, f32)>,
     /// Whether heads are a dimension of their own, the last but one.
     per_head: bool,
 }
 
 /// A product among them.
 pub(super) struct Part<'a> {
-    pub weight: &'a Fp4Tensor,
+    pub weight: &'a Weight,
     pub rows: HeadRows,
     /// In F32.
     pub bias: Option<&'a Bytes>,
@@ -36,13 +40,12 @@ impl Part<'_> {
 }
 
 impl<'a> Products<'a> {
-    /// Products with whole weights; `None` where one is not in FP4, which no kernel takes yet.
+    /// Products with whole weights; `None` where one is in eight bits, which no kernel takes.
     pub fn with(
         op: &'static str,
         weights: impl Iterator<Item = (&'a Weight, Option<&'a Bytes>)>,
     ) -> Option<Self> {
         let parts = weights.map(|(weight, bias)| {
-            let Weight::Fp4(weight) = weight else { return None };
             let n = weight.shape().0;
             let rows = HeadRows {
                 heads: 1,
@@ -50,12 +53,13 @@ impl<'a> Products<'a> {
                 start: 0,
                 len: n,
             };
-            Some(Part { weight, rows, bias })
+            taken(weight).then_some(Part { weight, rows, bias })
         });
         Some(Self {
             op,
             direction: Direction::Rows,
             parts: parts.collect::<Option<_>>()?,
+            norm: None,
             per_head: false,
         })
     }
@@ -67,8 +71,7 @@ impl<'a> Products<'a> {
         rows: HeadRows,
         direction: Direction,
     ) -> Option<Self> {
-        let Weight::Fp4(weight) = weight else { return None };
-        Some(Self {
+        taken(weight).then_some(Self {
             op,
             direction,
             parts: vec![Part {
@@ -76,11 +79,20 @@ impl<'a> Products<'a> {
                 rows,
                 bias: None,
             }],
+            norm: None,
             per_head: true,
         })
     }
 
-    /// The launches for activations that lie so: one a part.
+    /// The same products of the activations' norm.
+    pub fn of_norm(self, weight: &'a Bytes, eps: f32) -> Self {
+        Self {
+            norm: Some((weight, eps)),
+            ..self
+        }
+    }
+
+    /// The launches for activations that lie so: one a part, or one for two parts that [fit](linear::Product::takes_beside).
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape that does not fit, and for rows that do not lie one stride apart, which
@@ -123,47 +135,146 @@ impl<'a> Products<'a> {
             .parts
             .iter()
             .map(|part| {
-                (
-                    add(part.weight.codes()),
-                    add(part.weight.scales()),
-                    part.bias.map(&mut add),
-                )
+                let regions: Vec<_> = part.weight.regions().map(&mut add).collect();
+                (regions, part.bias.map(&mut add))
             })
             .collect();
+        let normed = self.norm.map(|(weight, eps)| linear::Normed {
+            weight: add(weight),
+            eps,
+        });
         let (x, mut start) = (bytes.len(), 0);
-        let launches = self
-            .parts
-            .iter()
-            .zip(weights)
-            .map(|(part, (codes, scales, bias))| {
-                let product = Product {
-                    weight: part.weight,
-                    rows: part.rows,
-                    direction: self.direction,
-                    operands: Operands {
+        let lies = Lies {
+            dtype,
+            m,
+            x_offset: layout.start_offset() * size,
+            x_row,
+            x_head,
+            y_row: heads * to,
+            y_head: to,
+            x,
+            normed,
+        };
+        let mut launches = Vec::with_capacity(self.parts.len());
+        let mut parts = self.parts.iter().zip(&weights).peekable();
+        while let Some((part, (regions, bias))) = parts.next() {
+            let second = parts
+                .peek()
+                .and_then(|(next, (regions, bias))| match (next.weight, &regions[..]) {
+                    (Weight::Fp4(weight), &[codes, scales]) if bias.is_none() => Some(linear::Beside {
+                        weight,
                         codes,
                         scales,
-                        bias,
-                        x,
-                        y: x + 1,
-                    },
-                    dtype,
-                    m,
-                    x_offset: layout.start_offset() * size,
-                    x_row,
-                    x_head,
-                    y_offset: start * size,
-                    y_row: heads * to,
-                    y_head: to,
-                };
-                start += part.widths(self.direction).1;
-                product.launch()
-            });
+                    }),
+                    _ => None,
+                });
+            let (launch, joined) = self.launch(part, (regions, *bias), start * size, lies, second)?;
+            launches.push(launch);
+            start += part.widths(self.direction).1;
+            if joined && let Some((next, _)) = parts.next() {
+                start += next.widths(self.direction).1;
+            }
+        }
         Ok(Planned {
-            launches: launches.collect::<Result<_>>()?,
+            launches,
             bytes,
             outputs: [(dims.into(), dtype)],
             scratch: Vec::new(),
         })
     }
+
+    /// The launch of a part whose weight's regions and bias are these operands, and whether the next part's product is in it.
+    fn launch(
+        &self,
+        part: &Part<'_>,
+        (regions, bias): (&[usize], Option<usize>),
+        y_offset: usize,
+        lies: Lies,
+        next: Option<linear::Beside<'_>>,
+    ) -> Result<(Launch, bool)> {
+        let Lies {
+            dtype,
+            m,
+            x_offset,
+            x_row,
+            x_head,
+            y_row,
+            y_head,
+            x,
+            normed,
+        } = lies;
+        let (rows, direction, y) = (part.rows, self.direction, x + 1);
+        match (part.weight, regions) {
+            (Weight::Fp4(weight), &[codes, scales]) => {
+                let product = linear::Product {
+                    weight,
+                    rows,
+                    direction,
+                    operands: linear::Operands {
+                        codes,
+                        scales,
+                        bias,
+                        x,
+                        y,
+                    },
+                    dtype,
+                    m,
+                    x_offset,
+                    x_row,
+                    x_head,
+                    y_offset,
+                    y_row,
+                    y_head,
+                };
+                let beside = next.filter(|next| product.takes_beside(next.weight));
+                let launch = product.launch_with(linear::Extras { beside, normed })?;
+                Ok((launch, beside.is_some()))
+            }
+            (Weight::Dense(weight), &[region]) if normed.is_none() => dense::Product {
+                weight,
+                rows,
+                direction,
+                operands: dense::Operands {
+                    weight: region,
+                    bias,
+                    x,
+                    y,
+                },
+                dtype,
+                m,
+                x_offset,
+                x_row,
+                x_head,
+                y_offset,
+                y_row,
+                y_head,
+            }
+            .launch()
+            .map(|launch| (launch, false)),
+            (weight, _) => {
+                let found = format!("{:?} in eight bits", weight.shape());
+                Err(Error::argument(self.op, "weight", "FP4 or floating point", found))
+            }
+        }
+    }
+}
+
+/// Whether there is a kernel for such weights.
+fn taken(weight: &Weight) -> bool {
+    !matches!(weight, Weight::Int8(_))
+}
+
+/// Where activations and outputs lie, as of a plan's launches, and of what dtype they are.
+#[derive(Clone, Copy)]
+struct Lies {
+    dtype: DType,
+    m: usize,
+    x_offset: usize,
+    x_row: usize,
+    x_head: usize,
+    y_row: usize,
+    y_head: usize,
+    /// The operand; the output is the next.
+    x: usize,
+    normed: Option<linear::Normed>,
 }

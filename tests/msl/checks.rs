@@ -3,9 +3,11 @@
 use crate::backend::{Backend, available};
 use crate::linear::{self, cases};
 use crate::runner::Work;
+use crate::{dense, norm_rope};
 use candle_core::DType;
-use candle_mmfp4::cpu::HeadRows;
-use candle_mmfp4::fp4::{Format, Weight};
+use candle_mmfp4::cpu::{HeadRows, Pairing};
+use candle_mmfp4::fp4::{FloatKind, Format, Weight};
+use candle_mmfp4::metal;
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::host::{Host, Operand};
 use candle_mmfp4::metal::linear::{Direction, Operands, Product, every_kernel};
@@ -17,7 +19,8 @@ use std::process::Command;
 
 /// Runs that reach every kernel's loops and edges; what is slow runs over these.
 pub fn subset() -> Vec<Work> {
-    linear::works::all()
+    let families = [linear::works::all, norm_rope::works::all, dense::works::all];
+    families.into_iter().flat_map(|works| works()).collect()
 }
 
 /// Runs the subset with a program of these kernels; what went wrong first.
@@ -38,7 +41,7 @@ pub fn strict(metal: &Path) -> Option<String> {
     (!output.status.success()).then_some(text)
 }
 
-fn metal() -> PathBuf {
+fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("metal")
 }
 
@@ -49,7 +52,7 @@ fn library(options: Options) -> PathBuf {
 #[test]
 fn sources_pass_the_strict_check() {
     if available()
-        && let Some(messages) = strict(&metal())
+        && let Some(messages) = strict(&sources())
     {
         panic!("{messages}");
     }
@@ -132,7 +135,12 @@ fn fast_math_changes_no_more_than_rounding() {
 fn every_kernel_is_launched_and_every_launch_keeps_to_the_limits() {
     let Some(backend) = Backend::start() else { return };
     let mut launched = BTreeSet::new();
-    let plans = cases::DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
+    let plans = cases::DTYPES.map(|dtype| {
+        let mut plans = every_kernel(Format::mmfp4(), dtype).unwrap();
+        plans.extend(metal::norm_rope::every_kernel(dtype, Pairing::Interleaved).unwrap());
+        plans.extend(metal::dense::every_kernel(FloatKind::BF16, dtype).unwrap());
+        plans
+    });
     for plan in plans.into_iter().flatten() {
         for launch in plan.launches {
             assert!(launch.threads.iter().product::<usize>() <= limits::THREADS);

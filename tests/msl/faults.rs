@@ -2,7 +2,7 @@
 
 use crate::backend::available;
 use crate::checks::{failure, strict};
-use crate::linear;
+use crate::{dense, linear, norm_rope};
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
@@ -27,7 +27,12 @@ struct Found {
 
 /// The faults of every family of kernels.
 fn all() -> impl Iterator<Item = &'static Fault> {
-    linear::faults::FAULTS.iter()
+    let families = [
+        linear::faults::FAULTS,
+        norm_rope::faults::FAULTS,
+        dense::faults::FAULTS,
+    ];
+    families.into_iter().flatten()
 }
 
 /// Those that every run of the tests plants: one for each kind of check.

@@ -14,9 +14,12 @@ mod backend;
 mod checks;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
 #[cfg(target_os = "linux")]
 mod faults;
+mod grid;
 mod linear;
+mod norm_rope;
 #[cfg(target_os = "linux")]
 mod runner;
 

@@ -9,8 +9,9 @@ mod buffers;
 mod pipelines;
 
 use super::plan::{Binding, Plan};
-use super::{linear, memory};
-use crate::fp4::{Bytes, Format};
+use super::{dense, linear, memory, norm_rope};
+use crate::cpu::Pairing;
+use crate::fp4::{Bytes, FloatKind, Format};
 use crate::{Error, Result};
 use candle_core::{DType, Device, MetalDevice};
 use candle_metal_kernels::metal::{Buffer, ComputeCommandEncoder};
@@ -55,7 +56,12 @@ pub fn open(ordinal: usize) -> Result<Device> {
 /// [`Error::Argument`] with the compiler's message.
 pub fn warm_up(device: &MetalDevice, format: Format, dtype: DType) -> Result<()> {
     let pipelines = Pipelines::of(device.device())?;
-    for plan in linear::every_kernel(format, dtype)? {
+    let plans = [
+        linear::every_kernel(format, dtype)?,
+        norm_rope::every_kernel(dtype, Pairing::Interleaved)?,
+        dense::every_kernel(FloatKind::BF16, dtype)?,
+    ];
+    for plan in plans.into_iter().flatten() {
         for launch in &plan.launches {
             pipelines.get(device.device(), launch)?;
         }

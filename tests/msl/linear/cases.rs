@@ -42,6 +42,24 @@ pub enum Lies {
     Transposed,
 }
 
+impl Lies {
+    /// Of a tensor of some shape a part of `m` rows of `k` elements.
+    pub fn take(
+        self,
+        (m, k): (usize, usize),
+        of: impl FnOnce((usize, usize)) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Together => of((m, k)),
+            Self::Offset => of((m + 1, k))?.narrow(0, 1, m),
+            Self::WideRows => of((m, k + 4))?.narrow(1, 0, k),
+            Self::OddRows => of((m, k + 3))?.narrow(1, 0, k),
+            Self::Batches => of((2 * (m + 1), k))?.reshape((2, m + 1, k))?.narrow(1, 1, m),
+            Self::Transposed => of((k, m))?.t(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     pub dtype: DType,
@@ -99,16 +117,9 @@ impl Case {
 
     /// Activations, lying as they are to.
     pub fn x(&self) -> candle_core::Result<Tensor> {
-        let (m, k) = (self.m, self.k);
-        let of = |shape| activations(shape, self.dtype, (m * 31 + k) as u64);
-        match self.lies {
-            Lies::Together => Ok(of((m, k))),
-            Lies::Offset => of((m + 1, k)).narrow(0, 1, m),
-            Lies::WideRows => of((m, k + 4)).narrow(1, 0, k),
-            Lies::OddRows => of((m, k + 3)).narrow(1, 0, k),
-            Lies::Batches => of((2 * (m + 1), k)).reshape((2, m + 1, k))?.narrow(1, 1, m),
-            Lies::Transposed => of((k, m)).t(),
-        }
+        let seed = (self.m * 31 + self.k) as u64;
+        let of = |shape| Ok(activations(shape, self.dtype, seed));
+        self.lies.take((self.m, self.k), of)
     }
 
     /// Runs the op and gives its normalised mean-square error.
