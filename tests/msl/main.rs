@@ -17,6 +17,8 @@ mod common;
 mod dense;
 #[cfg(target_os = "linux")]
 mod faults;
+#[cfg(target_os = "linux")]
+mod gpu_works;
 mod grid;
 mod linear;
 mod norm_rope;

@@ -6,6 +6,11 @@ import ctypes
 import datetime
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import data
@@ -83,6 +88,27 @@ class Work:
         return sum(launch["bytes"] for _, launch, _ in self.calls)
 
 
+def sanitized(options, works):
+    """What compute-sanitizer's tools say of each work, run once: a sentence a tool."""
+    program = shutil.which("compute-sanitizer")
+    if not program:
+        return ["compute-sanitizer is not on this machine."]
+    # Each operand an allocation of its own, so that what lies behind one is nobody's.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    prefixes = sorted({launch["kernel"].split("_")[0] for work in works for launch in work["launches"]})
+    filters = [part for prefix in prefixes for part in ("--kernel-name", f"kernel_substring={prefix}_")]
+    notes = []
+    for tool in ("memcheck", "racecheck"):
+        command = [program, "--tool", tool, *filters, sys.executable, __file__, str(options.folder), "--once"]
+        done = subprocess.run([*command, "--only", options.only], env=environment, capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        found = re.findall(r"========= ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
+        ran = re.findall(r"\d+ works run", text)
+        notes.append(f"compute-sanitizer {tool}: {'; '.join(found + ran) or text[-300:]}.")
+        print(notes[-1], flush=True)
+    return notes
+
+
 def verdict(moved, time, empty, bandwidth, dtype):
     """What the bar is, and whether it is reached."""
     if moved >= 64e6:
@@ -98,13 +124,13 @@ def main():
     parser.add_argument("folder", type=Path, help="what make.py wrote")
     parser.add_argument("--output", type=Path, help="the table; else stdout")
     parser.add_argument("--only", default="", help="works whose name holds this text")
-    parser.add_argument("--no-times", action="store_true", help="each work once, as under compute-sanitizer")
-    parser.add_argument("--no-errors", action="store_true", help="only times")
-    parser.add_argument("--note", action="append", default=[], help="a sentence for the head of the table")
+    parser.add_argument("--once", action="store_true", help="each work once, for compute-sanitizer to watch")
+    parser.add_argument("--sanitize", action="store_true", help="first, all of them under compute-sanitizer")
     options = parser.parse_args()
-    driver, modules = Driver(), {}
     works = [work for work in json.loads((options.folder / "works.json").read_text()) if options.only in work["name"]]
-    if options.no_times:
+    notes = sanitized(options, works) if options.sanitize else []
+    driver, modules = Driver(), {}
+    if options.once:
         for work in works:
             Work(driver, options.folder, modules, work, False).run()
             torch.cuda.synchronize()
@@ -115,14 +141,14 @@ def main():
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, driver's PTX compiler of CUDA "
         f"{torch.version.cuda}'s torch {torch.__version__}. A copy of 4 GiB moves {bandwidth / 1e9:.0f} GB/s "
         f"(read and written); an empty launch in a graph takes {empty * 1e6:.2f} µs.",
-        *options.note,
+        *notes,
     ]
     lines = ["| work | kernel | MB | µs | GB/s | against the bar | reached | NMSE |", "|---|---|---|---|---|---|---|---|"]
     failed = collections.Counter()
     for description in works:
         work = Work(driver, options.folder, modules, description, description["timed"])
         dtype, moved = description["meta"]["dtype"], work.bytes()
-        error = 0.0 if options.no_errors else work.error()
+        error = work.error()
         right = error <= BOUNDS[dtype]
         failed["wrong"] += not right
         cells = ["", "", "", "", ""]

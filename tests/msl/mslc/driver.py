@@ -91,17 +91,14 @@ def build(options):
         return messages + linked if status else ""
 
 
-def ptx(options):
-    """Makes PTX of one file's kernels, specialised by the constants given, and prints each kernel's buffers in the order
-    in which its entry takes them; what clang said, empty if all went well."""
-    constants = dict(map(int, text.split("=")) for text in options.constants)
-    rewriter = PtxRewriter(*read(options.file, options.include), constants, options.kernels)
-    text = rewriter.result()
-    status, _, messages = clang.run([*clang.PTX, *clang.DIALECT, "-o", options.output, "-"], text)
+def ptx(file, includes, constants, kernels, output):
+    """Makes PTX of one file's kernels (all of them for None), specialised by `constants`, values by index; each kernel's
+    buffer indices, in the order in which its entry takes them."""
+    rewriter = PtxRewriter(*read(file, includes), constants, kernels)
+    status, _, messages = clang.run([*clang.PTX, *clang.DIALECT, "-o", output, "-"], rewriter.result())
     if status:
-        return messages or "clang failed"
-    print(json.dumps(rewriter.buffers(), indent=1))
-    return ""
+        raise clang.ClangError(messages or "clang failed")
+    return rewriter.buffers()
 
 
 def parse(arguments):
@@ -132,7 +129,11 @@ def main(arguments):
             found = [line for file in options.files for line in check(file, options.include)]
             print("\n".join(found), end="\n" if found else "")
             return 1 if found else 0
-        messages = ptx(options) if options.command == "ptx" else build(options)
+        if options.command == "ptx":
+            constants = dict(map(int, text.split("=")) for text in options.constants)
+            print(json.dumps(ptx(options.file, options.include, constants, options.kernels, options.output)))
+            return 0
+        messages = build(options)
     except (clang.ClangError, Unreadable) as error:
         messages = str(error)
     if messages:
