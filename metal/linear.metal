@@ -5,7 +5,7 @@
 // | kernel                        | x times | rows of x | threadgroup                              | grid (x, y, z)                 |
 // |-------------------------------|---------|-----------|------------------------------------------|--------------------------------|
 // | linear_rows_<type>_m<M>       | Wᵀ      | M a group | to 4 simdgroups, 4 (M 8: 2) rows of W    | rows of W, rows of x, heads    |
-// |                               |         |           | each, or (SPLIT) together                |                                |
+// |                               |         |           | each, or (SHARES) together               |                                |
 // | linear_rows_<type>_thin       | Wᵀ      | 1 a group | as above, 2 rows of W                    | rows of W, rows of x, heads    |
 // | linear_tiles_<type>           | Wᵀ      | any       | 4 simdgroups, 32 × 32 of y               | columns of y, rows of x, heads |
 // | linear_columns_<type>_m<M>    | W       | M a group | 8 simdgroups, 32 columns of W            | columns of W, rows of x, heads |
@@ -35,13 +35,17 @@ constant bool HAS_BIAS [[function_constant(4)]];
 constant bool JOINED [[function_constant(5)]];
 // The RMS norm of x in place of x. (linear_rows)
 constant bool NORMED [[function_constant(6)]];
-// The simdgroups of a threadgroup have the same rows of W, and share K: for weights with few rows. (linear_rows)
-constant bool SPLIT [[function_constant(7)]];
+// Simdgroups that have the same rows of W and share K, 1, 2 or 4: those of a threadgroup where it is more than 1, for weights
+// with few rows. (linear_rows)
+constant ushort SHARES [[function_constant(7)]];
 
 // For loops whose arrays are to stay in registers.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 namespace linear {
+
+// Simdgroups of a threadgroup of linear_rows, at most.
+static constant constexpr ushort SIMDGROUPS = 4;
 
 // Rows of x or of W that are not there are read as the last one, and not written.
 static inline uint within(uint index, uint count) { return min(index, count - 1); }
@@ -74,6 +78,11 @@ static inline void load(device const T* x, thread float4& low, thread float4& hi
     }
 }
 
+// sum + Σ a · b, one after the other.
+static inline float add_dot(float4 a, float4 b, float sum) {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
 // Sixteen codes: the smallest group.
 static inline uint2 load_codes(device const uint* codes, uint word) {
     if (fp4::WIDE) {
@@ -93,12 +102,10 @@ static inline ushort2 fragment_place(ushort lane) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A few rows of activations. A simdgroup has ROWS rows of W; its lanes take chunks of 16 codes in turn, so that what they read
-// at once lies together in W and nearly so in x, and K need only be a multiple of 512 for all of them to be busy. Codes are
-// read two turns before they are used. With SPLIT, chunks are dealt to the lanes of all simdgroups, whose sums meet in
-// threadgroup memory. In registers: three chunks of each row of W, eight activations of one row of x, ROWS · M sums.
-
-// Simdgroups of a threadgroup, at most.
-static constant constexpr ushort MOST_SIMDGROUPS = 4;
+// at once lies together in W and nearly so in x, and K need only be a multiple of 512 for all of them to be busy. With SHARES,
+// chunks are dealt to the lanes of several simdgroups, whose sums meet in threadgroup memory. In registers: a chunk of each row
+// of W, eight activations of one row of x, 2 · ROWS · M sums (a chunk's, and all), a third for one row of x, whose even and odd
+// fours are added up apart: a sum that waits for itself is slow.
 
 template <typename T, ushort M, ushort ROWS>
 [[kernel]] void linear_rows(
@@ -113,14 +120,14 @@ template <typename T, ushort M, ushort ROWS>
     device const float* norm [[buffer(8), function_constant(NORMED)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort simdgroups [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    threadgroup float parts[MOST_SIMDGROUPS][2][32];
+    threadgroup float parts[linear::SIMDGROUPS][2][32];
 
     const uint chunks = args.k / 16;
     const uint groups = args.k / fp4::GROUP;
-    const uint together = SPLIT ? ROWS : simdgroups * ROWS;
+    const bool alone = SHARES == 1;
+    const uint together = alone ? linear::SIMDGROUPS * ROWS : ROWS;
     // The weight that this threadgroup's rows are of.
     uint n = args.n, column = 0, block = group.x;
     float factor = args.factor;
@@ -135,7 +142,7 @@ template <typename T, ushort M, ushort ROWS>
             factor = args.second_factor;
         }
     }
-    const uint first = block * together + (SPLIT ? 0 : simdgroup * ROWS);
+    const uint first = block * together + (alone ? simdgroup * ROWS : 0);
     const uint first_x = group.y * M;
 
     // Indices of a row's first word of codes and first scale.
@@ -158,26 +165,19 @@ template <typename T, ushort M, ushort ROWS>
             sums[r][m] = 0.0f;
         }
     }
-    const uint step = SPLIT ? simdgroups * 32 : 32;
-    const uint start = SPLIT ? simdgroup * 32 + lane : lane;
-    uint2 next[ROWS], after[ROWS];
-    for (ushort r = 0; r < ROWS; r++) {
-        next[r] = linear::load_codes(codes, row_word[r] + 2 * linear::within(start, chunks));
-        after[r] = linear::load_codes(codes, row_word[r] + 2 * linear::within(start + step, chunks));
-    }
-    for (uint chunk = start; chunk < chunks; chunk += step) {
+    const uint step = SHARES * 32;
+    for (uint chunk = alone ? lane : simdgroup * 32 + lane; chunk < chunks; chunk += step) {
         uint2 words[ROWS];
         float scale[ROWS];
         for (ushort r = 0; r < ROWS; r++) {
-            words[r] = next[r];
-            next[r] = after[r];
-            after[r] = linear::load_codes(codes, row_word[r] + 2 * linear::within(chunk + 2 * step, chunks));
+            words[r] = linear::load_codes(codes, row_word[r] + 2 * chunk);
             scale[r] = fp4::scale(scales, row_scale[r] + chunk * 16 / fp4::GROUP, factor);
         }
-        float part[ROWS][M];
+        float even[ROWS][M], odd[ROWS][M];
         for (ushort r = 0; r < ROWS; r++) {
             for (ushort m = 0; m < M; m++) {
-                part[r][m] = 0.0f;
+                even[r][m] = 0.0f;
+                odd[r][m] = 0.0f;
             }
         }
         UNROLL
@@ -201,13 +201,18 @@ template <typename T, ushort M, ushort ROWS>
                     x_high *= norm_high;
                 }
                 for (ushort r = 0; r < ROWS; r++) {
-                    part[r][m] += dot(low[r], x_low) + dot(high[r], x_high);
+                    even[r][m] = linear::add_dot(low[r], x_low, even[r][m]);
+                    if (M == 1) {
+                        odd[r][m] = linear::add_dot(high[r], x_high, odd[r][m]);
+                    } else {
+                        even[r][m] = linear::add_dot(high[r], x_high, even[r][m]);
+                    }
                 }
             }
         }
         for (ushort r = 0; r < ROWS; r++) {
             for (ushort m = 0; m < M; m++) {
-                sums[r][m] = fma(part[r][m], scale[r], sums[r][m]);
+                sums[r][m] = fma(even[r][m] + odd[r][m], scale[r], sums[r][m]);
             }
         }
     }
@@ -227,18 +232,18 @@ template <typename T, ushort M, ushort ROWS>
             square = m == i ? total : square;
         }
     }
-    if (SPLIT) {
+    if (!alone) {
         parts[simdgroup][0][lane] = sum;
         parts[simdgroup][1][lane] = square;
         threadgroup_barrier(mem_flags::mem_threadgroup);
         sum = 0.0f;
         square = 0.0f;
-        for (ushort s = 0; s < simdgroups; s++) {
+        for (ushort s = 0; s < SHARES; s++) {
             sum += parts[s][0][lane];
             square += parts[s][1][lane];
         }
     }
-    if ((!SPLIT || simdgroup == 0) && r < ROWS && first + r < n && first_x + m < args.m) {
+    if ((alone || simdgroup == 0) && r < ROWS && first + r < n && first_x + m < args.m) {
         sum *= fp4::UNIT;
         if (NORMED) {
             sum *= rsqrt(square / float(args.k) + args.eps);

@@ -243,7 +243,7 @@ impl Product<'_> {
                 constants.extend([
                     (5, Constant::Bool(beside.is_some())),
                     (6, Constant::Bool(normed.is_some())),
-                    (7, Constant::Bool(shape.shared)),
+                    (7, Constant::U16(shape.sharing as u16)),
                 ]);
                 let m = self.m.next_power_of_two();
                 let of_x = if shape.thin {
@@ -254,7 +254,7 @@ impl Product<'_> {
                 (
                     format!("linear_rows_{kind}_{of_x}"),
                     [blocks(len) + blocks(second), self.m.div_ceil(m), heads],
-                    32 * shape.simdgroups,
+                    32 * shape.simdgroups(),
                 )
             }
             (Direction::Rows, false) => (
@@ -394,30 +394,36 @@ struct Shares {
     thin: bool,
     /// Rows a simdgroup has.
     rows: usize,
-    simdgroups: usize,
-    /// Whether the simdgroups of a threadgroup have the same rows, and each a part of K.
-    shared: bool,
+    /// Simdgroups that have the same rows, and each a part of K: those of a threadgroup, unless it is one.
+    sharing: usize,
 }
 
 impl Shares {
     fn of(m: usize, k: usize, all_rows: usize) -> Self {
         // The lanes of a simdgroup take 16 codes each in a turn.
         let turns = k.div_ceil(16 * 32);
-        let shared = turns > 1 && all_rows < SHARED_BELOW;
         let thin = m == 1 && all_rows <= THIN_UP_TO;
         Self {
             thin,
             rows: if thin || m > 4 { 2 } else { 4 },
-            simdgroups: if shared && turns == 2 { 2 } else { 4 },
-            shared,
+            sharing: match turns {
+                0..=1 => 1,
+                _ if all_rows >= SHARED_BELOW => 1,
+                2 => 2,
+                _ => 4,
+            },
         }
     }
 
+    fn simdgroups(self) -> usize {
+        if self.sharing == 1 { 4 } else { self.sharing }
+    }
+
     fn of_threadgroup(self) -> usize {
-        if self.shared {
-            self.rows
+        if self.sharing == 1 {
+            4 * self.rows
         } else {
-            self.rows * self.simdgroups
+            self.rows
         }
     }
 }
@@ -457,14 +463,14 @@ mod tests {
     fn rows_are_shared_out_by_how_many_there_are() {
         let shares = |m, k, rows| {
             let shares = Shares::of(m, k, rows);
-            (shares.rows, shares.simdgroups, shares.shared)
+            (shares.rows, shares.sharing)
         };
         // GLM-4.7-Flash's q_a with kv_a, q_b, o, a half of kv_b, lm_head.
-        assert_eq!(shares(1, 2048, 1344), (2, 4, true));
-        assert_eq!(shares(1, 768, 5120), (4, 2, true));
-        assert_eq!(shares(1, 5120, 2048), (2, 4, true));
-        assert_eq!(shares(1, 512, 5120), (4, 4, false));
-        assert_eq!(shares(1, 2048, 154_880), (4, 4, false));
-        assert_eq!(shares(8, 2048, 154_880), (2, 4, false));
+        assert_eq!(shares(1, 2048, 1344), (2, 4));
+        assert_eq!(shares(1, 768, 5120), (4, 2));
+        assert_eq!(shares(1, 5120, 2048), (2, 4));
+        assert_eq!(shares(1, 512, 5120), (4, 1));
+        assert_eq!(shares(1, 2048, 154_880), (4, 1));
+        assert_eq!(shares(8, 2048, 154_880), (2, 1));
     }
 }

@@ -75,11 +75,10 @@ def seconds(replay, at_least=5):
 
 
 def copy_bandwidth():
-    """Bytes per second of a large copy, those read and those written."""
+    """Bytes per second of a large copy, those read and those written. (In a graph a copy is slower: another engine's.)"""
     source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    graph = graph_of(lambda: [target.copy_(source) for _ in range(5)])
-    return 5 * 2 * source.numel() / seconds(graph.replay)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), 9)
 
 
 def empty_launch(driver):

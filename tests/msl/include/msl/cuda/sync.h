@@ -2,14 +2,9 @@
 #pragma once
 
 namespace msl {
-MSL_FN unsigned index_in_threadgroup() {
-  return __nvvm_read_ptx_sreg_tid_x() +
-         __nvvm_read_ptx_sreg_ntid_x() *
-             (__nvvm_read_ptx_sreg_tid_y() + __nvvm_read_ptx_sreg_ntid_y() * __nvvm_read_ptx_sreg_tid_z());
-}
-MSL_FN unsigned threads() {
-  return __nvvm_read_ptx_sreg_ntid_x() * __nvvm_read_ptx_sreg_ntid_y() * __nvvm_read_ptx_sreg_ntid_z();
-}
+// Threadgroups have one dimension: that of every kernel here, and a GPU that says a thread's index would not compute it.
+MSL_FN unsigned index_in_threadgroup() { return __nvvm_read_ptx_sreg_tid_x(); }
+MSL_FN unsigned threads() { return __nvvm_read_ptx_sreg_ntid_x(); }
 MSL_FN unsigned lane() { return index_in_threadgroup() & 31; }
 // Where a call is written matters to the executor alone.
 struct Site {};
