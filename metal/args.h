@@ -16,12 +16,17 @@ struct LinearArgs {
     uint weight_row;  // the first head's first row of the weight
     uint weight_head; // rows of the weight from one head's first to the next's
     float factor;     // what every scale is multiplied or divided by
+    uint second_n;    // with JOINED: rows of the second weight
+    float second_factor;
+    float eps;        // with NORMED: what is added to the mean square
 };
-static_assert(sizeof(LinearArgs) == 40, "as in src/metal/args.rs");
+static_assert(sizeof(LinearArgs) == 52, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(LinearArgs, x_row) == 12, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(LinearArgs, y_row) == 20, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(LinearArgs, weight_row) == 28, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(LinearArgs, factor) == 36, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(LinearArgs, second_n) == 40, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(LinearArgs, eps) == 48, "as in src/metal/args.rs");
 
 // A norm of rows, of sums of rows with `delta`.
 struct NormArgs {

@@ -20,22 +20,25 @@ enum : ushort { NO_FACTOR = 0, MULTIPLIED = 1, DIVIDED = 2 };
 constant ushort SCALE_KIND [[function_constant(0)]];
 constant ushort GROUP [[function_constant(1)]];
 constant ushort FACTOR [[function_constant(2)]];
-// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and rows of activations begin at a multiple
-// of four elements: the host has checked it.
+// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and activations lie as the kernel's widest
+// loads want it: the host has checked it.
 constant bool WIDE [[function_constant(3)]];
 
 // What decoded codes are to be multiplied by.
 constant float UNIT = 16384.0f;
 
-// Codes `from` and `from + 4` of a word, divided by UNIT.
-static inline float2 pair(uint word, ushort from) {
-    const uint codes = word >> (4 * from);
-    return float2(as_type<half2>(((codes & 0x00070007u) << 9) | ((codes & 0x00080008u) << 12)));
+// Two codes as numbers, divided by UNIT, each at bits 9 to 12 of its half: the carry of seven takes the sign to bit 15.
+static inline float2 placed(uint codes) {
+    return float2(as_type<half2>((codes + 0x70007000u) & 0x8e008e00u));
 }
 
-// A word's eight codes in order, divided by UNIT.
+// A word's eight codes in order, divided by UNIT. A multiplication places codes and can add the carry at once; the copy of
+// the code that 2^n + 1 leaves behind falls to the mask.
 static inline void decode(uint word, thread float4& low, thread float4& high) {
-    const float2 a = pair(word, 0), b = pair(word, 1), c = pair(word, 2), d = pair(word, 3);
+    const float2 a = placed((word & 0x000f000fu) * 0x201u);
+    const float2 b = placed((word & 0x00f000f0u) * 0x21u);
+    const float2 c = placed((word & 0x0f000f00u) << 1);
+    const float2 d = float2(as_type<half2>(((word >> 3) & 0x0e000e00u) | (word & 0x80008000u)));
     low = float4(a.x, b.x, c.x, d.x);
     high = float4(a.y, b.y, c.y, d.y);
 }

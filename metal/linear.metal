@@ -2,21 +2,25 @@
 // with scales along K; x and y are float, half or bfloat, sums always float. A weight may be shared out by rows among
 // heads, each with activations of its own: grid z is the head.
 //
-// | kernel                        | x times | rows of x | threadgroup                    | grid (x, y, z)               |
-// |-------------------------------|---------|-----------|--------------------------------|------------------------------|
-// | linear_rows_<type>_m<M>       | Wᵀ      | M a group | 2 simdgroups, 4 (M 8: 2) rows of W each | rows of W, rows of x, heads |
-// | linear_tiles_<type>           | Wᵀ      | any       | 4 simdgroups, 32 × 32 of y     | columns of y, rows of x, heads |
-// | linear_columns_<type>_m<M>    | W       | M a group | 4 simdgroups, 256 columns of W | columns of W, rows of x, heads |
-// | linear_columns_tiles_<type>   | W       | any       | 4 simdgroups, 32 × 32 of y     | columns of y, rows of x, heads |
+// | kernel                        | x times | rows of x | threadgroup                              | grid (x, y, z)                 |
+// |-------------------------------|---------|-----------|------------------------------------------|--------------------------------|
+// | linear_rows_<type>_m<M>       | Wᵀ      | M a group | to 4 simdgroups, 4 (M 8: 2) rows of W    | rows of W, rows of x, heads    |
+// |                               |         |           | each, or (SHARES) together               |                                |
+// | linear_rows_<type>_thin       | Wᵀ      | 1 a group | as above, 2 rows of W                    | rows of W, rows of x, heads    |
+// | linear_tiles_<type>           | Wᵀ      | any       | 4 simdgroups, 32 × 32 of y               | columns of y, rows of x, heads |
+// | linear_columns_<type>_m<M>    | W       | M a group | 8 simdgroups, 32 columns of W            | columns of W, rows of x, heads |
+// | linear_columns_tiles_<type>   | W       | any       | 4 simdgroups, 32 × 32 of y               | columns of y, rows of x, heads |
 //
-// | buffer | what                       |        |
-// |--------|----------------------------|--------|
-// | 0      | codes, 4-byte aligned      | read   |
-// | 1      | scales                     | read   |
-// | 2      | x                          | read   |
-// | 3      | y                          | write  |
-// | 4      | LinearArgs                 | bytes  |
-// | 5      | bias, float (with HAS_BIAS)| read   |
+// | buffer | what                                          |        |
+// |--------|-----------------------------------------------|--------|
+// | 0      | codes, 4-byte aligned                         | read   |
+// | 1      | scales                                        | read   |
+// | 2      | x                                             | read   |
+// | 3      | y                                             | write  |
+// | 4      | LinearArgs                                    | bytes  |
+// | 5      | bias, float (with HAS_BIAS)                   | read   |
+// | 6, 7   | codes and scales of a second weight (JOINED)  | read   |
+// | 8      | the norm's weight, float (NORMED)             | read   |
 
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
@@ -27,23 +31,64 @@
 using namespace metal;
 
 constant bool HAS_BIAS [[function_constant(4)]];
+// The rows of a second weight, of the same K and the same format, follow those of the first. (linear_rows)
+constant bool JOINED [[function_constant(5)]];
+// The RMS norm of x in place of x. (linear_rows)
+constant bool NORMED [[function_constant(6)]];
+// Simdgroups that have the same rows of W and share K, 1, 2 or 4: those of a threadgroup where it is more than 1, for weights
+// with few rows. (linear_rows)
+constant ushort SHARES [[function_constant(7)]];
+
+// For loops whose arrays are to stay in registers.
+#define UNROLL _Pragma("clang loop unroll(full)")
 
 namespace linear {
 
+// Simdgroups of a threadgroup of linear_rows, at most.
+static constant constexpr ushort SIMDGROUPS = 4;
+
 // Rows of x or of W that are not there are read as the last one, and not written.
 static inline uint within(uint index, uint count) { return min(index, count - 1); }
+
+// Eight activations, sixteen bytes at a time.
+static inline void load_wide(device const float* x, thread float4& low, thread float4& high) {
+    device const float4* four = (device const float4*)x;
+    low = four[0];
+    high = four[1];
+}
+static inline void load_wide(device const half* x, thread float4& low, thread float4& high) {
+    const uint4 eight = *(device const uint4*)x;
+    low = float4(as_type<half4>(eight.xy));
+    high = float4(as_type<half4>(eight.zw));
+}
+static inline void load_wide(device const bfloat* x, thread float4& low, thread float4& high) {
+    const uint4 eight = *(device const uint4*)x;
+    low = float4(as_type<bfloat4>(eight.xy));
+    high = float4(as_type<bfloat4>(eight.zw));
+}
 
 // Eight activations.
 template <typename T>
 static inline void load(device const T* x, thread float4& low, thread float4& high) {
     if (fp4::WIDE) {
-        device const vec<T, 4>* four = (device const vec<T, 4>*)x;
-        low = float4(four[0]);
-        high = float4(four[1]);
+        load_wide(x, low, high);
     } else {
         low = float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
         high = float4(float(x[4]), float(x[5]), float(x[6]), float(x[7]));
     }
+}
+
+// sum + Σ a · b, one after the other.
+static inline float add_dot(float4 a, float4 b, float sum) {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
+// Sixteen codes: the smallest group.
+static inline uint2 load_codes(device const uint* codes, uint word) {
+    if (fp4::WIDE) {
+        return *(device const uint2*)(codes + word);
+    }
+    return uint2(codes[word], codes[word + 1]);
 }
 
 // Where a lane's two elements of an 8 × 8 fragment are: `(row, column)`, and the next column. (Metal does not say; MLX's and
@@ -56,8 +101,11 @@ static inline ushort2 fragment_place(ushort lane) {
 } // namespace linear
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A few rows of activations. Each simdgroup owns ROWS rows of W; its lanes take chunks of them in turn, 32 codes (WIDE)
-// or 8. In registers: the chunk of each row of W, eight activations of each of M rows of x, ROWS · M sums.
+// A few rows of activations. A simdgroup has ROWS rows of W; its lanes take chunks of 16 codes in turn, so that what they read
+// at once lies together in W and nearly so in x, and K need only be a multiple of 512 for all of them to be busy. With SHARES,
+// chunks are dealt to the lanes of several simdgroups, whose sums meet in threadgroup memory. In registers: a chunk of each row
+// of W, eight activations of one row of x, 2 · ROWS · M sums (a chunk's, and all), a third for one row of x, whose even and odd
+// fours are added up apart: a sum that waits for itself is slow.
 
 template <typename T, ushort M, ushort ROWS>
 [[kernel]] void linear_rows(
@@ -67,26 +115,42 @@ template <typename T, ushort M, ushort ROWS>
     device T* y [[buffer(3)]],
     constant LinearArgs& args [[buffer(4)]],
     device const float* bias [[buffer(5), function_constant(HAS_BIAS)]],
+    device const uint* second_codes [[buffer(6), function_constant(JOINED)]],
+    device const uchar* second_scales [[buffer(7), function_constant(JOINED)]],
+    device const float* norm [[buffer(8), function_constant(NORMED)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 2;
-    // Words of eight codes in a chunk, and in the part of it that shares a scale.
-    const ushort chunk = fp4::WIDE ? 4 : 1;
-    const ushort shared = min(chunk, ushort(fp4::GROUP / 8));
-    const uint words = args.k / 8;
+    threadgroup float parts[linear::SIMDGROUPS][2][32];
+
+    const uint chunks = args.k / 16;
     const uint groups = args.k / fp4::GROUP;
-    const uint first = (group.x * SIMDGROUPS + simdgroup) * ROWS;
+    const bool alone = SHARES == 1;
+    const uint together = alone ? linear::SIMDGROUPS * ROWS : ROWS;
+    // The weight that this threadgroup's rows are of.
+    uint n = args.n, column = 0, block = group.x;
+    float factor = args.factor;
+    if (JOINED) {
+        const uint blocks = (args.n + together - 1) / together;
+        if (block >= blocks) {
+            codes = second_codes;
+            scales = second_scales;
+            n = args.second_n;
+            column = args.n;
+            block -= blocks;
+            factor = args.second_factor;
+        }
+    }
+    const uint first = block * together + (alone ? simdgroup * ROWS : 0);
     const uint first_x = group.y * M;
 
-    device const uint* row_codes[ROWS];
-    device const uchar* row_scales[ROWS];
-    const uint scale_size = fp4::SCALE_KIND <= fp4::BF16 ? 2 : 1;
+    // Indices of a row's first word of codes and first scale.
+    uint row_word[ROWS], row_scale[ROWS];
     for (ushort r = 0; r < ROWS; r++) {
-        const uint row = args.weight_row + group.z * args.weight_head + linear::within(first + r, args.n);
-        row_codes[r] = codes + ulong(row) * words;
-        row_scales[r] = scales + ulong(row) * groups * scale_size;
+        const uint row = args.weight_row + group.z * args.weight_head + linear::within(first + r, n);
+        row_word[r] = row * (args.k / 8);
+        row_scale[r] = row * groups;
     }
     device const T* row_x[M];
     for (ushort m = 0; m < M; m++) {
@@ -94,59 +158,100 @@ template <typename T, ushort M, ushort ROWS>
     }
 
     float sums[ROWS][M];
-    for (ushort r = 0; r < ROWS; r++) {
-        for (ushort m = 0; m < M; m++) {
+    float squares[M];
+    for (ushort m = 0; m < M; m++) {
+        squares[m] = 0.0f;
+        for (ushort r = 0; r < ROWS; r++) {
             sums[r][m] = 0.0f;
         }
     }
-    for (uint start = lane * chunk; start < words; start += 32 * chunk) {
-        uint4 word[ROWS];
+    const uint step = SHARES * 32;
+    for (uint chunk = alone ? lane : simdgroup * 32 + lane; chunk < chunks; chunk += step) {
+        uint2 words[ROWS];
+        float scale[ROWS];
         for (ushort r = 0; r < ROWS; r++) {
-            if (fp4::WIDE) {
-                word[r] = *(device const uint4*)(row_codes[r] + start);
-            } else {
-                word[r].x = row_codes[r][start];
+            words[r] = linear::load_codes(codes, row_word[r] + 2 * chunk);
+            scale[r] = fp4::scale(scales, row_scale[r] + chunk * 16 / fp4::GROUP, factor);
+        }
+        float even[ROWS][M], odd[ROWS][M];
+        for (ushort r = 0; r < ROWS; r++) {
+            for (ushort m = 0; m < M; m++) {
+                even[r][m] = 0.0f;
+                odd[r][m] = 0.0f;
             }
         }
-        for (ushort from = 0; from < chunk; from += shared) {
-            float part[ROWS][M];
+        UNROLL
+        for (ushort w = 0; w < 2; w++) {
+            const uint place = chunk * 16 + w * 8;
+            float4 low[ROWS], high[ROWS];
             for (ushort r = 0; r < ROWS; r++) {
-                for (ushort m = 0; m < M; m++) {
-                    part[r][m] = 0.0f;
-                }
+                fp4::decode(words[r][w], low[r], high[r]);
             }
-            for (ushort w = from; w < from + shared; w++) {
-                float4 x_low[M], x_high[M];
-                for (ushort m = 0; m < M; m++) {
-                    linear::load(row_x[m] + (start + w) * 8, x_low[m], x_high[m]);
+            float4 norm_low = float4(1.0f), norm_high = float4(1.0f);
+            if (NORMED) {
+                linear::load_wide(norm + place, norm_low, norm_high);
+            }
+            UNROLL
+            for (ushort m = 0; m < M; m++) {
+                float4 x_low, x_high;
+                linear::load(row_x[m] + place, x_low, x_high);
+                if (NORMED) {
+                    squares[m] += dot(x_low, x_low) + dot(x_high, x_high);
+                    x_low *= norm_low;
+                    x_high *= norm_high;
                 }
                 for (ushort r = 0; r < ROWS; r++) {
-                    float4 low, high;
-                    fp4::decode(word[r][w], low, high);
-                    for (ushort m = 0; m < M; m++) {
-                        part[r][m] += dot(low, x_low[m]) + dot(high, x_high[m]);
+                    even[r][m] = linear::add_dot(low[r], x_low, even[r][m]);
+                    if (M == 1) {
+                        odd[r][m] = linear::add_dot(high[r], x_high, odd[r][m]);
+                    } else {
+                        even[r][m] = linear::add_dot(high[r], x_high, even[r][m]);
                     }
                 }
             }
-            for (ushort r = 0; r < ROWS; r++) {
-                const float scale = fp4::scale(row_scales[r], (start + from) * 8 / fp4::GROUP, args.factor);
-                for (ushort m = 0; m < M; m++) {
-                    sums[r][m] = fma(part[r][m], scale, sums[r][m]);
-                }
+        }
+        for (ushort r = 0; r < ROWS; r++) {
+            for (ushort m = 0; m < M; m++) {
+                sums[r][m] = fma(even[r][m] + odd[r][m], scale[r], sums[r][m]);
             }
         }
     }
 
-    for (ushort r = 0; r < ROWS; r++) {
-        for (ushort m = 0; m < M; m++) {
-            float sum = simd_sum(sums[r][m]) * fp4::UNIT;
-            if (lane == 0 && first + r < args.n && first_x + m < args.m) {
-                if (HAS_BIAS) {
-                    sum += bias[first + r];
-                }
-                y[group.z * args.y_head + ulong(first_x + m) * args.y_row + first + r] = T(sum);
-            }
+    // A lane an output.
+    const ushort r = lane / M, m = lane % M;
+    float sum = 0.0f, square = 0.0f;
+    UNROLL
+    for (ushort i = 0; i < ROWS * M; i++) {
+        const float total = simd_sum(sums[i / M][i % M]);
+        sum = lane == i ? total : sum;
+    }
+    if (NORMED) {
+        UNROLL
+        for (ushort i = 0; i < M; i++) {
+            const float total = simd_sum(squares[i]);
+            square = m == i ? total : square;
         }
+    }
+    if (!alone) {
+        parts[simdgroup][0][lane] = sum;
+        parts[simdgroup][1][lane] = square;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        sum = 0.0f;
+        square = 0.0f;
+        for (ushort s = 0; s < SHARES; s++) {
+            sum += parts[s][0][lane];
+            square += parts[s][1][lane];
+        }
+    }
+    if ((alone || simdgroup == 0) && r < ROWS && first + r < n && first_x + m < args.m) {
+        sum *= fp4::UNIT;
+        if (NORMED) {
+            sum *= rsqrt(square / float(args.k) + args.eps);
+        }
+        if (HAS_BIAS) {
+            sum += bias[first + r];
+        }
+        y[group.z * args.y_head + ulong(first_x + m) * args.y_row + column + first + r] = T(sum);
     }
 }
 
@@ -281,8 +386,9 @@ template <typename T>
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations: each lane has eight columns, each of four
-// simdgroups every fourth row of W; their sums meet in threadgroup memory. In registers: 8 · M sums.
+// The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations. ACROSS lanes stand side by side, each with
+// eight columns, the others of a simdgroup in the rows of W below; a threadgroup goes down the rows together. Sums meet in
+// shuffles, then in threadgroup memory. In registers: 8 · M sums.
 
 template <typename T, ushort M>
 [[kernel]] void linear_columns(
@@ -292,56 +398,62 @@ template <typename T, ushort M>
     device T* y [[buffer(3)]],
     constant LinearArgs& args [[buffer(4)]],
     uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 4;
-    threadgroup float parts[SIMDGROUPS][M][8][32];
+    constexpr ushort SIMDGROUPS = 8, ACROSS = 4, DOWN = 32 / ACROSS;
+    threadgroup float parts[SIMDGROUPS][M][ACROSS * 8];
 
     const uint words = args.k / 8;
     const uint groups = args.k / fp4::GROUP;
-    const uint word = group.x * 32 + lane;
-    const uint there = linear::within(word, words);
+    const uint word = linear::within(group.x * ACROSS + lane % ACROSS, words);
     const uint first_x = group.y * M;
-    const uint head_row = args.weight_row + group.z * args.weight_head;
-    const uint scale_size = fp4::SCALE_KIND <= fp4::BF16 ? 2 : 1;
 
+    device const T* row_x[M];
     float4 low_sums[M], high_sums[M];
     for (ushort m = 0; m < M; m++) {
+        row_x[m] = x + group.z * args.x_head + ulong(linear::within(first_x + m, args.m)) * args.x_row;
         low_sums[m] = float4(0.0f);
         high_sums[m] = float4(0.0f);
     }
-    for (uint r = simdgroup; r < args.n; r += SIMDGROUPS) {
-        const ulong row = head_row + r;
+    const uint head_row = args.weight_row + group.z * args.weight_head;
+    for (uint r = simdgroup * DOWN + lane / ACROSS; r < args.n; r += SIMDGROUPS * DOWN) {
+        const uint row = head_row + r;
         float4 low, high;
-        fp4::decode(codes[row * words + there], low, high);
-        const float scale = fp4::scale(scales + row * groups * scale_size, there * 8 / fp4::GROUP, args.factor);
+        fp4::decode(codes[row * words + word], low, high);
+        const float scale = fp4::scale(scales, row * groups + word * 8 / fp4::GROUP, args.factor);
         for (ushort m = 0; m < M; m++) {
-            const ulong row_of_x = linear::within(first_x + m, args.m);
-            const float factor = float(x[group.z * args.x_head + row_of_x * args.x_row + r]) * scale;
+            const float factor = float(row_x[m][r]) * scale;
             low_sums[m] = fma(low, float4(factor), low_sums[m]);
             high_sums[m] = fma(high, float4(factor), high_sums[m]);
         }
     }
+    UNROLL
     for (ushort m = 0; m < M; m++) {
-        for (ushort i = 0; i < 4; i++) {
-            parts[simdgroup][m][i][lane] = low_sums[m][i];
-            parts[simdgroup][m][4 + i][lane] = high_sums[m][i];
+        UNROLL
+        for (ushort apart = ACROSS; apart < 32; apart *= 2) {
+            low_sums[m] += simd_shuffle_xor(low_sums[m], apart);
+            high_sums[m] += simd_shuffle_xor(high_sums[m], apart);
+        }
+        if (lane < ACROSS) {
+            for (ushort i = 0; i < 4; i++) {
+                parts[simdgroup][m][lane * 8 + i] = low_sums[m][i];
+                parts[simdgroup][m][lane * 8 + 4 + i] = high_sums[m][i];
+            }
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // Each simdgroup adds up two of the eight columns a lane has.
-    for (ushort m = 0; m < M; m++) {
-        for (ushort i = simdgroup; i < 8; i += SIMDGROUPS) {
-            float sum = 0.0f;
-            for (ushort s = 0; s < SIMDGROUPS; s++) {
-                sum += parts[s][m][i][lane];
-            }
-            if (word < words && first_x + m < args.m) {
-                y[group.z * args.y_head + ulong(first_x + m) * args.y_row + word * 8 + i] = T(sum * fp4::UNIT);
-            }
+    // A thread an output.
+    const ushort m = thread_index / (ACROSS * 8), c = thread_index % (ACROSS * 8);
+    const uint column = group.x * (ACROSS * 8) + c;
+    if (m < M && column < args.k && first_x + m < args.m) {
+        float sum = 0.0f;
+        for (ushort s = 0; s < SIMDGROUPS; s++) {
+            sum += parts[s][m][c];
         }
+        y[group.z * args.y_head + ulong(first_x + m) * args.y_row + column] = T(sum * fp4::UNIT);
     }
 }
 
@@ -437,6 +549,7 @@ template <typename T>
 #define INSTANTIATE(name, ...) template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 
 #define INSTANTIATE_TYPE(type, T)                                                  \
+    INSTANTIATE("linear_rows_" type "_thin", linear_rows<T, 1, 2>)                 \
     INSTANTIATE("linear_rows_" type "_m1", linear_rows<T, 1, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m2", linear_rows<T, 2, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m4", linear_rows<T, 4, 4>)                   \

@@ -16,14 +16,19 @@ pub(super) struct LinearArgs {
     pub weight_row: u32,
     pub weight_head: u32,
     pub factor: f32,
+    pub second_n: u32,
+    pub second_factor: f32,
+    pub eps: f32,
 }
 
 const _: () = {
-    assert!(size_of::<LinearArgs>() == 40);
+    assert!(size_of::<LinearArgs>() == 52);
     assert!(offset_of!(LinearArgs, x_row) == 12);
     assert!(offset_of!(LinearArgs, y_row) == 20);
     assert!(offset_of!(LinearArgs, weight_row) == 28);
     assert!(offset_of!(LinearArgs, factor) == 36);
+    assert!(offset_of!(LinearArgs, second_n) == 40);
+    assert!(offset_of!(LinearArgs, eps) == 48);
 };
 
 impl LinearArgs {
@@ -40,6 +45,9 @@ impl LinearArgs {
             self.weight_row,
             self.weight_head,
             self.factor.to_bits(),
+            self.second_n,
+            self.second_factor.to_bits(),
+            self.eps.to_bits(),
         ];
         words.into_iter().flat_map(u32::to_ne_bytes).collect()
     }
@@ -320,9 +328,12 @@ mod tests {
             weight_row: 8,
             weight_head: 9,
             factor: 0.1,
+            second_n: 10,
+            second_factor: 0.2,
+            eps: 1e-5,
         };
-        // SAFETY: the struct is ten words without gaps.
-        let words = unsafe { std::mem::transmute::<LinearArgs, [u8; 40]>(args) };
+        // SAFETY: the struct is thirteen words without gaps.
+        let words = unsafe { std::mem::transmute::<LinearArgs, [u8; 52]>(args) };
         assert_eq!(args.bytes(), words);
     }
 

@@ -79,9 +79,14 @@ impl Linear {
         planned::prepared(x, 1)?.apply_op1_no_bwd(self)
     }
 
+    /// The weight, and the bias as a device's kernels read it.
+    pub(super) fn part(&self) -> (&Weight, Option<&Bytes>) {
+        (&self.weight, self.bias_bytes.as_ref())
+    }
+
     /// What a device runs; `None` for weights that no kernel takes.
     fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
-        let products = Products::with(OP, std::iter::once((&self.weight, self.bias_bytes.as_ref())));
+        let products = Products::with(OP, std::iter::once(self.part()));
         products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }
@@ -191,8 +196,7 @@ impl JoinedLinear {
 
     /// What a device runs; `None` where a weight is one that no kernel takes.
     fn planned(&self, layout: &Layout, dtype: DType) -> Result<Option<Planned<'_, 1>>> {
-        let parts = self.parts.iter();
-        let products = Products::with(JOINED, parts.map(|part| (&part.weight, part.bias_bytes.as_ref())));
+        let products = Products::with(JOINED, self.parts.iter().map(Linear::part));
         products.map(|all| all.planned(layout, dtype)).transpose()
     }
 }

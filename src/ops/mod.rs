@@ -16,6 +16,7 @@ mod linear;
 mod mlp;
 mod moe;
 mod norm;
+mod normed_linear;
 #[cfg(target_os = "macos")]
 mod on_metal;
 mod per_head;
@@ -34,6 +35,7 @@ pub use linear::{JoinedLinear, Linear};
 pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
 pub use norm::{RmsNorm, add_norm};
+pub use normed_linear::NormedLinear;
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;

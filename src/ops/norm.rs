@@ -69,7 +69,7 @@ impl RmsNorm {
     }
 
     /// What is added to the mean of the squares.
-    pub(super) fn eps(&self) -> f32 {
+    pub fn eps(&self) -> f32 {
         self.eps
     }
 

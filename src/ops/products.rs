@@ -14,6 +14,8 @@ pub(super) struct Products<'a> {
     op: &'static str,
     direction: Direction,
     parts: Vec<Part<'a>>,
+    /// An RMS norm of the activations, its weight in F32 and its epsilon: for few rows and weights in FP4.
+    norm: Option<(&'a Bytes, f32)>,
     /// Whether heads are a dimension of their own, the last but one.
     per_head: bool,
 }
@@ -57,6 +59,7 @@ impl<'a> Products<'a> {
             op,
             direction: Direction::Rows,
             parts: parts.collect::<Option<_>>()?,
+            norm: None,
             per_head: false,
         })
     }
@@ -76,11 +79,20 @@ impl<'a> Products<'a> {
                 rows,
                 bias: None,
             }],
+            norm: None,
             per_head: true,
         })
     }
 
-    /// The launches for activations that lie so: one a part.
+    /// The same products of the activations' norm.
+    pub fn of_norm(self, weight: &'a Bytes, eps: f32) -> Self {
+        Self {
+            norm: Some((weight, eps)),
+            ..self
+        }
+    }
+
+    /// The launches for activations that lie so: one a part, or one for two parts that [fit](linear::Product::takes_beside).
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape that does not fit, and for rows that do not lie one stride apart, which
@@ -127,6 +139,10 @@ impl<'a> Products<'a> {
                 (regions, part.bias.map(&mut add))
             })
             .collect();
+        let normed = self.norm.map(|(weight, eps)| linear::Normed {
+            weight: add(weight),
+            eps,
+        });
         let (x, mut start) = (bytes.len(), 0);
         let lies = Lies {
             dtype,
@@ -137,11 +153,27 @@ impl<'a> Products<'a> {
             y_row: heads * to,
             y_head: to,
             x,
+            normed,
         };
         let mut launches = Vec::with_capacity(self.parts.len());
-        for (part, (regions, bias)) in self.parts.iter().zip(&weights) {
-            launches.push(self.launch(part, regions, *bias, start * size, lies)?);
+        let mut parts = self.parts.iter().zip(&weights).peekable();
+        while let Some((part, (regions, bias))) = parts.next() {
+            let second = parts
+                .peek()
+                .and_then(|(next, (regions, bias))| match (next.weight, &regions[..]) {
+                    (Weight::Fp4(weight), &[codes, scales]) if bias.is_none() => Some(linear::Beside {
+                        weight,
+                        codes,
+                        scales,
+                    }),
+                    _ => None,
+                });
+            let (launch, joined) = self.launch(part, (regions, *bias), start * size, lies, second)?;
+            launches.push(launch);
             start += part.widths(self.direction).1;
+            if joined && let Some((next, _)) = parts.next() {
+                start += next.widths(self.direction).1;
+            }
         }
         Ok(Planned {
             launches,
@@ -151,15 +183,15 @@ impl<'a> Products<'a> {
         })
     }
 
-    /// The launch of a part whose weight's regions and bias are these operands.
+    /// The launch of a part whose weight's regions and bias are these operands, and whether the next part's product is in it.
     fn launch(
         &self,
         part: &Part<'_>,
-        regions: &[usize],
-        bias: Option<usize>,
+        (regions, bias): (&[usize], Option<usize>),
         y_offset: usize,
         lies: Lies,
-    ) -> Result<Launch> {
+        next: Option<linear::Beside<'_>>,
+    ) -> Result<(Launch, bool)> {
         let Lies {
             dtype,
             m,
@@ -169,31 +201,36 @@ impl<'a> Products<'a> {
             y_row,
             y_head,
             x,
+            normed,
         } = lies;
         let (rows, direction, y) = (part.rows, self.direction, x + 1);
         match (part.weight, regions) {
-            (Weight::Fp4(weight), &[codes, scales]) => linear::Product {
-                weight,
-                rows,
-                direction,
-                operands: linear::Operands {
-                    codes,
-                    scales,
-                    bias,
-                    x,
-                    y,
-                },
-                dtype,
-                m,
-                x_offset,
-                x_row,
-                x_head,
-                y_offset,
-                y_row,
-                y_head,
+            (Weight::Fp4(weight), &[codes, scales]) => {
+                let product = linear::Product {
+                    weight,
+                    rows,
+                    direction,
+                    operands: linear::Operands {
+                        codes,
+                        scales,
+                        bias,
+                        x,
+                        y,
+                    },
+                    dtype,
+                    m,
+                    x_offset,
+                    x_row,
+                    x_head,
+                    y_offset,
+                    y_row,
+                    y_head,
+                };
+                let beside = next.filter(|next| product.takes_beside(next.weight));
+                let launch = product.launch_with(linear::Extras { beside, normed })?;
+                Ok((launch, beside.is_some()))
             }
-            .launch(),
-            (Weight::Dense(weight), &[region]) => dense::Product {
+            (Weight::Dense(weight), &[region]) if normed.is_none() => dense::Product {
                 weight,
                 rows,
                 direction,
@@ -212,7 +249,8 @@ impl<'a> Products<'a> {
                 y_row,
                 y_head,
             }
-            .launch(),
+            .launch()
+            .map(|launch| (launch, false)),
             (weight, _) => {
                 let found = format!("{:?} in eight bits", weight.shape());
                 Err(Error::argument(self.op, "weight", "FP4 or floating point", found))
@@ -238,4 +276,5 @@ struct Lies {
     y_head: usize,
     /// The operand; the output is the next.
     x: usize,
+    normed: Option<linear::Normed>,
 }

@@ -19,6 +19,8 @@ mod dense;
 mod doctor;
 #[cfg(target_os = "linux")]
 mod faults;
+#[cfg(target_os = "linux")]
+mod gpu_works;
 mod grid;
 mod linear;
 mod model;

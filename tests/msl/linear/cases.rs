@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::Result;
 use candle_mmfp4::cpu::{Arithmetic, reference};
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, Weight, quantize};
-use candle_mmfp4::ops::Linear;
+use candle_mmfp4::ops::{Linear, NormedLinear, RmsNorm};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 pub const KINDS: [ScaleKind; 4] = [ScaleKind::F16, ScaleKind::BF16, ScaleKind::E8M0, ScaleKind::E4M3];
@@ -113,6 +113,20 @@ impl Case {
         };
         let tensor = Fp4Tensor::new("w", parts).unwrap();
         Linear::new(Weight::from(tensor), self.bias.then(|| noise(self.n, 11))).unwrap()
+    }
+
+    /// The product of the activations' norm.
+    pub fn normed(&self, eps: f64) -> NormedLinear {
+        NormedLinear::new(RmsNorm::new(noise(self.k, 19), eps).unwrap(), self.op()).unwrap()
+    }
+
+    /// What the plain reference gives for that.
+    pub fn expected_of_norm(&self, op: &NormedLinear, x: &[f32]) -> Vec<f32> {
+        let norm = op.norm();
+        let rows = x
+            .chunks_exact(self.k)
+            .flat_map(|row| reference::rms_norm(row, norm.weight(), norm.eps()));
+        self.expected(op.linear(), &rows.collect::<Vec<_>>())
     }
 
     /// Activations, lying as they are to.
@@ -275,4 +289,14 @@ pub fn activations(shape: (usize, usize), dtype: DType, seed: u64) -> Tensor {
     Tensor::from_vec(noise(shape.0 * shape.1, seed), shape, &Device::Cpu)
         .and_then(|x| x.to_dtype(dtype))
         .unwrap()
+}
+
+/// Outputs of several widths as one.
+pub fn side_by_side(parts: &[(usize, Vec<f32>)], m: usize) -> Vec<f32> {
+    let rows = (0..m).flat_map(|row| {
+        parts
+            .iter()
+            .flat_map(move |(n, values)| &values[row * n..(row + 1) * n])
+    });
+    rows.copied().collect()
 }

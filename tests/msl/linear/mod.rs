@@ -12,9 +12,9 @@ use crate::backend::Backend;
 use crate::{bound, bound_of, nmse, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
-use candle_mmfp4::fp4::Weight;
+use candle_mmfp4::fp4::{Factor, Weight};
 use candle_mmfp4::ops::{JoinedLinear, Linear, Orientation, PerHead};
-use cases::{Case, Lies};
+use cases::{Case, Lies, side_by_side};
 
 #[test]
 fn linear_agrees_with_the_reference_over_the_grid() {
@@ -149,6 +149,147 @@ fn several_weights_stand_side_by_side() {
             assert!(nmse(&found, &expected) <= 1e-9, "m {m}, columns from {start}");
             start += n;
         }
+    }
+}
+
+#[test]
+fn weights_with_many_rows() {
+    let Some(backend) = Backend::start() else { return };
+    for (i, (n, k)) in [(2051, 64), (2051, 1040), (8195, 528)].into_iter().enumerate() {
+        for m in [1, 2, 7] {
+            let case = Case {
+                m,
+                n,
+                k,
+                group: 16,
+                dtype: cases::DTYPES[(i + m) % 3],
+                ..Case::default()
+            };
+            let error = case.run(&backend).unwrap();
+            assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_norm_is_multiplied_in_place_of_its_input() {
+    let Some(backend) = Backend::start() else { return };
+    let shapes = [
+        (1, 16, 16),
+        (7, 48, 16),
+        (9, 64, 32),
+        (65, 528, 16),
+        (33, 1152, 128),
+        (6, 4128, 32),
+        (2050, 64, 64),
+    ];
+    let lies = [
+        Lies::Together,
+        Lies::Offset,
+        Lies::WideRows,
+        Lies::OddRows,
+        Lies::Transposed,
+    ];
+    for (i, (n, k, group)) in shapes.into_iter().enumerate() {
+        for m in [1, 2, 3, 4, 5, 8, 9] {
+            let case = Case {
+                m,
+                n,
+                k,
+                group,
+                dtype: cases::DTYPES[(i + m) % 3],
+                // Scales in E4M3 are large: sums of many would overflow half.
+                kind: cases::KINDS[(i + m) % if k > 600 { 3 } else { 4 }],
+                bias: m == 2,
+                lies: lies[(i * 3 + m) % lies.len()],
+                ..Case::default()
+            };
+            let (op, x) = (case.normed([0.0, 1e-5, 0.25][m % 3]), case.x().unwrap());
+            let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
+            let expected = case.expected_of_norm(&op, &values(&x.contiguous().unwrap()));
+            let error = nmse(&values(&y), &expected);
+            // Beyond eight rows the norm is rounded before it is multiplied.
+            let bound = bound(case.dtype) * if m > 8 { 2.0 } else { 1.0 };
+            assert!(error <= bound, "{case:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn two_weights_of_one_kind_stand_side_by_side() {
+    let Some(backend) = Backend::start() else { return };
+    for (i, (n, other, k, group)) in [
+        (1, 1, 16, 16),
+        (8, 9, 48, 16),
+        (65, 7, 1152, 128),
+        (2040, 33, 64, 32),
+        (5, 2050, 544, 32),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for m in [1, 2, 4, 5, 8, 9, 33] {
+            let first = Case {
+                m,
+                n,
+                k,
+                group,
+                dtype: cases::DTYPES[(i + m) % 3],
+                kind: cases::KINDS[(i + m) % if k > 600 { 3 } else { 4 }],
+                factor: Factor::Div(3.0),
+                shift: 4 * (i % 2),
+                ..Case::default()
+            };
+            let second = Case {
+                n: other,
+                factor: Factor::Div(0.37),
+                shift: 0,
+                ..first
+            };
+            let op = JoinedLinear::new(vec![first.op(), second.op()]).unwrap();
+            let x = first.x().unwrap();
+            let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
+            let x = values(&x);
+            let [a, b] = op.parts() else {
+                unreachable!("two parts")
+            };
+            let expected = side_by_side(&[(n, first.expected(a, &x)), (other, second.expected(b, &x))], m);
+            let error = nmse(&values(&y), &expected);
+            assert!(error <= bound(first.dtype), "{first:?} {other}: {error:e}");
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn two_weights_of_one_kind_take_one_launch() {
+    use candle_mmfp4::metal::host::Host;
+    let plain = Case::default();
+    let launches = |m: usize, first: Case, second: Case| {
+        let op = JoinedLinear::new(vec![first.op(), second.op()]).unwrap();
+        let host = std::sync::Arc::new(Host::recorder(false));
+        let x = cases::activations((m, plain.k), DType::F32, 1);
+        host.install(|| op.forward(&x)).unwrap();
+        host.recorded().remove(0).plan.launches.len()
+    };
+    assert_eq!(launches(1, plain, plain), 1);
+    assert_eq!(launches(8, plain, Case { n: 3, ..plain }), 1);
+    assert_eq!(launches(9, plain, plain), 2, "tiles");
+    let others = [
+        Case { group: 64, ..plain },
+        Case {
+            kind: cases::KINDS[1],
+            ..plain
+        },
+        Case {
+            factor: Factor::Mul(2.0),
+            ..plain
+        },
+        Case { bias: true, ..plain },
+    ];
+    for other in others {
+        assert_eq!(launches(1, plain, other), 2, "{other:?}");
+        assert_eq!(launches(1, other, plain), 2, "{other:?}");
     }
 }
 

@@ -1,12 +1,12 @@
 //! Products whose plans are run again and again: see [`runner`](crate::runner).
 
-use super::cases::{Case, KINDS, Lies, activations, pairwise};
+use super::cases::{Case, KINDS, Lies, activations, pairwise, side_by_side};
 use crate::runner::{Expected, Work, record};
 use crate::values;
 use candle_core::DType;
 use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
 use candle_mmfp4::fp4::Factor;
-use candle_mmfp4::ops::{Orientation, PerHead};
+use candle_mmfp4::ops::{JoinedLinear, Orientation, PerHead};
 
 /// Runs in both orientations that reach every kernel's loops and edges.
 pub fn all() -> Vec<Work> {
@@ -17,7 +17,92 @@ pub fn all() -> Vec<Work> {
         cases.extend(pairwise().into_iter().flat_map(both));
     }
     let works = cases.iter().map(|(case, orientation)| work(case, *orientation));
-    works.chain(of_heads()).collect()
+    works.chain(of_heads()).chain(joined()).chain(normed()).collect()
+}
+
+/// Two weights in one launch.
+fn joined() -> Vec<Work> {
+    let plain = Case::default();
+    let cases = [
+        (
+            Case {
+                n: 9,
+                factor: Factor::Mul(0.37),
+                ..plain
+            },
+            7,
+        ),
+        (
+            Case {
+                m: 3,
+                n: 5,
+                k: 1040,
+                group: 16,
+                dtype: DType::F16,
+                ..plain
+            },
+            10,
+        ),
+    ];
+    let joined = |(case, other): (Case, usize)| {
+        // Another factor than the first's, of the same kind.
+        let factor = match case.factor {
+            Factor::Mul(_) => Factor::Mul(3.0),
+            factor => factor,
+        };
+        let second = Case {
+            n: other,
+            factor,
+            ..case
+        };
+        let (op, x) = (
+            JoinedLinear::new(vec![case.op(), second.op()]).unwrap(),
+            case.x().unwrap(),
+        );
+        let all = [(&case, 0), (&second, 1)]
+            .map(|(case, part)| (case.n, case.expected(&op.parts()[part], &values(&x))));
+        let expected = Expected {
+            values: side_by_side(&all, case.m),
+            dtype: case.dtype,
+            bound: crate::bound(case.dtype),
+        };
+        record(format!("joined {case:?}"), |_| op.forward(&x), vec![expected])
+    };
+    cases.into_iter().map(joined).collect()
+}
+
+/// Products of norms.
+fn normed() -> Vec<Work> {
+    let plain = Case::default();
+    let cases = [
+        Case { n: 5, ..plain },
+        Case {
+            n: 6,
+            k: 528,
+            group: 16,
+            lies: Lies::OddRows,
+            bias: true,
+            ..plain
+        },
+        Case {
+            m: 5,
+            n: 9,
+            k: 1152,
+            group: 128,
+            dtype: DType::BF16,
+            ..plain
+        },
+    ];
+    let normed = |case: Case| {
+        let (op, x) = (case.normed(0.25), case.x().unwrap());
+        let expected = Expected {
+            values: case.expected_of_norm(&op, &values(&x.contiguous().unwrap())),
+            dtype: case.dtype,
+            bound: crate::bound(case.dtype),
+        };
+        record(format!("normed {case:?}"), |_| op.forward(&x), vec![expected])
+    };
+    cases.into_iter().map(normed).collect()
 }
 
 fn work(case: &Case, orientation: Orientation) -> Work {
@@ -173,6 +258,33 @@ fn few() -> Vec<(Case, Orientation)> {
             m: 12,
             kind: KINDS[0],
             subnormal: true,
+            ..plain
+        },
+        // Four rows a simdgroup: in one turn; with K shared by two simdgroups; by four, in several turns.
+        Case {
+            n: 2050,
+            dtype: DType::F16,
+            ..plain
+        },
+        Case {
+            n: 2049,
+            k: 528,
+            group: 16,
+            ..plain
+        },
+        Case {
+            m: 3,
+            n: 6,
+            k: 6272,
+            group: 128,
+            dtype: DType::F16,
+            ..plain
+        },
+        // A simdgroup alone with its rows, in several turns.
+        Case {
+            n: 8193,
+            k: 1040,
+            group: 16,
             ..plain
         },
     ];

@@ -37,6 +37,12 @@ CODE = [
     "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-mf16c", "-mfma", "-fno-strict-aliasing", "-fno-omit-frame-pointer",
 ]  # fmt: skip
 POISON = "-ftrivial-auto-var-init=pattern"  # variables without a value are NaN, or large
+# For the driver of an NVIDIA GPU, which compiles it for the one that is there.
+PTX = [
+    "-x", "cuda", "-std=c++17", "--cuda-device-only", "--cuda-gpu-arch=sm_90", "--cuda-feature=+ptx80",
+    "-nocudainc", "-nocudalib", "-DMSL_CUDA", "-O3", "-ffp-contract=fast", "-fno-strict-aliasing",
+    "-Wno-unknown-cuda-version", "-S",
+]  # fmt: skip
 EXACT, FAST = ["-ffp-contract=off"], ["-ffast-math", "-ffp-contract=fast"]
 
 

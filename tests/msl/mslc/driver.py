@@ -1,5 +1,6 @@
-"""The commands: `check` and `build`."""
+"""The commands: `check`, `build` and `ptx`."""
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import clang, lint
+from .ptx import PtxRewriter
 from .rewrite import Rewriter
 from .signatures import Declarations
 from .tokens import Source, Unreadable
@@ -89,6 +91,16 @@ def build(options):
         return messages + linked if status else ""
 
 
+def ptx(file, includes, constants, kernels, output):
+    """Makes PTX of one file's kernels (all of them for None), specialised by `constants`, values by index; each kernel's
+    buffer indices, in the order in which its entry takes them."""
+    rewriter = PtxRewriter(*read(file, includes), constants, kernels)
+    status, _, messages = clang.run([*clang.PTX, *clang.DIALECT, "-o", output, "-"], rewriter.result())
+    if status:
+        raise clang.ClangError(messages or "clang failed")
+    return rewriter.buffers()
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="mslc.py", description="Metal Shading Language on Linux")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -100,6 +112,13 @@ def parse(arguments):
     command.add_argument("--sanitize", default="", help="address, undefined, thread; comma-separated")
     command.add_argument("--fast-math", action="store_true", help="as Metal compiles by default")
     command.add_argument("--exe", action="store_true", help="the runner program instead of a library")
+    command = commands.add_parser("ptx", help="PTX, for an NVIDIA GPU")
+    command.add_argument("file", metavar="FILE.metal")
+    command.add_argument("-I", dest="include", action="append", default=[], metavar="DIR")
+    command.add_argument("-o", dest="output", required=True)
+    command.add_argument("-D", dest="constants", action="append", default=[], metavar="INDEX=VALUE",
+                         help="a function constant; what is left out is undefined")  # fmt: skip
+    command.add_argument("-k", dest="kernels", action="append", metavar="NAME", help="this kernel; else every one")
     return parser.parse_args(arguments)
 
 
@@ -110,6 +129,10 @@ def main(arguments):
             found = [line for file in options.files for line in check(file, options.include)]
             print("\n".join(found), end="\n" if found else "")
             return 1 if found else 0
+        if options.command == "ptx":
+            constants = dict(map(int, text.split("=")) for text in options.constants)
+            print(json.dumps(ptx(options.file, options.include, constants, options.kernels, options.output)))
+            return 0
         messages = build(options)
     except (clang.ClangError, Unreadable) as error:
         messages = str(error)

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Runs the works that make.py prepared on an NVIDIA GPU: right against torch, and how fast. See README.md."""
+import argparse
+import collections
+import ctypes
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import data
+import torch
+from device import SWEPT, Driver, copy_bandwidth, empty_launch, graph_of, seconds
+from references import REFERENCES
+
+HEAD = """# The Metal kernels on an NVIDIA GPU
+
+Written by `tools/gpu-check`: the unmodified `.metal` files as PTX, launched as `src/metal` plans them at GLM-4.7-Flash's
+shapes, on operands of noise. NMSE is against torch's product in f64 of the same operands. Times are of one launch among many
+in a graph, over copies of the weights that no cache holds; MB are what the launch has to move, each byte once.
+
+The bar: from 64 MB on, 65 % of the copy's bandwidth (activations in F32: 50 %); below, the floor is an empty launch plus the
+bytes over that bandwidth, and the bar 1.6 × the floor from 8 MB on, else 2 × the floor + 1 µs. It is meant for one row of
+activations; more rows stand here to be seen. Tiles (9 rows of activations and more) are not timed: their products of
+matrices are shuffles here.
+
+**What this says of a Mac**: the numbers, barriers and bounds of these kernels hold on a GPU whose threads really run at once,
+at real sizes. A kernel that is slow here because its loads are narrow or far apart, because few of them are on their way at
+once, or because few threads have work, probably is slow there for the same reason.
+
+**What it does not say**: anything about Apple's compiler, registers, occupancy, caches, launches or clocks, or about
+`simdgroup_matrix`. Where a kernel here is bound by instructions (products with FP4 are: about five for a code), the share of
+its own bandwidth that an Apple GPU reaches is another number. Nothing here has run on an Apple GPU.
+
+"""
+# NMSE, as in the tests on Linux.
+BOUNDS = {"f32": 1e-9, "f16": 3e-7, "bf16": 1e-5}
+
+
+class Work:
+    """An op's launches over operands of its own; the weights are there as many times as it takes to outgrow caches."""
+
+    def __init__(self, driver, folder, modules, description, copies):
+        self.driver, self.description, self.meta = driver, description, description["meta"]
+        random = data.generator(len(description["name"]) + 7 * self.meta["m"])
+        operands = description["operands"]
+        self.weights = [i for i, operand in enumerate(operands) if operand["weight"]]
+        size = sum(operands[i]["len"] for i in self.weights)
+        count = min(512, max(1, math.ceil(SWEPT / max(size, 1)))) if copies else 1
+        made = [data.operand(operand["role"], operand["len"], self.meta, random) for operand in operands]
+        self.sets = [made]
+        for _ in range(count - 1):
+            self.sets.append([tensor.clone() if i in self.weights else tensor for i, tensor in enumerate(made)])
+        self.calls = []
+        for launch in description["launches"]:
+            path = folder / launch["module"]
+            if path not in modules:
+                modules[path] = driver.module(path.read_bytes() + b"\0")
+            function = driver.function(modules[path], launch["kernel"])
+            self.calls.append((function, launch, [self.arguments(launch, operands) for operands in self.sets]))
+
+    @staticmethod
+    def arguments(launch, operands):
+        """In the order of the entry's parameters; a buffer that is not bound is null."""
+        bound = dict(map(tuple, launch["bindings"]))
+        values = []
+        for index in launch["buffers"]:
+            binding = bound.get(index)
+            if binding is None:
+                values.append(ctypes.c_void_p(0))
+            elif "bytes" in binding:
+                values.append(ctypes.create_string_buffer(bytes.fromhex(binding["bytes"])))
+            else:
+                values.append(ctypes.c_void_p(operands[binding["operand"]].data_ptr() + binding["offset"]))
+        return values
+
+    def run(self, which=0):
+        for function, launch, arguments in self.calls:
+            self.driver.launch(function, launch["grid"], launch["threads"], arguments[which])
+
+    def error(self):
+        """The largest NMSE of an output."""
+        self.run()
+        torch.cuda.synchronize()
+        described = self.description["operands"]
+        by_role = {operand["role"]: tensor for operand, tensor in zip(described, self.sets[0])}
+        outputs = [tensor for operand, tensor in zip(described, self.sets[0]) if operand["role"].startswith("y")]
+        expected = REFERENCES[self.description["op"]](by_role, self.meta)
+        worst = 0.0
+        for actual, wanted in zip(outputs, expected):
+            actual = actual.view(data.DTYPES[self.meta["dtype"]]).double().view(wanted.shape)
+            error = ((actual - wanted).square().sum() / wanted.square().sum()).item()
+            worst = max(worst, error if error == error else math.inf)
+        return worst
+
+    def seconds(self):
+        """Of one run, among many in a graph, over every copy of the weights in turn."""
+        rounds = max(1, 20 // len(self.sets))
+        graph = graph_of(lambda: [self.run(i) for _ in range(rounds) for i in range(len(self.sets))])
+        return seconds(graph.replay) / (rounds * len(self.sets))
+
+    def bytes(self):
+        return sum(launch["bytes"] for _, launch, _ in self.calls)
+
+
+def sanitized(options, works):
+    """What compute-sanitizer's tools say of each work, run once: a sentence a tool."""
+    program = shutil.which("compute-sanitizer")
+    if not program:
+        return ["compute-sanitizer is not on this machine."]
+    # Each operand an allocation of its own, so that what lies behind one is nobody's.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    prefixes = sorted({launch["kernel"].split("_")[0] for work in works for launch in work["launches"]})
+    filters = [part for prefix in prefixes for part in ("--kernel-name", f"kernel_substring={prefix}_")]
+    notes = []
+    for tool in ("memcheck", "racecheck"):
+        command = [program, "--tool", tool, *filters, sys.executable, __file__, str(options.folder), "--once"]
+        done = subprocess.run([*command, "--only", options.only], env=environment, capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        found = re.findall(r"========= ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
+        ran = re.findall(r"\d+ works run", text)
+        notes.append(f"compute-sanitizer {tool}: {'; '.join(found + ran) or text[-300:]}.")
+        print(notes[-1], flush=True)
+    return notes
+
+
+def verdict(moved, time, empty, bandwidth, dtype):
+    """What the bar is, and whether it is reached."""
+    if moved >= 64e6:
+        bar, share = 0.5 if dtype == "f32" else 0.65, moved / time / bandwidth
+        return f"{share:.0%} of the copy's bandwidth", share >= bar
+    floor = empty + moved / bandwidth
+    reached = time <= 1.6 * floor if moved >= 8e6 else time <= 2 * floor + 1e-6
+    return f"{time / floor:.2f} × floor {floor * 1e6:.1f} µs", reached
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="what make.py wrote")
+    parser.add_argument("--output", type=Path, help="the table; else stdout")
+    parser.add_argument("--only", default="", help="works whose name holds this text")
+    parser.add_argument("--once", action="store_true", help="each work once, for compute-sanitizer to watch")
+    parser.add_argument("--sanitize", action="store_true", help="first, all of them under compute-sanitizer")
+    options = parser.parse_args()
+    works = [work for work in json.loads((options.folder / "works.json").read_text()) if options.only in work["name"]]
+    notes = sanitized(options, works) if options.sanitize else []
+    driver, modules = Driver(), {}
+    if options.once:
+        for work in works:
+            Work(driver, options.folder, modules, work, False).run()
+            torch.cuda.synchronize()
+        print(f"{len(works)} works run")
+        return
+    bandwidth, empty = copy_bandwidth(), empty_launch(driver)
+    head = [
+        f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}. A copy of 4 GiB moves {bandwidth / 1e9:.0f} GB/s "
+        f"(read and written); an empty launch in a graph takes {empty * 1e6:.2f} µs.",
+        *notes,
+    ]
+    lines = ["| work | kernel | MB | µs | GB/s | against the bar | reached | NMSE |", "|---|---|---|---|---|---|---|---|"]
+    failed = collections.Counter()
+    for description in works:
+        work = Work(driver, options.folder, modules, description, description["timed"])
+        dtype, moved = description["meta"]["dtype"], work.bytes()
+        error = work.error()
+        right = error <= BOUNDS[dtype]
+        failed["wrong"] += not right
+        cells = ["", "", "", "", ""]
+        if description["timed"]:
+            time = work.seconds()
+            text, reached = verdict(moved, time, empty, bandwidth, dtype)
+            failed["slow"] += not reached
+            cells = [f"{moved / 1e6:.2f}", f"{time * 1e6:.2f}", f"{moved / time / 1e9:.0f}", text, "yes" if reached else "**no**"]
+        kernels = ", ".join(launch["kernel"] for _, launch, _ in work.calls)
+        error = f"{error:.1e}" if right else f"**{error:.1e}**"
+        lines.append(f"| {description['name']} | {kernels} | {' | '.join(cells)} | {error} |")
+        print(lines[-1], flush=True)
+        del work
+    table = HEAD + "\n\n".join(head) + "\n\n" + "\n".join(lines) + "\n"
+    print("\n".join(head), dict(failed), flush=True)
+    if options.output:
+        options.output.write_text(table)
+    raise SystemExit(1 if failed["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
