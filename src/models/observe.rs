@@ -68,6 +68,11 @@ impl<'a, 'b> Trace<'a, 'b> {
         }
     }
 
+    /// Whether there is one.
+    pub fn observes(&self) -> bool {
+        self.observer.is_some()
+    }
+
     pub fn enter(&mut self, layer: Option<usize>) {
         self.layer = layer;
     }

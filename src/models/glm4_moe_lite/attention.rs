@@ -18,7 +18,7 @@ use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RmsNorm};
-use crate::ops::{self, JoinedLinear, LatentRows, Orientation, PerHead};
+use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear, Orientation, PerHead};
 use candle_core::{D, Module, Tensor};
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
@@ -79,16 +79,11 @@ pub(super) struct Segment {
 }
 
 #[derive(Debug)]
-struct LowRankQuery {
-    norm: RmsNorm,
-    b: MmfP4Linear,
-}
-
-#[derive(Debug)]
 pub(super) struct Attention {
     /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
     input: JoinedLinear,
-    low_rank: Option<LowRankQuery>,
+    /// `q_a_layernorm` and `q_b_proj`.
+    low_rank: Option<NormedLinear>,
     rows: LatentRows,
     kv_b: MmfP4Linear,
     absorb_query: PerHead,
@@ -123,7 +118,7 @@ impl Attention {
                 let a = loader.linear(&name("q_a_proj"), rank, hidden, bias)?;
                 let norm = loader.rms_norm(&name("q_a_layernorm"), rank, INNER_EPS)?;
                 let b = loader.linear(&name("q_b_proj"), queries, rank, false)?;
-                (a, Some(LowRankQuery { norm, b }))
+                (a, Some(NormedLinear::new(norm, b.op().clone())?))
             }
         };
         let kv_a = loader.linear(&name("kv_a_proj_with_mqa"), latent + rope, hidden, bias)?;
@@ -164,21 +159,21 @@ impl Attention {
 
     pub fn weights(&self) -> Vec<&Weight> {
         let input = self.input.parts().iter().map(ops::Linear::weight);
-        input.chain(self.linears().map(MmfP4Linear::weight)).collect()
+        input.chain(self.linears().map(ops::Linear::weight)).collect()
     }
 
     /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
     pub fn bytes_read(&self) -> usize {
         let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
-        let linears = input.chain(self.linears().map(MmfP4Linear::size_in_bytes));
-        let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(&query.norm));
+        let linears = input.chain(self.linears().map(ops::Linear::size_in_bytes));
+        let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(query.norm()));
         linears.sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
     }
 
     /// All linear layers but those of the input.
-    fn linears(&self) -> impl Iterator<Item = &MmfP4Linear> {
-        let query = self.low_rank.iter().map(|query| &query.b);
-        query.chain([&self.kv_b, &self.output])
+    fn linears(&self) -> impl Iterator<Item = &ops::Linear> {
+        let query = self.low_rank.iter().map(NormedLinear::linear);
+        query.chain([self.kv_b.op(), self.output.op()])
     }
 
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows
@@ -198,11 +193,13 @@ impl Attention {
         let query = both.narrow(1, 0, query_width)?;
         let query = match &self.low_rank {
             None => trace.see("q_proj", x, query)?,
-            Some(LowRankQuery { norm, b }) => {
+            // An observer sees the norm between the products as well.
+            Some(normed) if trace.observes() => {
                 let low = trace.see("q_a_proj", x, query)?;
-                let low = trace.see("q_a_layernorm", &low, norm.forward(&low)?)?;
-                trace.see("q_b_proj", &low, b.forward(&low)?)?
+                let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
+                trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
             }
+            Some(normed) => normed.forward(&query)?,
         };
         let query = query.reshape((tokens, self.heads, self.nope + self.rope))?;
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;
