@@ -1,10 +1,9 @@
 //! What only the host can check: the sources themselves, schedules, memory, races, plans against kernels.
 
 use crate::backend::{Backend, available};
-use crate::linear::{self, cases};
-use crate::moe;
+use crate::families::FAMILIES;
+use crate::linear::cases;
 use crate::runner::Work;
-use crate::{dense, norm_rope};
 use candle_core::DType;
 use candle_mmfp4::cpu::HeadRows;
 use candle_mmfp4::fp4::{Format, Weight};
@@ -20,27 +19,17 @@ use std::process::Command;
 
 /// Runs that reach every kernel's loops and edges; what is slow runs over these.
 pub fn subset() -> Vec<Work> {
-    let families = [
-        linear::works::all,
-        norm_rope::works::all,
-        dense::works::all,
-        moe::works::all,
-    ];
-    families.into_iter().flat_map(|works| works()).collect()
-}
-
-/// Runs the subset with a program of these kernels; what went wrong first.
-pub fn failure(program: &Path, seed: u64) -> Option<String> {
-    subset().iter().find_map(|work| work.failure_of(program, seed))
+    FAMILIES.iter().flat_map(|family| (family.works)()).collect()
 }
 
 /// The messages of the strict check of a folder of kernels, where there are any.
 pub fn strict(metal: &Path) -> Option<String> {
     let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/msl/mslc.py");
+    let kernels = source::KERNELS.iter().map(|file| metal.join(file.name));
     let output = Command::new("python3")
         .arg(tool)
         .arg("check")
-        .args(source::KERNELS.iter().map(|file| metal.join(file.name)))
+        .args(kernels.filter(|file| file.exists()))
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();

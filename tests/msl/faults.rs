@@ -1,9 +1,9 @@
 //! Faults planted in the kernels and in their plans: tests that would miss one are worth nothing.
 
 use crate::backend::available;
-use crate::checks::{failure, strict, subset};
+use crate::checks::strict;
+use crate::families::{FAMILIES, Family};
 use crate::runner::Work;
-use crate::{dense, linear, moe, norm_rope};
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::plan::Plan;
 use candle_mmfp4::metal::source;
@@ -33,20 +33,16 @@ struct Found {
     races: Option<String>,
 }
 
-/// The faults of every family of kernels.
-fn all() -> impl Iterator<Item = &'static Fault> {
-    let families = [
-        linear::faults::FAULTS,
-        norm_rope::faults::FAULTS,
-        dense::faults::FAULTS,
-        moe::faults::FAULTS,
-    ];
-    families.into_iter().flatten()
+/// Every fault of kernels, with its family.
+fn all() -> impl Iterator<Item = (&'static Family, &'static Fault)> {
+    let faults = |family: &'static Family| family.faults.iter().map(move |fault| (family, fault));
+    FAMILIES.iter().flat_map(faults)
 }
 
-/// The faults of every family's plans.
-fn all_of_plans() -> impl Iterator<Item = &'static PlanFault> {
-    linear::plan_faults::FAULTS.iter()
+/// The faults of plans, with their families.
+fn all_of_plans() -> impl Iterator<Item = (&'static Family, &'static PlanFault)> {
+    let faults = |family: &'static Family| family.plan_faults.iter().map(move |fault| (family, fault));
+    FAMILIES.iter().flat_map(faults)
 }
 
 /// Those that every run of the tests plants: one for each kind of check.
@@ -64,10 +60,13 @@ const OF_PLANS_IN_CI: [&str; 3] = [
 ];
 
 impl Fault {
-    /// The kernels with this fault, in a folder of their own.
-    fn planted(&self) -> tempfile::TempDir {
+    /// The family's kernels with this fault, in a folder of their own.
+    fn planted(&self, family: &Family) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
-        for file in source::HEADERS.iter().chain(source::KERNELS) {
+        let kernels = source::KERNELS
+            .iter()
+            .filter(|file| family.files.contains(&file.name));
+        for file in source::HEADERS.iter().chain(kernels) {
             let text = if file.name == self.file {
                 assert!(
                     file.text.contains(self.from),
@@ -83,15 +82,16 @@ impl Fault {
         folder
     }
 
-    fn find(&self, all: bool) -> Found {
-        let folder = self.planted();
+    fn find(&self, family: &Family, all: bool) -> Found {
+        let folder = self.planted(family);
+        let works = (family.works)();
         let strict = strict(folder.path()).map(|text| first_line(&text));
         find(strict, all, |options, seeds| {
             match build::library_of(folder.path(), &folder.path().join("build"), &options) {
                 Err(error) => Some(format!("does not compile: {}", first_line(&error.to_string()))),
                 Ok(program) => seeds
                     .into_iter()
-                    .find_map(|seed| failure(&program, seed))
+                    .find_map(|seed| works.iter().find_map(|work| work.failure_of(&program, seed)))
                     .map(|text| text.replace(&format!("{}/", folder.path().display()), "")),
             }
         })
@@ -100,20 +100,20 @@ impl Fault {
 
 impl PlanFault {
     /// What finds it in any of the plans that can have it.
-    fn find(&self, all: bool) -> Found {
-        find_in_plans(&self.planted(), all)
+    fn find(&self, family: &Family, all: bool) -> Found {
+        find_in_plans(&self.planted(family), all)
     }
 
     /// The plans in which nothing finds it.
-    fn missed(&self) -> Vec<String> {
+    fn missed(&self, family: &Family) -> Vec<String> {
         let missed = |work: &Work| !find_in_plans(std::slice::from_ref(work), false).any();
-        let planted = self.planted().into_iter();
+        let planted = self.planted(family).into_iter();
         planted.filter(missed).map(|work| work.name).collect()
     }
 
-    fn planted(&self) -> Vec<Work> {
+    fn planted(&self, family: &Family) -> Vec<Work> {
         let changed = |work: &Work| work.changed(self.change);
-        let works: Vec<_> = subset().iter().filter_map(changed).collect();
+        let works: Vec<_> = (family.works)().iter().filter_map(changed).collect();
         assert!(!works.is_empty(), "{}: no plan can have it", self.what);
         works
     }
@@ -199,12 +199,12 @@ fn planted_faults_are_found() {
         return;
     }
     for what in IN_CI {
-        let fault = all().find(|fault| fault.what == what).unwrap();
-        assert!(fault.find(false).any(), "nothing finds: {what}");
+        let (family, fault) = all().find(|(_, fault)| fault.what == what).unwrap();
+        assert!(fault.find(family, false).any(), "nothing finds: {what}");
     }
     for what in OF_PLANS_IN_CI {
-        let fault = all_of_plans().find(|fault| fault.what == what).unwrap();
-        assert!(fault.find(false).any(), "nothing finds: {what}");
+        let (family, fault) = all_of_plans().find(|(_, fault)| fault.what == what).unwrap();
+        assert!(fault.find(family, false).any(), "nothing finds: {what}");
     }
 }
 
@@ -220,16 +220,16 @@ fn faults() {
          tells what the check said. Written by `cargo test --release --features msl-host --test msl -- --ignored faults`,\n\
          which fails where nothing finds one.\n\n## In kernels\n\n",
     );
-    let kernels = all().map(|fault| (fault.what, fault.find(true)));
+    let kernels = all().map(|(family, fault)| (fault.what, fault.find(family, true)));
     table(&mut tables, &mut missed, 0, kernels);
     tables.push_str(
         "\n## In plans\n\nThe kernels are as they are. More threadgroups than a plan needs along x and y are no fault: they \
          write nothing.\n\n",
     );
-    let plans = all_of_plans().map(|fault| (fault.what, fault.find(true)));
+    let plans = all_of_plans().map(|(family, fault)| (fault.what, fault.find(family, true)));
     table(&mut tables, &mut missed, 1, plans);
-    for fault in all_of_plans() {
-        let plans = fault.missed().into_iter();
+    for (family, fault) in all_of_plans() {
+        let plans = fault.missed(family).into_iter();
         missed.extend(plans.map(|plan| format!("{} in {plan}", fault.what)));
     }
     std::fs::write(

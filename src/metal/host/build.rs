@@ -43,7 +43,7 @@ pub fn library(options: &Options) -> Result<PathBuf> {
     library_of(&metal, &target().join("msl-host"), options)
 }
 
-/// Builds the kernels of a folder of `.metal` files into `to`, under a name that their text and the tools' determine.
+/// Builds those of this crate's `.metal` files that are in a folder into `to`, under a name that their text and the tools' determine.
 ///
 /// # Errors
 /// [`Error::Io`] where Python does not start; [`Error::File`] with the messages of the tool or the compiler.
@@ -81,7 +81,8 @@ pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf>
         command.arg("--exe");
     }
     command.arg("-I").arg(metal);
-    command.args(source::KERNELS.iter().map(|file| metal.join(file.name)));
+    let kernels = source::KERNELS.iter().map(|file| metal.join(file.name));
+    command.args(kernels.filter(|file| file.exists()));
     let output = command
         .output()
         .map_err(|error| Error::io("python3", error, "it builds the kernels; install it"))?;
