@@ -2,7 +2,7 @@
 
 use crate::backend::{Backend, available};
 use crate::families::FAMILIES;
-use crate::linear::cases;
+use crate::linear::{self, cases};
 use crate::runner::Work;
 use candle_core::DType;
 use candle_mmfp4::cpu::HeadRows;
