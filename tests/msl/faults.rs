@@ -9,6 +9,8 @@ use candle_mmfp4::metal::plan::Plan;
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A fault: what it is, the file, and the text that is replaced.
 pub struct Fault {
@@ -220,18 +222,25 @@ fn faults() {
          tells what the check said. Written by `cargo test --release --features msl-host --test msl -- --ignored faults`,\n\
          which fails where nothing finds one.\n\n## In kernels\n\n",
     );
-    let kernels = all().map(|(family, fault)| (fault.what, fault.find(family, true)));
+    let kernels = together(all().collect(), |(family, fault)| {
+        (fault.what, fault.find(family, true))
+    });
     table(&mut tables, &mut missed, 0, kernels);
     tables.push_str(
         "\n## In plans\n\nThe kernels are as they are. More threadgroups than a plan needs along x and y are no fault: they \
          write nothing.\n\n",
     );
-    let plans = all_of_plans().map(|(family, fault)| (fault.what, fault.find(family, true)));
+    let plans = together(all_of_plans().collect(), |(family, fault)| {
+        (fault.what, fault.find(family, true))
+    });
     table(&mut tables, &mut missed, 1, plans);
-    for (family, fault) in all_of_plans() {
+    let in_plans = together(all_of_plans().collect(), |(family, fault)| {
         let plans = fault.missed(family).into_iter();
-        missed.extend(plans.map(|plan| format!("{} in {plan}", fault.what)));
-    }
+        plans
+            .map(|plan| format!("{} in {plan}", fault.what))
+            .collect::<Vec<_>>()
+    });
+    missed.extend(in_plans.into_iter().flatten());
     std::fs::write(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metal-faults.md"),
         tables,
@@ -240,13 +249,29 @@ fn faults() {
     assert!(missed.is_empty(), "nothing finds {missed:#?}");
 }
 
+/// What `f` gives for each, in their order; by as many threads as there are cores, since compilers take most of the time.
+fn together<T: Copy + Sync, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some((index, item)) = {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    items.get(index).map(|item| (index, *item))
+                } {
+                    let result = f(item);
+                    results.lock().unwrap().push((index, result));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap();
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
 /// The checks from one on as columns, and a row for each fault.
-fn table(
-    text: &mut String,
-    missed: &mut Vec<String>,
-    from: usize,
-    faults: impl Iterator<Item = (&'static str, Found)>,
-) {
+fn table(text: &mut String, missed: &mut Vec<String>, from: usize, faults: Vec<(&'static str, Found)>) {
     let columns = [
         "strict check",
         "numbers, threads in order",
@@ -261,7 +286,6 @@ fn table(
             .each()
             .map(|cell| cell.as_deref().unwrap_or("").replace('|', "\\|"));
         writeln!(text, "| {what} | {} |", cells[from..].join(" | ")).unwrap();
-        eprintln!("{what}: {cells:?}");
         if !found.any() {
             missed.push(what.to_string());
         }
