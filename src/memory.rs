@@ -220,44 +220,6 @@ mod tests {
     use super::*;
 
     #[test]
-    #[cfg(target_os = "linux")]
-    fn touched_memory_shows_and_the_peak_stays() {
-        const SIZE: u64 = 256 << 20;
-        let mut log = MemoryLog::new(&Device::Cpu);
-        log.record("before");
-        let memory = vec![1u8; SIZE as usize];
-        log.record("with 256 MiB");
-        drop(std::hint::black_box(memory));
-        log.record("after");
-        let [before, with, after] = log.entries() else {
-            panic!("{} entries", log.entries().len());
-        };
-        // Other tests of this process come and go at the same time.
-        let held = before.resident.unwrap() + SIZE / 2;
-        assert!(with.resident.unwrap() > held);
-        assert!(with.peak.unwrap() > held && after.peak.unwrap() > held);
-        assert_eq!(with.device, None);
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_mapped_file_is_not_private() {
-        const SIZE: usize = 64 << 20;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        std::fs::write(&path, vec![1; SIZE]).unwrap();
-        let map = crate::fp4::Bytes::map_file(&path).unwrap();
-        let (resident_before, private_before) = (resident().unwrap(), private_resident().unwrap());
-        let sum: u64 = map.iter().map(|byte| u64::from(*byte)).sum();
-        assert_eq!(sum, SIZE as u64);
-        // Other tests of this process come and go at the same time; they take less than the file.
-        let gained = resident().unwrap() - private_resident().unwrap();
-        assert!(gained >= resident_before - private_before + SIZE as u64 / 2);
-        assert!(private_resident().unwrap() <= resident().unwrap());
-        assert!(available().unwrap() > 1 << 20);
-    }
-
-    #[test]
     fn a_tag_of_any_length_is_shown() {
         let mut log = MemoryLog::new(&Device::Cpu);
         log.record("x".repeat(70_000));

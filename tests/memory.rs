@@ -1,4 +1,5 @@
-//! Memory stays flat while a model talks. A process of its own, with one test, so that nothing else moves it.
+//! Memory stays flat while a model talks, and is counted as it is. A process of its own, with one test, so that nothing
+//! else moves it.
 //!
 //! Needs Linux' count of resident memory; elsewhere it says that it was skipped.
 
@@ -8,6 +9,11 @@ use candle_core::Device;
 use candle_mmfp4::generation::{Options, Pipeline, Session};
 use candle_mmfp4::memory::resident;
 use candle_mmfp4::models::glm4_moe_lite::Logits;
+#[cfg(target_os = "linux")]
+use candle_mmfp4::{
+    fp4::Bytes,
+    memory::{MemoryLog, available, private_resident},
+};
 use common::mmfp4_demo;
 
 /// What may be gained between two moments beside the cache: the allocator's play, most of all in the scores
@@ -35,12 +41,52 @@ fn talk(pipeline: &Pipeline, session: &mut Session, prompt: &[u32], tokens: usiz
     all
 }
 
+/// Memory that is touched shows, and its peak stays when it has gone.
+#[cfg(target_os = "linux")]
+fn what_is_touched_shows() {
+    const SIZE: u64 = 256 << 20;
+    let mut log = MemoryLog::new(&Device::Cpu);
+    log.record("before");
+    let memory = vec![1u8; SIZE as usize];
+    log.record("with 256 MiB");
+    drop(std::hint::black_box(memory));
+    log.record("after");
+    let [before, with, after] = log.entries() else {
+        panic!("{} entries", log.entries().len());
+    };
+    let held = before.resident.unwrap() + SIZE - (1 << 20);
+    assert!(with.resident.unwrap() >= held);
+    assert!(with.peak.unwrap() >= held && after.peak.unwrap() >= held);
+    assert!(after.resident.unwrap() < held);
+    assert_eq!(with.device, None);
+}
+
+/// A mapped file's pages count as resident, not as the process's own.
+#[cfg(target_os = "linux")]
+fn a_mapped_file_is_not_private() {
+    const SIZE: u64 = 64 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    std::fs::write(&path, vec![1; SIZE as usize]).unwrap();
+    let map = Bytes::map_file(&path).unwrap();
+    let (resident_before, private_before) = (resident().unwrap(), private_resident().unwrap());
+    assert_eq!(map.iter().map(|byte| u64::from(*byte)).sum::<u64>(), SIZE);
+    assert!(resident().unwrap() >= resident_before + SIZE - (1 << 20));
+    assert!(private_resident().unwrap() <= private_before + (1 << 20));
+    assert!(available().unwrap() > 1 << 20);
+}
+
 #[test]
 fn memory_is_flat_over_2000_tokens_and_50_conversations() {
     let Some(_) = resident() else {
         println!("skipped: this system does not tell how much memory is resident");
         return;
     };
+    #[cfg(target_os = "linux")]
+    {
+        what_is_touched_shows();
+        a_mapped_file_is_not_private();
+    }
     let (pipeline, _) = Pipeline::from_folder(mmfp4_demo(), &Default::default(), &Device::Cpu).unwrap();
     let now = |session: &Session| resident().unwrap() as i64 - session.size_in_bytes() as i64;
 
