@@ -209,7 +209,7 @@ impl<'a> Loader<'a> {
         self.options.separate_experts
     }
 
-    /// Records that the experts of `module` were copied to lie together.
+    /// Records that the weights of the MLP or the experts of `module` were copied to lie together.
     pub fn note_copied(&self, module: &str, bytes: usize) {
         // Experts quantised in memory are always gathered: that is not worth telling.
         if bytes > 0 && self.options.quantize.is_none() {

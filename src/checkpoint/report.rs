@@ -50,7 +50,7 @@ pub struct LoadReport {
     /// Linear layers' weights that were not quantised although that was asked for: because of
     /// [`LoadOptions`](super::LoadOptions), or because they could not be.
     pub kept: Vec<Kept>,
-    /// Mixtures of experts that had to be copied to lie together, and their bytes.
+    /// MLPs and mixtures of experts that had to be copied to lie together, and their bytes.
     pub copied: Vec<(String, usize)>,
     /// Tensors of layers that are not used (those that predict several tokens at once).
     pub ignored: usize,
@@ -100,7 +100,7 @@ impl fmt::Display for LoadReport {
             let bytes = self.copied.iter().map(|(_, bytes)| bytes).sum();
             write!(
                 f,
-                "; {} expert layers copied together ({:.1} MiB)",
+                "; {} feed-forward layers copied together ({:.1} MiB)",
                 self.copied.len(),
                 mib(bytes)
             )?;
