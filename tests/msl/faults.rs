@@ -106,13 +106,6 @@ impl PlanFault {
         find_in_plans(&self.planted(family), all)
     }
 
-    /// The plans in which nothing finds it.
-    fn missed(&self, family: &Family) -> Vec<String> {
-        let missed = |work: &Work| !find_in_plans(std::slice::from_ref(work), false).any();
-        let planted = self.planted(family).into_iter();
-        planted.filter(missed).map(|work| work.name).collect()
-    }
-
     fn planted(&self, family: &Family) -> Vec<Work> {
         let changed = |work: &Work| work.changed(self.change);
         let works: Vec<_> = (family.works)().iter().filter_map(changed).collect();
@@ -234,13 +227,6 @@ fn faults() {
         (fault.what, fault.find(family, true))
     });
     table(&mut tables, &mut missed, 1, plans);
-    let in_plans = together(all_of_plans().collect(), |(family, fault)| {
-        let plans = fault.missed(family).into_iter();
-        plans
-            .map(|plan| format!("{} in {plan}", fault.what))
-            .collect::<Vec<_>>()
-    });
-    missed.extend(in_plans.into_iter().flatten());
     std::fs::write(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metal-faults.md"),
         tables,
