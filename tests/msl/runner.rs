@@ -204,7 +204,8 @@ impl Work {
 
 /// What a sanitizer says, without process and addresses, which differ from run to run.
 fn without_addresses(line: &str) -> String {
-    let line = line.split("ERROR: ").last().unwrap_or(line);
+    let line = line.replace(concat!(env!("CARGO_MANIFEST_DIR"), "/"), "");
+    let line = line.split("ERROR: ").last().unwrap_or(&line).trim_start();
     let end = [" (pid=", " on address", " on unknown address", " 0x"]
         .iter()
         .filter_map(|sign| line.find(sign))
