@@ -49,15 +49,6 @@ pub fn bound(dtype: candle_core::DType) -> f64 {
     }
 }
 
-/// The same of so many values. Half of a BF16 number's last place is up to 2^-8 of it, whose square is 1.5e-5: in a few values
-/// that does not average out.
-pub fn bound_of(values: usize, dtype: candle_core::DType) -> f64 {
-    match dtype {
-        candle_core::DType::BF16 if values < 16 => 1.6e-5,
-        _ => bound(dtype),
-    }
-}
-
 /// `Σ (a - e)² / Σ e²`; NaN counts as infinite, but for one that is expected.
 pub fn nmse(actual: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(actual.len(), expected.len());

@@ -140,7 +140,15 @@ impl Case {
     pub fn run(&self, backend: &Backend) -> Result<f64> {
         let (op, x) = (self.op(), self.x()?);
         let y = backend.run(|device| op.forward(&x.to_device(device)?))?;
-        Ok(nmse(&values(&y), &self.expected(&op, &values(&x.contiguous()?))))
+        let mut expected = self.expected(&op, &values(&x.contiguous()?));
+        if self.dtype == DType::BF16 && expected.len() < 16 {
+            // Half of the last place alone is up to 2^-8, whose square is 1.5e-5, and in a few values that does not average
+            // out: they are compared with what is to be stored.
+            for value in &mut expected {
+                *value = half::bf16::from_f32(*value).to_f32();
+            }
+        }
+        Ok(nmse(&values(&y), &expected))
     }
 
     /// What the plain reference gives.

@@ -9,7 +9,7 @@ pub mod plan_faults;
 pub mod works;
 
 use crate::backend::Backend;
-use crate::{bound, bound_of, nmse, values};
+use crate::{bound, nmse, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
 use candle_mmfp4::fp4::{Factor, Weight};
@@ -29,7 +29,7 @@ fn linear_agrees_with_the_reference_over_the_grid() {
         let error = case
             .run(&backend)
             .unwrap_or_else(|error| panic!("{case:?}: {error}"));
-        let bound = bound_of(case.m * case.n, case.dtype);
+        let bound = bound(case.dtype);
         assert!(error <= bound, "{case:?}: NMSE {error:e}, at most {bound:e}");
         for (dtype, worst) in &mut worst {
             if *dtype == case.dtype && error > *worst {
