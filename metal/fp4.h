@@ -37,7 +37,7 @@ static inline float2 placed(uint codes) {
 static inline void decode(uint word, thread float4& low, thread float4& high) {
     const float2 a = placed((word & 0x000f000fu) * 0x201u);
     const float2 b = placed((word & 0x00f000f0u) * 0x21u);
-    const float2 c = placed((word & 0x0f000f00u) << 1);
+    const float2 c = placed((word & 0x0f000f00u) * 0x2002u);
     const float2 d = float2(as_type<half2>(((word >> 3) & 0x0e000e00u) | (word & 0x80008000u)));
     low = float4(a.x, b.x, c.x, d.x);
     high = float4(a.y, b.y, c.y, d.y);

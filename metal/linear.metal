@@ -7,6 +7,7 @@
 // | linear_rows_<type>_m<M>       | Wᵀ      | M a group | to 4 simdgroups, 4 (M 8: 2) rows of W    | rows of W, rows of x, heads    |
 // |                               |         |           | each, or (SHARES) together               |                                |
 // | linear_rows_<type>_thin       | Wᵀ      | 1 a group | as above, 2 rows of W                    | rows of W, rows of x, heads    |
+// | linear_rows_<type>_tall       | Wᵀ      | 1         | 2 simdgroups, 8 rows of W each           | rows of W, 1, heads            |
 // | linear_tiles_<type>           | Wᵀ      | any       | 4 simdgroups, 32 × 32 of y               | columns of y, rows of x, heads |
 // | linear_columns_<type>_m<M>    | W       | M a group | 8 simdgroups, 32 columns of W            | columns of W, rows of x, heads |
 // | linear_columns_tiles_<type>   | W       | any       | 4 simdgroups, 32 × 32 of y               | columns of y, rows of x, heads |
@@ -27,6 +28,7 @@
 
 #include "args.h"
 #include "fp4.h"
+#include "rows.h"
 
 using namespace metal;
 
@@ -39,49 +41,10 @@ constant bool NORMED [[function_constant(6)]];
 // with few rows. (linear_rows)
 constant ushort SHARES [[function_constant(7)]];
 
-// For loops whose arrays are to stay in registers.
-#define UNROLL _Pragma("clang loop unroll(full)")
-
 namespace linear {
 
 // Simdgroups of a threadgroup of linear_rows, at most.
 static constant constexpr ushort SIMDGROUPS = 4;
-
-// Rows of x or of W that are not there are read as the last one, and not written.
-static inline uint within(uint index, uint count) { return min(index, count - 1); }
-
-// Eight activations, sixteen bytes at a time.
-static inline void load_wide(device const float* x, thread float4& low, thread float4& high) {
-    device const float4* four = (device const float4*)x;
-    low = four[0];
-    high = four[1];
-}
-static inline void load_wide(device const half* x, thread float4& low, thread float4& high) {
-    const uint4 eight = *(device const uint4*)x;
-    low = float4(as_type<half4>(eight.xy));
-    high = float4(as_type<half4>(eight.zw));
-}
-static inline void load_wide(device const bfloat* x, thread float4& low, thread float4& high) {
-    const uint4 eight = *(device const uint4*)x;
-    low = float4(as_type<bfloat4>(eight.xy));
-    high = float4(as_type<bfloat4>(eight.zw));
-}
-
-// Eight activations.
-template <typename T>
-static inline void load(device const T* x, thread float4& low, thread float4& high) {
-    if (fp4::WIDE) {
-        load_wide(x, low, high);
-    } else {
-        low = float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
-        high = float4(float(x[4]), float(x[5]), float(x[6]), float(x[7]));
-    }
-}
-
-// sum + Σ a · b, one after the other.
-static inline float add_dot(float4 a, float4 b, float sum) {
-    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
-}
 
 // Sixteen codes: the smallest group.
 static inline uint2 load_codes(device const uint* codes, uint word) {
@@ -91,21 +54,36 @@ static inline uint2 load_codes(device const uint* codes, uint word) {
     return uint2(codes[word], codes[word + 1]);
 }
 
-// Where a lane's two elements of an 8 × 8 fragment are: `(row, column)`, and the next column. (Metal does not say; MLX's and
-// every other kernel that reaches into fragments rely on it.)
-static inline ushort2 fragment_place(ushort lane) {
-    const ushort quad = lane / 4;
-    return ushort2((quad & 4) + (lane / 2) % 4, (quad & 2) * 2 + (lane % 2) * 2);
+// Rows of W from `first` of a head on.
+template <ushort ROWS>
+static inline void find(
+    device const uint* codes,
+    device const uchar* scales,
+    uint head_row,
+    uint first,
+    uint n,
+    uint k,
+    float factor,
+    thread rows::Rows<ROWS>& found
+) {
+    UNROLL
+    for (ushort r = 0; r < ROWS; r++) {
+        const uint row = head_row + rows::within(first + r, n);
+        found.codes[r] = codes + row * (k / 8);
+        found.scales[r] = scales + ulong(row) * (k / fp4::GROUP) * rows::scale_size();
+        found.factor[r] = factor;
+    }
 }
 
 } // namespace linear
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A few rows of activations. A simdgroup has ROWS rows of W; its lanes take chunks of 16 codes in turn, so that what they read
-// at once lies together in W and nearly so in x, and K need only be a multiple of 512 for all of them to be busy. With SHARES,
-// chunks are dealt to the lanes of several simdgroups, whose sums meet in threadgroup memory. In registers: a chunk of each row
-// of W, eight activations of one row of x, 2 · ROWS · M sums (a chunk's, and all), a third for one row of x, whose even and odd
-// fours are added up apart: a sum that waits for itself is slow.
+// A few rows of activations. A simdgroup has ROWS rows of W; its lanes take chunks of codes in turn, so that what they read at
+// once lies together in W and nearly so in x: chunks of 32 for one row of x, which a word of scales and a sum less for each code
+// make the cheaper ones, and of 16 for the rest of K and for more rows of x. With SHARES, chunks are dealt to the lanes of
+// several simdgroups, whose sums meet in threadgroup memory. In registers: a chunk of each row of W, eight activations of one row
+// of x, 2 · ROWS · M sums (a chunk's, and all), a third for one row of x, whose even and odd fours are added up apart: a sum that
+// waits for itself is slow.
 
 template <typename T, ushort M, ushort ROWS>
 [[kernel]] void linear_rows(
@@ -124,8 +102,7 @@ template <typename T, ushort M, ushort ROWS>
 ) {
     threadgroup float parts[linear::SIMDGROUPS][2][32];
 
-    const uint chunks = args.k / 16;
-    const uint groups = args.k / fp4::GROUP;
+    const uint k = rows::known_k(args.k);
     const bool alone = SHARES == 1;
     const uint together = alone ? linear::SIMDGROUPS * ROWS : ROWS;
     // The weight that this threadgroup's rows are of.
@@ -145,86 +122,101 @@ template <typename T, ushort M, ushort ROWS>
     const uint first = block * together + (alone ? simdgroup * ROWS : 0);
     const uint first_x = group.y * M;
 
-    // Indices of a row's first word of codes and first scale.
-    uint row_word[ROWS], row_scale[ROWS];
-    for (ushort r = 0; r < ROWS; r++) {
-        const uint row = args.weight_row + group.z * args.weight_head + linear::within(first + r, n);
-        row_word[r] = row * (args.k / 8);
-        row_scale[r] = row * groups;
-    }
+    rows::Rows<ROWS> rows_of_w;
+    const uint head_row = args.weight_row + group.z * args.weight_head;
+    linear::find(codes, scales, head_row, first, n, k, factor, rows_of_w);
     device const T* row_x[M];
+    UNROLL
     for (ushort m = 0; m < M; m++) {
-        row_x[m] = x + group.z * args.x_head + ulong(linear::within(first_x + m, args.m)) * args.x_row;
+        row_x[m] = x + group.z * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
     }
 
-    float sums[ROWS][M];
+    float sums[ROWS * M];
     float squares[M];
+    UNROLL
+    for (ushort i = 0; i < ROWS * M; i++) {
+        sums[i] = 0.0f;
+    }
+    UNROLL
     for (ushort m = 0; m < M; m++) {
         squares[m] = 0.0f;
+    }
+    const uint lanes = SHARES * 32;
+    const uint first_lane = alone ? lane : simdgroup * 32 + lane;
+    uint rest = 0;
+    if (M == 1 && fp4::WIDE && !NORMED) {
+        float wide_sums[ROWS];
+        UNROLL
         for (ushort r = 0; r < ROWS; r++) {
-            sums[r][m] = 0.0f;
+            wide_sums[r] = 0.0f;
+        }
+        rest = k - k % (lanes * 32);
+        for (uint at = first_lane * 32; at < rest; at += lanes * 32) {
+            rows::add_32(rows_of_w, row_x[0], at, wide_sums);
+        }
+        UNROLL
+        for (ushort r = 0; r < ROWS; r++) {
+            sums[r * M] = wide_sums[r];
         }
     }
-    const uint step = SHARES * 32;
-    for (uint chunk = alone ? lane : simdgroup * 32 + lane; chunk < chunks; chunk += step) {
+    for (uint at = rest + first_lane * 16; at < k; at += lanes * 16) {
         uint2 words[ROWS];
         float scale[ROWS];
+        UNROLL
         for (ushort r = 0; r < ROWS; r++) {
-            words[r] = linear::load_codes(codes, row_word[r] + 2 * chunk);
-            scale[r] = fp4::scale(scales, row_scale[r] + chunk * 16 / fp4::GROUP, factor);
+            words[r] = linear::load_codes(rows_of_w.codes[r], at / 8);
+            scale[r] = fp4::scale(rows_of_w.scales[r], at / fp4::GROUP, factor);
         }
-        float even[ROWS][M], odd[ROWS][M];
-        for (ushort r = 0; r < ROWS; r++) {
-            for (ushort m = 0; m < M; m++) {
-                even[r][m] = 0.0f;
-                odd[r][m] = 0.0f;
-            }
+        float even[ROWS * M], odd[ROWS * M];
+        UNROLL
+        for (ushort i = 0; i < ROWS * M; i++) {
+            even[i] = 0.0f;
+            odd[i] = 0.0f;
         }
         UNROLL
         for (ushort w = 0; w < 2; w++) {
-            const uint place = chunk * 16 + w * 8;
+            const uint place = at + w * 8;
             float4 low[ROWS], high[ROWS];
+            UNROLL
             for (ushort r = 0; r < ROWS; r++) {
                 fp4::decode(words[r][w], low[r], high[r]);
             }
             float4 norm_low = float4(1.0f), norm_high = float4(1.0f);
             if (NORMED) {
-                linear::load_wide(norm + place, norm_low, norm_high);
+                rows::load_wide(norm + place, norm_low, norm_high);
             }
             UNROLL
             for (ushort m = 0; m < M; m++) {
                 float4 x_low, x_high;
-                linear::load(row_x[m] + place, x_low, x_high);
+                rows::load(row_x[m] + place, x_low, x_high);
                 if (NORMED) {
                     squares[m] += dot(x_low, x_low) + dot(x_high, x_high);
                     x_low *= norm_low;
                     x_high *= norm_high;
                 }
+                UNROLL
                 for (ushort r = 0; r < ROWS; r++) {
-                    even[r][m] = linear::add_dot(low[r], x_low, even[r][m]);
+                    const ushort i = r * M + m;
+                    even[i] = rows::add_dot(low[r], x_low, even[i]);
                     if (M == 1) {
-                        odd[r][m] = linear::add_dot(high[r], x_high, odd[r][m]);
+                        odd[i] = rows::add_dot(high[r], x_high, odd[i]);
                     } else {
-                        even[r][m] = linear::add_dot(high[r], x_high, even[r][m]);
+                        even[i] = rows::add_dot(high[r], x_high, even[i]);
                     }
                 }
             }
         }
-        for (ushort r = 0; r < ROWS; r++) {
-            for (ushort m = 0; m < M; m++) {
-                sums[r][m] = fma(even[r][m] + odd[r][m], scale[r], sums[r][m]);
-            }
+        UNROLL
+        for (ushort i = 0; i < ROWS * M; i++) {
+            sums[i] = fma(even[i] + odd[i], scale[i / M], sums[i]);
         }
     }
 
-    // A lane an output.
-    const ushort r = lane / M, m = lane % M;
-    float sum = 0.0f, square = 0.0f;
-    UNROLL
-    for (ushort i = 0; i < ROWS * M; i++) {
-        const float total = simd_sum(sums[i / M][i % M]);
-        sum = lane == i ? total : sum;
-    }
+    // Some lanes an output.
+    constexpr ushort LANES = 32 / (ROWS * M);
+    const ushort r = lane / LANES / M, m = lane / LANES % M;
+    float sum = rows::shared_out<ROWS * M, 32>(sums, lane);
+    float square = 0.0f;
     if (NORMED) {
         UNROLL
         for (ushort i = 0; i < M; i++) {
@@ -243,15 +235,76 @@ template <typename T, ushort M, ushort ROWS>
             square += parts[s][1][lane];
         }
     }
-    if ((alone || simdgroup == 0) && r < ROWS && first + r < n && first_x + m < args.m) {
+    if ((alone || simdgroup == 0) && lane % LANES == 0 && first + r < n && first_x + m < args.m) {
         sum *= fp4::UNIT;
         if (NORMED) {
-            sum *= rsqrt(square / float(args.k) + args.eps);
+            sum *= rsqrt(square / float(k) + args.eps);
         }
         if (HAS_BIAS) {
             sum += bias[first + r];
         }
         y[group.z * args.y_head + ulong(first_x + m) * args.y_row + column + first + r] = T(sum);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One row of activations, many rows of W: eight a simdgroup, four at a time. What is left of K after whole turns of 32 chunks of
+// 32 codes is shared out by half simdgroups, which have four of the rows each; the first step of adding up sums leaves them just
+// there. In registers: a chunk of four rows of W, eight activations, twelve sums and as many of a chunk. Loads are wide.
+
+template <typename T>
+[[kernel]] void linear_rows_tall(
+    device const uint* codes [[buffer(0)]],
+    device const uchar* scales [[buffer(1)]],
+    device const T* x [[buffer(2)]],
+    device T* y [[buffer(3)]],
+    constant LinearArgs& args [[buffer(4)]],
+    device const float* bias [[buffer(5), function_constant(HAS_BIAS)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]
+) {
+    constexpr ushort SIMDGROUPS = 2, ROWS = 4;
+
+    const uint k = rows::known_k(args.k);
+    const uint first = (group.x * SIMDGROUPS + simdgroup) * (2 * ROWS);
+    const uint head_row = args.weight_row + group.z * args.weight_head;
+    device const T* row_x = x + group.z * args.x_head;
+    const uint rest = k - k % 1024;
+    const bool upper = lane >= 16;
+
+    rows::Rows<ROWS> rows_of_w;
+    float first_four[ROWS], second_four[ROWS];
+    UNROLL
+    for (ushort r = 0; r < ROWS; r++) {
+        first_four[r] = 0.0f;
+        second_four[r] = 0.0f;
+    }
+    linear::find(codes, scales, head_row, first, args.n, k, args.factor, rows_of_w);
+    for (uint at = lane * 32; at < rest; at += 1024) {
+        rows::add_32(rows_of_w, row_x, at, first_four);
+    }
+    linear::find(codes, scales, head_row, first + ROWS, args.n, k, args.factor, rows_of_w);
+    for (uint at = lane * 32; at < rest; at += 1024) {
+        rows::add_32(rows_of_w, row_x, at, second_four);
+    }
+    float sums[ROWS];
+    UNROLL
+    for (ushort r = 0; r < ROWS; r++) {
+        const float mine = upper ? second_four[r] : first_four[r], other = upper ? first_four[r] : second_four[r];
+        sums[r] = mine + simd_shuffle_xor(other, 16);
+    }
+    if (rest < k) {
+        linear::find(codes, scales, head_row, first + (upper ? ROWS : 0), args.n, k, args.factor, rows_of_w);
+        for (uint at = rest + lane % 16 * 32; at < k; at += 512) {
+            rows::add_32(rows_of_w, row_x, at, sums);
+        }
+    }
+
+    const float sum = rows::shared_out<ROWS, 16>(sums, lane) * fp4::UNIT;
+    const uint row = first + lane / 4;
+    if (lane % 4 == 0 && row < args.n) {
+        y[group.z * args.y_head + row] = T(HAS_BIAS ? sum + bias[row] : sum);
     }
 }
 
@@ -291,11 +344,11 @@ template <typename T>
     // Each thread stages eight elements of a row of x and of a row of W.
     const ushort row = thread_index / 4, part = thread_index % 4;
     const bool row_of_x = first_x + row < args.m, row_of_w = first_w + row < args.n;
-    device const T* from_x = x + group.z * args.x_head + ulong(linear::within(first_x + row, args.m)) * args.x_row;
-    device const uint* from_w = codes + ulong(head_row + linear::within(first_w + row, args.n)) * words;
+    device const T* from_x = x + group.z * args.x_head + ulong(rows::within(first_x + row, args.m)) * args.x_row;
+    device const uint* from_w = codes + ulong(head_row + rows::within(first_w + row, args.n)) * words;
 
     const ushort top = simdgroup / 2 * 16, left = simdgroup % 2 * 16;
-    const ushort2 place = linear::fragment_place(lane);
+    const ushort2 place = rows::fragment_place(lane);
     simdgroup_float8x8 sums[2][2];
     for (ushort i = 0; i < 2; i++) {
         for (ushort j = 0; j < 2; j++) {
@@ -307,7 +360,7 @@ template <typename T>
         const uint word = start / 8 + part;
         float4 low = float4(0.0f), high = float4(0.0f);
         if (row_of_x && word < words) {
-            linear::load(from_x + word * 8, low, high);
+            rows::load(from_x + word * 8, low, high);
         }
         for (ushort i = 0; i < 4; i++) {
             tile_x[row][part * 8 + i] = T(low[i]);
@@ -328,7 +381,7 @@ template <typename T>
             float scale = 0.0f;
             if (first_w + column < args.n && along_k < args.k) {
                 const ulong scale_row = ulong(head_row + first_w + column) * groups;
-                const uint scale_size = fp4::SCALE_KIND <= fp4::BF16 ? 2 : 1;
+                const uint scale_size = rows::scale_size();
                 scale = fp4::scale(scales + scale_row * scale_size, along_k / fp4::GROUP, args.factor);
             }
             tile_scales[half_step][column] = scale;
@@ -407,13 +460,13 @@ template <typename T, ushort M>
 
     const uint words = args.k / 8;
     const uint groups = args.k / fp4::GROUP;
-    const uint word = linear::within(group.x * ACROSS + lane % ACROSS, words);
+    const uint word = rows::within(group.x * ACROSS + lane % ACROSS, words);
     const uint first_x = group.y * M;
 
     device const T* row_x[M];
     float4 low_sums[M], high_sums[M];
     for (ushort m = 0; m < M; m++) {
-        row_x[m] = x + group.z * args.x_head + ulong(linear::within(first_x + m, args.m)) * args.x_row;
+        row_x[m] = x + group.z * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
         low_sums[m] = float4(0.0f);
         high_sums[m] = float4(0.0f);
     }
@@ -480,11 +533,11 @@ template <typename T>
     const uint groups = args.k / fp4::GROUP;
     const uint first_x = group.y * TILE;
     const uint head_row = args.weight_row + group.z * args.weight_head;
-    const uint scale_size = fp4::SCALE_KIND <= fp4::BF16 ? 2 : 1;
+    const uint scale_size = rows::scale_size();
     // Each thread stages eight elements of a row of x and of a row of W.
     const ushort row = thread_index / 4, part = thread_index % 4;
     const uint word = group.x * (TILE / 8) + part;
-    device const T* from_x = x + group.z * args.x_head + ulong(linear::within(first_x + row, args.m)) * args.x_row;
+    device const T* from_x = x + group.z * args.x_head + ulong(rows::within(first_x + row, args.m)) * args.x_row;
 
     const ushort top = simdgroup / 2 * 16, left = simdgroup % 2 * 16;
     simdgroup_float8x8 sums[2][2];
@@ -529,7 +582,7 @@ template <typename T>
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    const ushort2 place = linear::fragment_place(lane);
+    const ushort2 place = rows::fragment_place(lane);
     for (ushort i = 0; i < 2; i++) {
         for (ushort j = 0; j < 2; j++) {
             const uint to_row = first_x + top + i * 8 + place.x;
@@ -550,6 +603,7 @@ template <typename T>
 
 #define INSTANTIATE_TYPE(type, T)                                                  \
     INSTANTIATE("linear_rows_" type "_thin", linear_rows<T, 1, 2>)                 \
+    INSTANTIATE("linear_rows_" type "_tall", linear_rows_tall<T>)                  \
     INSTANTIATE("linear_rows_" type "_m1", linear_rows<T, 1, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m2", linear_rows<T, 2, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m4", linear_rows<T, 4, 4>)                   \

@@ -47,7 +47,7 @@ static inline float swiglu(float gate, float up) { return gate / (1.0f + exp(-ga
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gate, up and what joins them, for a slot. The lanes of a simdgroup take chunks of its rows in turn, 32 codes (WIDE) or 8. In
-// registers: the chunk of two rows of gate and of two of up, eight activations, four sums.
+// registers: the chunk of two rows of gate and of two of up, eight activations, four sums, and two of each chunk.
 //
 // | buffer | what                                  |       |
 // |--------|---------------------------------------|-------|
@@ -85,67 +85,45 @@ template <typename T>
     const uint width = routed ? args.width : args.shared_width;
     const uint first = (group.x * SIMDGROUPS + simdgroup) * ROWS;
 
-    // Words of eight codes in a chunk, and in the part of it that shares a scale.
-    const ushort chunk = fp4::WIDE ? 4 : 1;
-    const ushort shared = min(chunk, ushort(fp4::GROUP / 8));
-    const uint words = args.d / 8;
-    const uint groups = args.d / fp4::GROUP;
+    const uint d = rows::known_k(args.d);
     device const MoePlace& place = places[known ? expert : 0];
-    device const uint* row_codes[2 * ROWS];
-    device const uchar* row_scales[2 * ROWS];
+    // Of gate, then of up.
+    rows::Rows<2 * ROWS> weights;
+    UNROLL
     for (ushort r = 0; r < 2 * ROWS; r++) {
         const bool is_up = r >= ROWS;
-        const uint row = rows::within(first + r % ROWS, width);
-        row_codes[r] = (device const uint*)(codes + (is_up ? place.up_codes : place.gate_codes)) + ulong(row) * words;
-        row_scales[r] =
-            scales + (is_up ? place.up_scales : place.gate_scales) + ulong(row) * groups * rows::scale_size();
+        const ulong row = rows::within(first + r % ROWS, width);
+        weights.codes[r] = (device const uint*)(codes + (is_up ? place.up_codes : place.gate_codes)) + row * (d / 8);
+        weights.scales[r] =
+            scales + (is_up ? place.up_scales : place.gate_scales) + row * (d / fp4::GROUP) * rows::scale_size();
+        weights.factor[r] = is_up ? place.up_factor : place.gate_factor;
     }
     device const T* row_x = x + ulong(token) * args.x_row;
 
     float sums[2 * ROWS];
+    UNROLL
     for (ushort r = 0; r < 2 * ROWS; r++) {
         sums[r] = 0.0f;
     }
     // Nothing for a simdgroup beyond the rows of this expert (another one may be wider), or without an expert.
-    const uint end = known && first < width ? words : 0;
-    for (uint start = lane * chunk; start < end; start += 32 * chunk) {
-        uint4 word[2 * ROWS];
-        for (ushort r = 0; r < 2 * ROWS; r++) {
+    if (known && first < width) {
+        const uint chunk = fp4::WIDE ? 32 : 8;
+        for (uint at = lane * chunk; at < d; at += 32 * chunk) {
             if (fp4::WIDE) {
-                word[r] = *(device const uint4*)(row_codes[r] + start);
+                rows::add_32(weights, row_x, at, sums);
             } else {
-                word[r].x = row_codes[r][start];
-            }
-        }
-        for (ushort from = 0; from < chunk; from += shared) {
-            float part[2 * ROWS];
-            for (ushort r = 0; r < 2 * ROWS; r++) {
-                part[r] = 0.0f;
-            }
-            for (ushort w = from; w < from + shared; w++) {
-                float4 x_low, x_high;
-                rows::load(row_x + (start + w) * 8, x_low, x_high);
-                for (ushort r = 0; r < 2 * ROWS; r++) {
-                    float4 low, high;
-                    fp4::decode(word[r][w], low, high);
-                    part[r] += dot(low, x_low) + dot(high, x_high);
-                }
-            }
-            const uint index = (start + from) * 8 / fp4::GROUP;
-            for (ushort r = 0; r < 2 * ROWS; r++) {
-                const float factor = r < ROWS ? place.gate_factor : place.up_factor;
-                sums[r] = fma(part[r], fp4::scale(row_scales[r], index, factor), sums[r]);
+                rows::add_8(weights, row_x, at, sums);
             }
         }
     }
 
-    for (ushort r = 0; r < ROWS; r++) {
-        const float gate = simd_sum(sums[r]) * fp4::UNIT;
-        const float up = simd_sum(sums[ROWS + r]) * fp4::UNIT;
-        if (lane == 0 && first + r < width) {
-            const ulong to = (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
-            h[to + first + r] = moe::or_nan(known, moe::swiglu(gate, up));
-        }
+    // Eight lanes a row: the lower half have gate's, the upper half up's.
+    const float sum = rows::shared_out<2 * ROWS, 32>(sums, lane) * fp4::UNIT;
+    const float up = simd_shuffle_xor(sum, 16);
+    const uint row = first + lane / 8;
+    if (lane % 8 == 0 && lane < 16 && row < width) {
+        const ulong to = (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
+        h[to + row] = moe::or_nan(known, moe::swiglu(sum, up));
     }
 }
 
@@ -182,12 +160,13 @@ template <typename T>
     threadgroup float parts[SIMDGROUPS][ROWS];
 
     const uint first = group.x * ROWS, token = group.y;
-    const ushort chunk = fp4::WIDE ? 4 : 1;
-    const ushort shared = min(chunk, ushort(fp4::GROUP / 8));
-    const uint chunks = args.width / (8 * chunk), shared_chunks = args.shared_width / (8 * chunk);
+    const uint chunk = fp4::WIDE ? 32 : 8;
+    const uint routed_width = rows::known_k(args.width), shared_width = rows::known_k(args.shared_width);
+    const uint chunks = routed_width / chunk, shared_chunks = shared_width / chunk;
     const uint of_routed = args.top_k * chunks;
 
     float sums[ROWS];
+    UNROLL
     for (ushort r = 0; r < ROWS; r++) {
         sums[r] = 0.0f;
     }
@@ -196,9 +175,9 @@ template <typename T>
         const bool routed = i < of_routed;
         const uint from_shared = routed ? 0 : i - of_routed;
         const uint index = routed ? i / chunks : from_shared / shared_chunks;
-        const uint start = (routed ? i % chunks : from_shared % shared_chunks) * chunk;
+        const uint at = (routed ? i % chunks : from_shared % shared_chunks) * chunk;
         const uint slot = routed ? index : args.top_k + index;
-        const uint width = routed ? args.width : args.shared_width;
+        const uint width = routed ? routed_width : shared_width;
         uint expert = args.experts + index;
         float weight = 1.0f;
         if (moe::ROUTED) {
@@ -210,46 +189,31 @@ template <typename T>
         }
 
         device const MoePlace& place = places[expert];
-        device const float* row_h =
-            h + (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row + start * 8;
-        device const uchar* row_scales[ROWS];
-        uint4 word[ROWS];
+        device const float* row_h = h + (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
+        rows::Rows<ROWS> of_down;
+        float parts_of_slot[ROWS];
+        UNROLL
         for (ushort r = 0; r < ROWS; r++) {
             const ulong row = rows::within(first + r, args.d);
-            device const uint* row_codes = (device const uint*)(codes + place.down_codes) + row * (width / 8);
-            row_scales[r] = scales + place.down_scales + row * (width / fp4::GROUP) * rows::scale_size();
-            if (fp4::WIDE) {
-                word[r] = *(device const uint4*)(row_codes + start);
-            } else {
-                word[r].x = row_codes[start];
-            }
+            of_down.codes[r] = (device const uint*)(codes + place.down_codes) + row * (width / 8);
+            of_down.scales[r] = scales + place.down_scales + row * (width / fp4::GROUP) * rows::scale_size();
+            of_down.factor[r] = place.down_factor;
+            parts_of_slot[r] = 0.0f;
         }
-        for (ushort from = 0; from < chunk; from += shared) {
-            float part[ROWS];
-            for (ushort r = 0; r < ROWS; r++) {
-                part[r] = 0.0f;
-            }
-            for (ushort w = from; w < from + shared; w++) {
-                float4 h_low, h_high;
-                rows::load(row_h + w * 8, h_low, h_high);
-                for (ushort r = 0; r < ROWS; r++) {
-                    float4 low, high;
-                    fp4::decode(word[r][w], low, high);
-                    part[r] += dot(low, h_low) + dot(high, h_high);
-                }
-            }
-            for (ushort r = 0; r < ROWS; r++) {
-                const float scale = fp4::scale(row_scales[r], (start + from) * 8 / fp4::GROUP, place.down_factor);
-                sums[r] = fma(part[r], scale * weight, sums[r]);
-            }
+        if (fp4::WIDE) {
+            rows::add_32(of_down, row_h, at, parts_of_slot);
+        } else {
+            rows::add_8(of_down, row_h, at, parts_of_slot);
+        }
+        UNROLL
+        for (ushort r = 0; r < ROWS; r++) {
+            sums[r] = fma(parts_of_slot[r], weight, sums[r]);
         }
     }
 
-    for (ushort r = 0; r < ROWS; r++) {
-        const float sum = simd_sum(sums[r]);
-        if (lane == 0) {
-            parts[simdgroup][r] = sum;
-        }
+    const float sum = rows::shared_out<ROWS, 32>(sums, lane);
+    if (lane % 8 == 0) {
+        parts[simdgroup][lane / 8] = sum;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (thread_index < ROWS && first + thread_index < args.d) {

@@ -3,6 +3,7 @@
 use super::args::LinearArgs;
 use super::checked::{narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
+use super::rows::known;
 use crate::cpu::HeadRows;
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind};
 use crate::{Error, Result};
@@ -36,6 +37,9 @@ const COLUMNS: usize = 32;
 const SHARED_BELOW: usize = 8192;
 /// The same, below which a simdgroup has two rows instead of four.
 const THIN_UP_TO: usize = 2048;
+
+/// The same, from which on a simdgroup has eight rows, for one row of activations.
+const TALL_FROM: usize = 32_768;
 
 /// Which way a product goes through a weight `[N, K]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +120,7 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
         (8, 1024),
         (THIN_UP_TO + 8, 1024),
         (SHARED_BELOW, 1024),
+        (TALL_FROM, 2 * format.group),
     ] {
         let weight = zeros((n, k), format)?;
         let beside = Beside {
@@ -238,24 +243,31 @@ impl Product<'_> {
         let (kernel, threadgroups, threads) = match (self.direction, self.m <= FEW) {
             (Direction::Rows, true) => {
                 let second = beside.map_or(0, |beside| beside.weight.shape().0);
-                let shape = Shares::of(self.m, k, heads * (len + second));
-                let blocks = |rows: usize| rows.div_ceil(shape.of_threadgroup());
-                constants.extend([
-                    (5, Constant::Bool(beside.is_some())),
-                    (6, Constant::Bool(normed.is_some())),
-                    (7, Constant::U16(shape.sharing as u16)),
-                ]);
-                let m = self.m.next_power_of_two();
-                let of_x = if shape.thin {
-                    "thin".to_string()
+                let plain = beside.is_none() && normed.is_none();
+                let tall = plain && self.wide(None) && self.m == 1 && heads * len >= TALL_FROM;
+                if tall {
+                    let kernel = format!("linear_rows_{kind}_tall");
+                    (kernel, [len.div_ceil(16), 1, heads], 64)
                 } else {
-                    format!("m{m}")
-                };
-                (
-                    format!("linear_rows_{kind}_{of_x}"),
-                    [blocks(len) + blocks(second), self.m.div_ceil(m), heads],
-                    32 * shape.simdgroups(),
-                )
+                    let shape = Shares::of(self.m, k, heads * (len + second));
+                    let blocks = |rows: usize| rows.div_ceil(shape.of_threadgroup());
+                    constants.extend([
+                        (5, Constant::Bool(beside.is_some())),
+                        (6, Constant::Bool(normed.is_some())),
+                        (7, Constant::U16(shape.sharing as u16)),
+                    ]);
+                    let m = self.m.next_power_of_two();
+                    let of_x = if shape.thin {
+                        "thin".to_string()
+                    } else {
+                        format!("m{m}")
+                    };
+                    (
+                        format!("linear_rows_{kind}_{of_x}"),
+                        [blocks(len) + blocks(second), self.m.div_ceil(m), heads],
+                        32 * shape.simdgroups(),
+                    )
+                }
             }
             (Direction::Rows, false) => (
                 format!("linear_tiles_{kind}"),
@@ -351,7 +363,7 @@ impl Product<'_> {
         }
     }
 
-    /// The constants of `metal/fp4.h`.
+    /// The constants of `metal/fp4.h` and `metal/rows.h`.
     fn constants(&self, beside: Option<Beside<'_>>) -> Vec<(u16, Constant)> {
         let kind = match self.weight.scale_kind() {
             ScaleKind::F16 => 0,
@@ -370,6 +382,7 @@ impl Product<'_> {
             (1, Constant::U16(group)),
             (2, Constant::U16(factor)),
             (3, Constant::Bool(self.wide(beside))),
+            (11, known(self.weight.shape().1)),
         ]
     }
 

@@ -27,6 +27,7 @@ pub mod moe;
 pub mod norm_rope;
 pub mod plan;
 pub mod router;
+mod rows;
 pub mod source;
 #[cfg(any(target_os = "macos", test))]
 mod windows;

@@ -3,6 +3,7 @@
 use super::args::{MOE_TILE, MoeArgs, MoePlace};
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
+use super::rows::known;
 use crate::Result;
 use crate::cpu::Expert;
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, ScaleKind, ScaleRule, Weight, gather, quantize};
@@ -83,8 +84,8 @@ impl Stored {
         all
     }
 
-    /// The constants of `metal/fp4.h`.
-    fn constants(&self, wide: bool) -> Vec<(u16, Constant)> {
+    /// The constants of `metal/fp4.h` and `metal/rows.h`, for rows of `k` elements.
+    fn constants(&self, k: usize, wide: bool) -> Vec<(u16, Constant)> {
         let kind = match self.kind {
             ScaleKind::F16 => 0,
             ScaleKind::BF16 => 1,
@@ -96,6 +97,7 @@ impl Stored {
             (1, Constant::U16(self.group as u16)),
             (2, Constant::U16(self.factor)),
             (3, Constant::Bool(self.wide && wide)),
+            (11, known(k)),
         ]
     }
 
@@ -179,6 +181,15 @@ impl Stack {
     /// Elements of a token.
     pub fn d(&self) -> usize {
         self.d
+    }
+
+    /// The width of every expert, or 0 where there are two.
+    fn width(&self) -> usize {
+        match self.widths {
+            [width, 0] | [0, width] => width,
+            [routed, shared] if routed == shared => routed,
+            _ => 0,
+        }
     }
 
     /// Elements of h that a slot has room for.
@@ -314,7 +325,7 @@ impl Mixture<'_> {
         let rows_of_threadgroup = 4;
         Ok(Launch {
             kernel: format!("moe_gate_up_{kind}"),
-            constants: self.with_routed(self.stack.gate_up.constants(self.fours())),
+            constants: self.with_routed(self.stack.gate_up.constants(self.stack.d, self.wide())),
             threadgroups: [
                 self.stack.h_row().div_ceil(rows_of_threadgroup),
                 self.per_token(),
@@ -338,7 +349,7 @@ impl Mixture<'_> {
         let rows_of_threadgroup = 4;
         Ok(Launch {
             kernel: format!("moe_down_{kind}"),
-            constants: self.with_routed(self.stack.down.constants(true)),
+            constants: self.with_routed(self.stack.down.constants(self.stack.width(), true)),
             threadgroups: [self.stack.d.div_ceil(rows_of_threadgroup), self.tokens, 1],
             threads: [128, 1, 1],
             bindings: self.bindings(vec![
@@ -385,7 +396,7 @@ impl Mixture<'_> {
             // Gate and up share a tile.
             threadgroups: [self.stack.h_row().div_ceil(TILE / 2), self.tiles(), 1],
             threads: [128, 1, 1],
-            constants: self.stack.gate_up.constants(self.fours()),
+            constants: self.stack.gate_up.constants(self.stack.d, self.wide()),
             bindings: self.bindings_of_tiles(self.read_x(), self.h())?,
             work: self.work_of_gate_up(),
         })
@@ -396,7 +407,7 @@ impl Mixture<'_> {
             kernel: "moe_tiles_down".into(),
             threadgroups: [self.stack.d.div_ceil(TILE), self.tiles(), 1],
             threads: [128, 1, 1],
-            constants: self.stack.down.constants(true),
+            constants: self.stack.down.constants(self.stack.width(), true),
             bindings: self.bindings_of_tiles(read(self.h()), self.z())?,
             work: self.work_of_down(),
         })
@@ -498,9 +509,10 @@ impl Mixture<'_> {
         ]))
     }
 
-    /// Whether rows of activations begin at multiples of four.
-    fn fours(&self) -> bool {
-        self.x_offset.is_multiple_of(4 * self.dtype.size_in_bytes()) && self.x_row.is_multiple_of(4)
+    /// Whether rows of activations begin at multiples of 16 bytes.
+    fn wide(&self) -> bool {
+        let size = self.dtype.size_in_bytes();
+        self.x_offset.is_multiple_of(16) && (self.x_row * size).is_multiple_of(16)
     }
 
     fn with_routed(&self, mut constants: Vec<(u16, Constant)>) -> Vec<(u16, Constant)> {
