@@ -28,6 +28,8 @@ I("sums_f16", half) I("sums_bf16", bfloat)
 kernel void product(device float* y, device const half* x) {
   simdgroup_half8x8 a; simdgroup_load(a, x, 8);
   simdgroup_float8x8 c(0.0f); simdgroup_multiply_accumulate(c, a, a, c); simdgroup_store(c, y, 8); }
+[[kernel, max_total_threads_per_threadgroup(96)]] void few(device float* y, ushort i [[thread_index_in_threadgroup]]) { y[i] = 1; }
+[[kernel, max_total_threads_per_threadgroup(3 * 32)]] void reckoned(device float* y) { y[0] = 1; }
 kernel void dynamic(device float* y, threadgroup float* t [[threadgroup(0)]]) { y[0] = t[0]; }
 """
 
@@ -60,8 +62,13 @@ class Ptx(unittest.TestCase):
         self.assertEqual([text.count("ld.param.u64") for text in texts], [2, 3])
         self.assertIn("0f42440000", texts[0])  # 49
 
+    def test_most_threads(self):
+        self.assertEqual(self.ptx("-k", "few")[0], 0)
+        self.assertIn(".maxntid 96", self.out.read_text())
+
     def test_what_is_refused(self):
         for arguments, reason in (
+            (["-k", "reckoned"], "max_total_threads_per_threadgroup(3 * 32) is no number"),
             (["-D", "3=0", "-k", "sums_f16"], "needs function constant 5, WIDTH"),
             (["-k", "none"], "there is no kernel 'none'"),
             (["-k", "dynamic"], "takes threadgroup memory of the launch's"),

@@ -1,6 +1,6 @@
 """Turns a .metal file into CUDA C++ that clang compiles to PTX: function constants are baked in, each kernel is an entry."""
 from . import clang
-from .rewrite import FILE_SCOPE, Rewriter
+from .rewrite import FILE_SCOPE, MOST_THREADS, Rewriter
 from .signatures import assign_indices
 
 
@@ -44,6 +44,9 @@ class PtxRewriter(Rewriter):
             given = str(index in self.constants).lower()
             self._append(variable.end, f" MSL_PER_LAUNCH bool msl_defined_{variable.name} = {given};")
 
+    def _limit_threads(self, function, limit):
+        """Nothing in the body: the entry says it, and each thread gets as many registers as there are for so many threads."""
+
     def _registration(self):
         """The entries: outside of the file's own namespace, which would hide them."""
         lines = ["}", "#pragma clang force_cuda_host_device end", '# 1 "<entries>"']
@@ -58,8 +61,13 @@ class PtxRewriter(Rewriter):
                     arguments.append(f"metal::builtin_as<{place}::Type>(metal::builtin::{index}())")
                 else:
                     raise clang.ClangError(f"kernel '{name}' takes threadgroup memory of the launch's: no PTX")
+            limit = function.attributes.get(MOST_THREADS)
+            if limit and not limit.isdigit():
+                # Names of the file's, or of a template's, mean nothing out here.
+                raise clang.ClangError(f"kernel '{name}': {MOST_THREADS}({limit}) is no number: no PTX")
+            bounds = f", launch_bounds({limit})" if limit else ""
             lines.append(
-                f'extern "C" __attribute__((__global__)) void {name}({", ".join(parameters)}) '
+                f'extern "C" __attribute__((__global__{bounds})) void {name}({", ".join(parameters)}) '
                 f"{{ {expression}({', '.join(arguments)}); }}"
             )
         return "\n".join([*lines, FILE_SCOPE])

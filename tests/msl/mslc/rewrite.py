@@ -13,6 +13,7 @@ from .signatures import SPACES, assign_indices
 VECTOR = re.compile(r"(u?char|u?short|u?int|u?long|float|half|bfloat)[234]$")
 NOT_A_CALL = {".", "->", "typename", "class", "struct", "operator"}
 BEFORE_CAST = {"return", "case", "else"}
+MOST_THREADS = "max_total_threads_per_threadgroup"
 FILE_SCOPE = "namespace {"  # files linked into one library keep their helpers to themselves
 
 
@@ -30,9 +31,8 @@ class Rewriter:
                 self._insert(variable.start, "extern ")
         for function in self.declarations.kernels:
             self._threadgroup_variables(function)
-            if self.execute and "max_total_threads_per_threadgroup" in function.attributes:
-                limit = function.attributes["max_total_threads_per_threadgroup"]
-                self._append(function.body, f" msl::limit_threads({limit});")
+            if self.execute and MOST_THREADS in function.attributes:
+                self._limit_threads(function, function.attributes[MOST_THREADS])
         self._constructors()
         text = self._apply()
         if self.execute:
@@ -68,6 +68,10 @@ class Rewriter:
             parts += [self.source.text[position:start], text]
             position = end
         return "".join(parts) + self.source.text[position:]
+
+    def _limit_threads(self, function, limit):
+        """Launches with more threads are to be refused."""
+        self._append(function.body, f" msl::limit_threads({limit});")
 
     # Threadgroup variables ------------------------------------------------------------------------------------------
 
