@@ -146,29 +146,25 @@ def sanitized(options, works):
     return notes
 
 
-def cells_of(work, call, time, empty, bandwidth):
-    """A launch's cells: what it moves, how fast, and against the bar; and whether that is reached."""
-    moved = call[1]["bytes"]
-    text, reached = verdict(moved, time, empty, bandwidth, work.meta["dtype"])
-    return [f"{moved / 1e6:.2f}", f"{time * 1e6:.2f}", f"{moved / time / 1e9:.0f}", text, "yes" if reached else "**no**"], reached
+def speed(moved, time):
+    return [f"{moved / 1e6:.2f}", f"{time * 1e6:.2f}", f"{moved / time / 1e9:.0f}"]
 
 
 def rows(work, empty, bandwidth):
-    """Of a work, the kernels and the cells between these and the error, a row each; and how many launches are too slow. One of
-    several launches has a row for all of them, without a bar, and one for each."""
-    names = [launch["kernel"] for _, launch, _ in work.calls]
+    """A work's rows, each a name and the cells from MB to "reached", and how many launches are too slow. Several launches have
+    a row of all of them, without a bar, before those of each."""
+    launches = [launch for _, launch, _ in work.calls]
     if not work.description["timed"]:
-        return [(", ".join(names), [""] * 5)], 0
-    if len(names) == 1:
-        cells, reached = cells_of(work, work.calls[0], work.seconds(), empty, bandwidth)
-        return [(names[0], cells)], not reached
-    moved, time = work.bytes(), work.seconds()
-    floor = len(names) * empty + moved / bandwidth
-    all_cells = [f"{moved / 1e6:.2f}", f"{time * 1e6:.2f}", f"{moved / time / 1e9:.0f}"]
-    found, slow = [("all", [*all_cells, f"{time / floor:.2f} × floors {floor * 1e6:.1f} µs", ""])], 0
-    for name, call in zip(names, work.calls):
-        cells, reached = cells_of(work, call, work.seconds([call]), empty, bandwidth)
-        found.append((name, cells))
+        return [(", ".join(launch["kernel"] for launch in launches), [""] * 5)], 0
+    found, slow = [], 0
+    if len(launches) > 1:
+        moved, time = work.bytes(), work.seconds()
+        floor = len(launches) * empty + moved / bandwidth
+        found.append(("all", [*speed(moved, time), f"{time / floor:.2f} × floors {floor * 1e6:.1f} µs", ""]))
+    for call, launch in zip(work.calls, launches):
+        moved, time = launch["bytes"], work.seconds([call])
+        text, reached = verdict(moved, time, empty, bandwidth, work.meta["dtype"])
+        found.append((launch["kernel"], [*speed(moved, time), text, "yes" if reached else "**no**"]))
         slow += not reached
     return found, slow
 
@@ -192,7 +188,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="what make.py wrote")
     parser.add_argument("--output", type=Path, help="the table; else stdout")
-    parser.add_argument("--only", default="", help="works of whose reference, name and kernels one holds what this regular expression says")
+    parser.add_argument("--only", default="", help="works with this regular expression in their op, name or a kernel")
     parser.add_argument("--once", action="store_true", help="each work once, for compute-sanitizer to watch")
     parser.add_argument("--sanitize", action="store_true", help="first, all of them under compute-sanitizer")
     options = parser.parse_args()

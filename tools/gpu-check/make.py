@@ -15,7 +15,8 @@ from mslc.rewrite import Rewriter  # noqa: E402
 
 
 def record(folder):
-    command = ["cargo", "test", "--release", "--features", "msl-host", "--test", "msl", "--", "--ignored", "gpu_works"]
+    command = ["cargo", "test", "--release", "--features", "msl-host", "--test", "msl", "gpu_works"]
+    command += ["--", "--ignored", "--nocapture"]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "MMFP4_GPU_WORKS": str(folder)})
 
 

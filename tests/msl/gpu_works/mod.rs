@@ -9,7 +9,9 @@ mod record;
 
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::fp4::{Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Parts, ScaleKind, Weight};
+use candle_mmfp4::metal::every_kernel;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Writes `target/gpu-check/works.json`, or to the folder that `MMFP4_GPU_WORKS` names.
@@ -21,7 +23,21 @@ fn gpu_works() {
     std::fs::create_dir_all(&folder).unwrap();
     let works = [linear::fp4(), linear::dense(), moe::works(), norm_rope::works()].concat();
     std::fs::write(folder.join("works.json"), serde_json::to_string(&works).unwrap()).unwrap();
-    println!("{} works", works.len());
+    let missing = unlaunched(&works);
+    println!("{} works; kernels in none: {missing:?}", works.len());
+}
+
+/// Kernels that no work launches.
+fn unlaunched(works: &[Value]) -> BTreeSet<String> {
+    let launches = works
+        .iter()
+        .flat_map(|work| work["launches"].as_array().into_iter().flatten());
+    let launched: BTreeSet<_> = launches.filter_map(|launch| launch["kernel"].as_str()).collect();
+    let plans = DTYPES.map(|dtype| every_kernel(Format::mmfp4(), dtype).unwrap());
+    let all = plans.into_iter().flatten().flat_map(|plan| plan.launches);
+    all.map(|launch| launch.kernel)
+        .filter(|kernel| !launched.contains(kernel.as_str()))
+        .collect()
 }
 
 const F16: DType = DType::F16;

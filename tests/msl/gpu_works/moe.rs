@@ -71,6 +71,7 @@ fn mixture(name: &str, moe: &FusedMoe, stored: Stored, dtype: DType, m: usize, t
     Op::new(name, "experts", dtype, m)
         .weights(stored, 1)
         .roles(&["places", "x", "ids", "weights", "y"])
+        .places(moe.experts(), moe.shared())
         .meta(json!({"k": HIDDEN, "experts": EXPERTS, "shared": 1, "top_k": top_k, "widths": [WIDTH, WIDTH]}))
         .record(|| moe.forward(&x, &ids, &weights))
 }
@@ -80,28 +81,26 @@ fn mlp_of(name: &str, mlp: &GatedMlp, stored: Stored, dtype: DType, m: usize) ->
     Op::new(name, "experts", dtype, m)
         .weights(stored, 1)
         .roles(&["places", "x", "y"])
+        .places(&[], std::slice::from_ref(mlp.weights()))
         .meta(json!({"k": HIDDEN, "experts": 0, "shared": 1, "top_k": 0, "widths": [0, DENSE_WIDTH]}))
         .record(|| mlp.forward(&x))
 }
 
 fn router(stored: Stored, dtype: DType, m: usize) -> Value {
-    let (routing, scaling) = (
-        Routing {
-            top_k: TOP_K,
-            n_group: 1,
-            topk_group: 1,
-            normalize: true,
-            scaling_factor: 1.8,
-        },
-        1.8,
-    );
+    let routing = Routing {
+        top_k: TOP_K,
+        n_group: 1,
+        topk_group: 1,
+        normalize: true,
+        scaling_factor: 1.8,
+    };
     let gate = Linear::new(stored.weight((EXPERTS, HIDDEN)), None).unwrap();
     let op = Router::new(gate, Route::new(routing, vec![0.0; EXPERTS]).unwrap());
     let x = zeros(&[m, HIDDEN], dtype);
     Op::new("router", "router", dtype, m)
         .weights(stored, 1)
         .roles(&["bias", "x", "y", "y.ids", "y.weights"])
-        .meta(json!({"k": HIDDEN, "experts": EXPERTS, "top_k": TOP_K, "scaling": scaling}))
+        .meta(json!({"k": HIDDEN, "experts": EXPERTS, "top_k": TOP_K, "scaling": routing.scaling_factor}))
         .meta(json!({"outputs": ["f32", "u32", "f32"]}))
         .record(|| op.forward(&x))
 }

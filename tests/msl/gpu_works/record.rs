@@ -2,7 +2,9 @@
 
 use super::Stored;
 use candle_core::{DType, Tensor};
+use candle_mmfp4::cpu::Expert;
 use candle_mmfp4::metal::host::{Host, RecordedOperand};
+use candle_mmfp4::metal::moe::Stack;
 use candle_mmfp4::metal::plan::{Binding, Constant, Launch};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -21,6 +23,8 @@ pub struct Op {
     pub meta: Map<String, Value>,
     /// Of its plan's operands, in order; those behind are scratch.
     pub roles: Vec<String>,
+    /// Of experts, the table of where they are: it matters what is in it.
+    pub places: Vec<u8>,
 }
 
 impl Op {
@@ -32,6 +36,7 @@ impl Op {
             m,
             meta: Map::new(),
             roles: Vec::new(),
+            places: Vec::new(),
         }
     }
 
@@ -56,6 +61,15 @@ impl Op {
         self
     }
 
+    /// With the table that these experts have.
+    pub fn places(mut self, routed: &[Expert], shared: &[Expert]) -> Self {
+        let stack = Stack::of(routed, shared)
+            .unwrap()
+            .expect("experts that kernels take");
+        self.places = stack.bytes()[2].to_vec();
+        self
+    }
+
     /// With an input that lies in a larger tensor.
     pub fn lies(self, role: &str, tensor: &Tensor) -> Self {
         let (layout, name) = (tensor.layout(), format!("lies.{role}"));
@@ -64,8 +78,7 @@ impl Op {
 
     /// Its launches and operands.
     pub fn record<T>(self, forward: impl FnOnce() -> candle_core::Result<T>) -> Value {
-        // Of a table it matters what is in it.
-        let host = Arc::new(Host::recorder(self.roles.iter().any(|role| role == PLACES)));
+        let host = Arc::new(Host::recorder(false));
         host.install(forward).unwrap();
         let [recorded] = host.recorded().try_into().expect("one plan");
         let name = format!("{}, {}, {}", self.name, self.dtype.as_str(), self.m);
@@ -75,7 +88,7 @@ impl Op {
             let role = self.roles.get(index).map_or("scratch", String::as_str);
             let is_output = role.starts_with('y') || role == "scratch";
             assert_eq!(operand.written, is_output, "{name}: operand {index}, {role}");
-            operands.push(described(role, operand));
+            operands.push(self.described(role, operand));
         }
         let mut meta = self.meta;
         meta.insert("m".into(), self.m.into());
@@ -90,21 +103,20 @@ impl Op {
             "meta": meta,
         })
     }
-}
 
-const PLACES: &str = "places";
-
-fn described(role: &str, operand: &RecordedOperand) -> Value {
-    let part = role.split('.').next();
-    let mut described = json!({
-        "role": role,
-        "len": operand.len,
-        "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
-    });
-    if role == PLACES {
-        described["contents"] = hex(&operand.bytes).into();
+    fn described(&self, role: &str, operand: &RecordedOperand) -> Value {
+        let part = role.split('.').next();
+        let mut described = json!({
+            "role": role,
+            "len": operand.len,
+            "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
+        });
+        if role == "places" {
+            assert_eq!(operand.len, self.places.len(), "{}: the table", self.name);
+            described["contents"] = hex(&self.places).into();
+        }
+        described
     }
-    described
 }
 
 fn launch(launch: &Launch) -> Value {
