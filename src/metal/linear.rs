@@ -36,7 +36,7 @@ const COLUMNS: usize = 32;
 /// anything to do while a row's first codes are on their way.
 const SHARED_BELOW: usize = 8192;
 /// The same, below which a simdgroup has two rows instead of four.
-const THIN_UP_TO: usize = 2048;
+const THIN_UP_TO: usize = 1536;
 
 /// The same, from which on a simdgroup has eight rows, for one row of activations of two bytes.
 const TALL_FROM: usize = 32_768;
@@ -483,7 +483,7 @@ mod tests {
         // GLM-4.7-Flash's q_a with kv_a, q_b, o, a half of kv_b, lm_head.
         assert_eq!(shares(1, 2048, 1344), (2, 4));
         assert_eq!(shares(1, 768, 5120), (4, 2));
-        assert_eq!(shares(1, 5120, 2048), (2, 4));
+        assert_eq!(shares(1, 5120, 2048), (4, 4));
         assert_eq!(shares(1, 512, 5120), (4, 1));
         assert_eq!(shares(1, 2048, 154_880), (4, 1));
         assert_eq!(shares(8, 2048, 154_880), (2, 1));
