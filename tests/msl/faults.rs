@@ -203,6 +203,13 @@ fn planted_faults_are_found() {
     }
 }
 
+#[test]
+fn every_fault_can_be_planted() {
+    for (family, fault) in all() {
+        fault.planted(family);
+    }
+}
+
 /// All of them through all checks; writes docs/metal-faults.md.
 #[test]
 #[ignore = "many minutes: cargo test --release --features msl-host --test msl -- --ignored faults"]

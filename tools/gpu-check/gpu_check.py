@@ -36,8 +36,8 @@ at real sizes. A kernel that is slow here because its loads are narrow or far ap
 once, or because few threads have work, probably is slow there for the same reason.
 
 **What it does not say**: anything about Apple's compiler, registers, occupancy, caches, launches or clocks, or about
-`simdgroup_matrix`. Where a kernel here is bound by instructions (products with FP4 are: about five for a code), the share of
-its own bandwidth that an Apple GPU reaches is another number. Nothing here has run on an Apple GPU.
+`simdgroup_matrix`. Where a kernel here is bound by instructions (products with FP4 are: about four and a half for a code),
+the share of its own bandwidth that an Apple GPU reaches is another number. Nothing here has run on an Apple GPU.
 
 """
 # NMSE, as in the tests on Linux; of numbers without a sign, how many differ.

@@ -176,6 +176,12 @@ fn few() -> Vec<(Case, Orientation)> {
     let plain = Case::default();
     let rows = [
         Case {
+            n: 32_771,
+            k: 1120,
+            dtype: DType::F16,
+            ..plain
+        },
+        Case {
             n: 9,
             k: 320,
             shift: 4,
