@@ -20,8 +20,8 @@ enum : ushort { NO_FACTOR = 0, MULTIPLIED = 1, DIVIDED = 2 };
 constant ushort SCALE_KIND [[function_constant(0)]];
 constant ushort GROUP [[function_constant(1)]];
 constant ushort FACTOR [[function_constant(2)]];
-// Codes begin at a multiple of 16 bytes, rows are a multiple of 32 codes long, and activations lie as the kernel's widest
-// loads want it: the host has checked it.
+// Codes begin at a multiple of 16 bytes and scales at one of 2, rows are a multiple of 32 codes long, and activations lie as the
+// kernel's widest loads want it: the host has checked it.
 constant bool WIDE [[function_constant(3)]];
 
 // What decoded codes are to be multiplied by.
@@ -43,27 +43,40 @@ static inline void decode(uint word, thread float4& low, thread float4& high) {
     high = float4(a.y, b.y, c.y, d.y);
 }
 
-// A group's scale, the tensor's factor included.
-static inline float scale(device const uchar* scales, uint index, float factor) {
-    float value;
+// Two E4M3 numbers, at the low bytes of the halves of a word, divided by 256: as halves of the same bits, the sign moved up by a
+// carry. Subnormal ones are exact.
+static inline float2 e4m3(uint two) {
+    return float2(as_type<half2>((two + (two & 0x00800080u)) << 7));
+}
+
+// A group's scale, divided by what of_scales() puts back.
+static inline float scale(device const uchar* scales, uint index) {
     if (SCALE_KIND == F16) {
-        value = float(((device const half*)scales)[index]);
-    } else if (SCALE_KIND == BF16) {
-        value = as_type<float>(uint(((device const ushort*)scales)[index]) << 16);
-    } else if (SCALE_KIND == E8M0) {
+        return float(((device const half*)scales)[index]);
+    }
+    if (SCALE_KIND == BF16) {
+        return as_type<float>(uint(((device const ushort*)scales)[index]) << 16);
+    }
+    if (SCALE_KIND == E8M0) {
         const uint bits = scales[index];
-        value = as_type<float>(bits == 0 ? 0x00400000u : bits << 23);
-    } else {
-        // As a half of the same bits it is 2^-8 of its value, subnormals included.
-        const ushort bits = scales[index];
-        value = float(as_type<half>(ushort((bits & 0x7f) << 7 | (bits & 0x80) << 8))) * 256.0f;
+        return as_type<float>(bits == 0 ? 0x00400000u : bits << 23);
     }
-    if (FACTOR == MULTIPLIED) {
-        value *= factor;
-    } else if (FACTOR == DIVIDED) {
-        value /= factor;
+    return e4m3(scales[index]).x;
+}
+
+// The scales of two neighbouring groups of a row, of which the first is even.
+static inline float2 two_scales(device const uchar* scales, uint index) {
+    if (SCALE_KIND == E4M3 && WIDE) {
+        const uint two = *(device const ushort*)(scales + index);
+        return e4m3((two | two << 8) & 0x00ff00ffu);
     }
-    return value;
+    return float2(scale(scales, index), scale(scales, index + 1));
+}
+
+// What sums of products with scales are to be multiplied by: it has the tensor's factor in it.
+static inline float of_scales(float factor) {
+    const float all = SCALE_KIND == E4M3 ? 256.0f : 1.0f;
+    return FACTOR == MULTIPLIED ? all * factor : FACTOR == DIVIDED ? all / factor : all;
 }
 
 } // namespace fp4

@@ -63,7 +63,6 @@ static inline void find(
     uint first,
     uint n,
     uint k,
-    float factor,
     thread rows::Rows<ROWS>& found
 ) {
     UNROLL
@@ -71,7 +70,6 @@ static inline void find(
         const uint row = head_row + rows::within(first + r, n);
         found.codes[r] = codes + row * (k / 8);
         found.scales[r] = scales + ulong(row) * (k / fp4::GROUP) * rows::scale_size();
-        found.factor[r] = factor;
     }
 }
 
@@ -102,7 +100,7 @@ template <typename T, ushort M, ushort ROWS>
 ) {
     threadgroup float parts[linear::SIMDGROUPS][2][32];
 
-    const uint k = rows::known_k(args.k);
+    const uint k = rows::known_length(args.k);
     const bool alone = SHARES == 1;
     const uint together = alone ? linear::SIMDGROUPS * ROWS : ROWS;
     // The weight that this threadgroup's rows are of.
@@ -124,7 +122,7 @@ template <typename T, ushort M, ushort ROWS>
 
     rows::Rows<ROWS> rows_of_w;
     const uint head_row = args.weight_row + group.z * args.weight_head;
-    linear::find(codes, scales, head_row, first, n, k, factor, rows_of_w);
+    linear::find(codes, scales, head_row, first, n, k, rows_of_w);
     device const T* row_x[M];
     UNROLL
     for (ushort m = 0; m < M; m++) {
@@ -143,16 +141,18 @@ template <typename T, ushort M, ushort ROWS>
     }
     const uint lanes = SHARES * 32;
     const uint first_lane = alone ? lane : simdgroup * 32 + lane;
+    constexpr ushort WORDS = rows::words_of<T>();
     uint rest = 0;
-    if (M == 1 && fp4::WIDE && !NORMED) {
+    if (M == 1 && WORDS == 4 && fp4::WIDE && !NORMED) {
         float wide_sums[ROWS];
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
             wide_sums[r] = 0.0f;
         }
+        const rows::Activations<T> activations = {row_x[0]};
         rest = k - k % (lanes * 32);
         for (uint at = first_lane * 32; at < rest; at += lanes * 32) {
-            rows::add_32(rows_of_w, row_x[0], at, wide_sums);
+            rows::add<WORDS>(rows_of_w, activations, at, wide_sums);
         }
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
@@ -165,7 +165,7 @@ template <typename T, ushort M, ushort ROWS>
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
             words[r] = linear::load_codes(rows_of_w.codes[r], at / 8);
-            scale[r] = fp4::scale(rows_of_w.scales[r], at / fp4::GROUP, factor);
+            scale[r] = fp4::scale(rows_of_w.scales[r], at / fp4::GROUP);
         }
         float even[ROWS * M], odd[ROWS * M];
         UNROLL
@@ -236,7 +236,7 @@ template <typename T, ushort M, ushort ROWS>
         }
     }
     if ((alone || simdgroup == 0) && lane % LANES == 0 && first + r < n && first_x + m < args.m) {
-        sum *= fp4::UNIT;
+        sum *= fp4::UNIT * fp4::of_scales(factor);
         if (NORMED) {
             sum *= rsqrt(square / float(k) + args.eps);
         }
@@ -248,7 +248,7 @@ template <typename T, ushort M, ushort ROWS>
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// One row of activations, many rows of W: eight a simdgroup, four at a time. What is left of K after whole turns of 32 chunks of
+// One row of activations of two bytes each, many rows of W: eight a simdgroup, four at a time. What is left of K after whole turns of 32 chunks of
 // 32 codes is shared out by half simdgroups, which have four of the rows each; the first step of adding up sums leaves them just
 // there. In registers: a chunk of four rows of W, eight activations, twelve sums and as many of a chunk. Loads are wide.
 
@@ -266,10 +266,10 @@ template <typename T>
 ) {
     constexpr ushort SIMDGROUPS = 2, ROWS = 4;
 
-    const uint k = rows::known_k(args.k);
+    const uint k = rows::known_length(args.k);
     const uint first = (group.x * SIMDGROUPS + simdgroup) * (2 * ROWS);
     const uint head_row = args.weight_row + group.z * args.weight_head;
-    device const T* row_x = x + group.z * args.x_head;
+    const rows::Activations<T> activations = {x + group.z * args.x_head};
     const uint rest = k - k % 1024;
     const bool upper = lane >= 16;
 
@@ -280,13 +280,13 @@ template <typename T>
         first_four[r] = 0.0f;
         second_four[r] = 0.0f;
     }
-    linear::find(codes, scales, head_row, first, args.n, k, args.factor, rows_of_w);
+    linear::find(codes, scales, head_row, first, args.n, k, rows_of_w);
     for (uint at = lane * 32; at < rest; at += 1024) {
-        rows::add_32(rows_of_w, row_x, at, first_four);
+        rows::add<4>(rows_of_w, activations, at, first_four);
     }
-    linear::find(codes, scales, head_row, first + ROWS, args.n, k, args.factor, rows_of_w);
+    linear::find(codes, scales, head_row, first + ROWS, args.n, k, rows_of_w);
     for (uint at = lane * 32; at < rest; at += 1024) {
-        rows::add_32(rows_of_w, row_x, at, second_four);
+        rows::add<4>(rows_of_w, activations, at, second_four);
     }
     float sums[ROWS];
     UNROLL
@@ -295,13 +295,13 @@ template <typename T>
         sums[r] = mine + simd_shuffle_xor(other, 16);
     }
     if (rest < k) {
-        linear::find(codes, scales, head_row, first + (upper ? ROWS : 0), args.n, k, args.factor, rows_of_w);
+        linear::find(codes, scales, head_row, first + (upper ? ROWS : 0), args.n, k, rows_of_w);
         for (uint at = rest + lane % 16 * 32; at < k; at += 512) {
-            rows::add_32(rows_of_w, row_x, at, sums);
+            rows::add<4>(rows_of_w, activations, at, sums);
         }
     }
 
-    const float sum = rows::shared_out<ROWS, 16>(sums, lane) * fp4::UNIT;
+    const float sum = rows::shared_out<ROWS, 16>(sums, lane) * fp4::UNIT * fp4::of_scales(args.factor);
     const uint row = first + lane / 4;
     if (lane % 4 == 0 && row < args.n) {
         y[group.z * args.y_head + row] = T(HAS_BIAS ? sum + bias[row] : sum);
@@ -382,7 +382,7 @@ template <typename T>
             if (first_w + column < args.n && along_k < args.k) {
                 const ulong scale_row = ulong(head_row + first_w + column) * groups;
                 const uint scale_size = rows::scale_size();
-                scale = fp4::scale(scales + scale_row * scale_size, along_k / fp4::GROUP, args.factor);
+                scale = fp4::scale(scales + scale_row * scale_size, along_k / fp4::GROUP) * fp4::of_scales(args.factor);
             }
             tile_scales[half_step][column] = scale;
         }
@@ -441,7 +441,7 @@ template <typename T>
 // ---------------------------------------------------------------------------------------------------------------------
 // The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations. ACROSS lanes stand side by side, each with
 // eight columns, the others of a simdgroup in the rows of W below; a threadgroup goes down the rows together. Sums meet in
-// shuffles, then in threadgroup memory. In registers: 8 · M sums.
+// shuffles, then in threadgroup memory. In registers: 8 · M sums, a word of codes, its scale.
 
 template <typename T, ushort M>
 [[kernel]] void linear_columns(
@@ -458,55 +458,55 @@ template <typename T, ushort M>
     constexpr ushort SIMDGROUPS = 8, ACROSS = 4, DOWN = 32 / ACROSS;
     threadgroup float parts[SIMDGROUPS][M][ACROSS * 8];
 
+    const uint n = rows::known_length(args.n);
     const uint words = args.k / 8;
     const uint groups = args.k / fp4::GROUP;
     const uint word = rows::within(group.x * ACROSS + lane % ACROSS, words);
     const uint first_x = group.y * M;
 
     device const T* row_x[M];
-    float4 low_sums[M], high_sums[M];
+    float sums[M][8];
+    UNROLL
     for (ushort m = 0; m < M; m++) {
         row_x[m] = x + group.z * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
-        low_sums[m] = float4(0.0f);
-        high_sums[m] = float4(0.0f);
+        UNROLL
+        for (ushort i = 0; i < 8; i++) {
+            sums[m][i] = 0.0f;
+        }
     }
     const uint head_row = args.weight_row + group.z * args.weight_head;
-    for (uint r = simdgroup * DOWN + lane / ACROSS; r < args.n; r += SIMDGROUPS * DOWN) {
-        const uint row = head_row + r;
+    const uint own = simdgroup * DOWN + lane / ACROSS;
+    for (uint start = 0; start < n; start += SIMDGROUPS * DOWN) {
+        const uint r = rows::within(start + own, n);
         float4 low, high;
-        fp4::decode(codes[row * words + word], low, high);
-        const float scale = fp4::scale(scales, row * groups + word * 8 / fp4::GROUP, args.factor);
+        fp4::decode(codes[(head_row + r) * words + word], low, high);
+        const float scale = fp4::scale(scales, (head_row + r) * groups + word * 8 / fp4::GROUP);
+        UNROLL
         for (ushort m = 0; m < M; m++) {
-            const float factor = float(row_x[m][r]) * scale;
-            low_sums[m] = fma(low, float4(factor), low_sums[m]);
-            high_sums[m] = fma(high, float4(factor), high_sums[m]);
+            const float factor = select(0.0f, float(row_x[m][r]) * scale, start + own < n);
+            UNROLL
+            for (ushort i = 0; i < 4; i++) {
+                sums[m][i] = fma(low[i], factor, sums[m][i]);
+                sums[m][4 + i] = fma(high[i], factor, sums[m][4 + i]);
+            }
         }
     }
     UNROLL
     for (ushort m = 0; m < M; m++) {
-        UNROLL
-        for (ushort apart = ACROSS; apart < 32; apart *= 2) {
-            low_sums[m] += simd_shuffle_xor(low_sums[m], apart);
-            high_sums[m] += simd_shuffle_xor(high_sums[m], apart);
-        }
-        if (lane < ACROSS) {
-            for (ushort i = 0; i < 4; i++) {
-                parts[simdgroup][m][lane * 8 + i] = low_sums[m][i];
-                parts[simdgroup][m][lane * 8 + 4 + i] = high_sums[m][i];
-            }
-        }
+        // Lanes of the same columns differ in the upper three bits.
+        parts[simdgroup][m][lane % ACROSS * 8 + lane / ACROSS] = rows::halved(sums[m], lane, 16);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // A thread an output.
-    const ushort m = thread_index / (ACROSS * 8), c = thread_index % (ACROSS * 8);
+    const ushort row = thread_index / (ACROSS * 8), c = thread_index % (ACROSS * 8);
     const uint column = group.x * (ACROSS * 8) + c;
-    if (m < M && column < args.k && first_x + m < args.m) {
+    if (row < M && column < args.k && first_x + row < args.m) {
         float sum = 0.0f;
         for (ushort s = 0; s < SIMDGROUPS; s++) {
-            sum += parts[s][m][c];
+            sum += parts[s][row][c];
         }
-        y[group.z * args.y_head + ulong(first_x + m) * args.y_row + column] = T(sum * fp4::UNIT);
+        y[group.z * args.y_head + ulong(first_x + row) * args.y_row + column] = T(sum * fp4::UNIT * fp4::of_scales(args.factor));
     }
 }
 
@@ -534,6 +534,7 @@ template <typename T>
     const uint first_x = group.y * TILE;
     const uint head_row = args.weight_row + group.z * args.weight_head;
     const uint scale_size = rows::scale_size();
+    const float unit = fp4::UNIT * fp4::of_scales(args.factor);
     // Each thread stages eight elements of a row of x and of a row of W.
     const ushort row = thread_index / 4, part = thread_index % 4;
     const uint word = group.x * (TILE / 8) + part;
@@ -557,7 +558,7 @@ template <typename T>
             const ulong weight_row = head_row + start + row;
             fp4::decode(codes[weight_row * words + word], low, high);
             const uint index = word * 8 / fp4::GROUP;
-            const float scale = fp4::scale(scales + weight_row * groups * scale_size, index, args.factor) * fp4::UNIT;
+            const float scale = fp4::scale(scales + weight_row * groups * scale_size, index) * unit;
             low *= scale;
             high *= scale;
         }
@@ -601,9 +602,10 @@ template <typename T>
 
 #define INSTANTIATE(name, ...) template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 
+#define INSTANTIATE_TALL(type, T) INSTANTIATE("linear_rows_" type "_tall", linear_rows_tall<T>)
+
 #define INSTANTIATE_TYPE(type, T)                                                  \
     INSTANTIATE("linear_rows_" type "_thin", linear_rows<T, 1, 2>)                 \
-    INSTANTIATE("linear_rows_" type "_tall", linear_rows_tall<T>)                  \
     INSTANTIATE("linear_rows_" type "_m1", linear_rows<T, 1, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m2", linear_rows<T, 2, 4>)                   \
     INSTANTIATE("linear_rows_" type "_m4", linear_rows<T, 4, 4>)                   \
@@ -616,3 +618,5 @@ template <typename T>
 INSTANTIATE_TYPE("f32", float)
 INSTANTIATE_TYPE("f16", half)
 INSTANTIATE_TYPE("bf16", bfloat)
+INSTANTIATE_TALL("f16", half)
+INSTANTIATE_TALL("bf16", bfloat)

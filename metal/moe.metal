@@ -7,7 +7,7 @@
 // | kernel             | threadgroup                                   | grid (x, y, z)                       |
 // |--------------------|-----------------------------------------------|--------------------------------------|
 // | moe_gate_up_<type> | 2 simdgroups, 2 rows of gate and of up each   | rows of h, slots of a token, tokens  |
-// | moe_down_<type>    | 4 simdgroups on the same 4 rows of y          | rows of y, tokens                    |
+// | moe_down_<type>    | 8 simdgroups on the same 4 rows of y          | rows of y, tokens                    |
 //
 // Many tokens, slots sorted by expert:
 //
@@ -40,6 +40,28 @@ static constant constexpr ushort TILE = 32;
 static constant constexpr ushort PAD = 4;
 
 static inline float or_nan(bool there, float value) { return there ? value : as_type<float>(0x7fc00000u); }
+
+// Where an element of a slot's gated activations is, of `width`: in chunks of 32, which a lane each reads in down, first all
+// chunks' first four elements, then all second ones: lanes side by side read what lies side by side.
+static inline uint place_of(uint element, uint width) {
+    const bool whole = width % 32 == 0;
+    return whole ? ((element % 32 / 4) * (width / 32) + element / 32) * 4 + element % 4 : element;
+}
+
+// Gated activations of a slot, so laid out.
+struct Gated {
+    device const float* h;
+    uint width;
+
+    void take(uint at, thread float4& low, thread float4& high) const {
+        if (width % 32 == 0) {
+            low = *(device const float4*)(h + place_of(at, width));
+            high = *(device const float4*)(h + place_of(at + 4, width));
+        } else {
+            rows::load(h + at, low, high);
+        }
+    }
+};
 
 static inline float swiglu(float gate, float up) { return gate / (1.0f + exp(-gate)) * up; }
 
@@ -85,7 +107,7 @@ template <typename T>
     const uint width = routed ? args.width : args.shared_width;
     const uint first = (group.x * SIMDGROUPS + simdgroup) * ROWS;
 
-    const uint d = rows::known_k(args.d);
+    const uint d = rows::known_length(args.d);
     device const MoePlace& place = places[known ? expert : 0];
     // Of gate, then of up.
     rows::Rows<2 * ROWS> weights;
@@ -96,9 +118,8 @@ template <typename T>
         weights.codes[r] = (device const uint*)(codes + (is_up ? place.up_codes : place.gate_codes)) + row * (d / 8);
         weights.scales[r] =
             scales + (is_up ? place.up_scales : place.gate_scales) + row * (d / fp4::GROUP) * rows::scale_size();
-        weights.factor[r] = is_up ? place.up_factor : place.gate_factor;
     }
-    device const T* row_x = x + ulong(token) * args.x_row;
+    const rows::Activations<T> activations = {x + ulong(token) * args.x_row};
 
     float sums[2 * ROWS];
     UNROLL
@@ -107,28 +128,30 @@ template <typename T>
     }
     // Nothing for a simdgroup beyond the rows of this expert (another one may be wider), or without an expert.
     if (known && first < width) {
-        const uint chunk = fp4::WIDE ? 32 : 8;
+        constexpr ushort WORDS = rows::words_of<T>();
+        const uint chunk = fp4::WIDE ? 8 * WORDS : 8;
         for (uint at = lane * chunk; at < d; at += 32 * chunk) {
             if (fp4::WIDE) {
-                rows::add_32(weights, row_x, at, sums);
+                rows::add<WORDS>(weights, activations, at, sums);
             } else {
-                rows::add_8(weights, row_x, at, sums);
+                rows::add<1>(weights, activations, at, sums);
             }
         }
     }
 
     // Eight lanes a row: the lower half have gate's, the upper half up's.
-    const float sum = rows::shared_out<2 * ROWS, 32>(sums, lane) * fp4::UNIT;
+    const float factor = fp4::of_scales(lane < 16 ? place.gate_factor : place.up_factor);
+    const float sum = rows::shared_out<2 * ROWS, 32>(sums, lane) * fp4::UNIT * factor;
     const float up = simd_shuffle_xor(sum, 16);
     const uint row = first + lane / 8;
     if (lane % 8 == 0 && lane < 16 && row < width) {
         const ulong to = (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
-        h[to + row] = moe::or_nan(known, moe::swiglu(sum, up));
+        h[to + moe::place_of(row, width)] = moe::or_nan(known, moe::swiglu(sum, up));
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Down, and the sum over a token's slots. The 128 threads take chunks of all slots in turn: few rows are long enough to keep
+// Down, and the sum over a token's slots. The 256 threads take chunks of all slots in turn: few rows are long enough to keep
 // them busy slot by slot. Their sums meet in threadgroup memory. In registers: the chunk of four rows of down, eight
 // activations, four sums.
 //
@@ -156,12 +179,12 @@ template <typename T>
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 4, ROWS = 4;
+    constexpr ushort SIMDGROUPS = 8, ROWS = 4;
     threadgroup float parts[SIMDGROUPS][ROWS];
 
     const uint first = group.x * ROWS, token = group.y;
     const uint chunk = fp4::WIDE ? 32 : 8;
-    const uint routed_width = rows::known_k(args.width), shared_width = rows::known_k(args.shared_width);
+    const uint routed_width = rows::known_length(args.width), shared_width = rows::known_length(args.shared_width);
     const uint chunks = routed_width / chunk, shared_chunks = shared_width / chunk;
     const uint of_routed = args.top_k * chunks;
 
@@ -189,7 +212,7 @@ template <typename T>
         }
 
         device const MoePlace& place = places[expert];
-        device const float* row_h = h + (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
+        const moe::Gated gated = {h + (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row, width};
         rows::Rows<ROWS> of_down;
         float parts_of_slot[ROWS];
         UNROLL
@@ -197,17 +220,17 @@ template <typename T>
             const ulong row = rows::within(first + r, args.d);
             of_down.codes[r] = (device const uint*)(codes + place.down_codes) + row * (width / 8);
             of_down.scales[r] = scales + place.down_scales + row * (width / fp4::GROUP) * rows::scale_size();
-            of_down.factor[r] = place.down_factor;
             parts_of_slot[r] = 0.0f;
         }
         if (fp4::WIDE) {
-            rows::add_32(of_down, row_h, at, parts_of_slot);
+            rows::add<4>(of_down, gated, at, parts_of_slot);
         } else {
-            rows::add_8(of_down, row_h, at, parts_of_slot);
+            rows::add<1>(of_down, gated, at, parts_of_slot);
         }
+        const float factor = weight * fp4::of_scales(place.down_factor);
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
-            sums[r] = fma(parts_of_slot[r], weight, sums[r]);
+            sums[r] = fma(parts_of_slot[r], factor, sums[r]);
         }
     }
 
@@ -446,7 +469,7 @@ template <typename T, bool GATE_UP>
                 const uint along_k = start + half_step * 16;
                 float scale = 0.0f;
                 if (scale_row < n && along_k < k) {
-                    scale = fp4::scale(from_scales, along_k / fp4::GROUP, factor);
+                    scale = fp4::scale(from_scales, along_k / fp4::GROUP) * fp4::of_scales(factor);
                 }
                 tile_scales[half_step][column] = scale;
             }

@@ -14,13 +14,15 @@
 // | 5      | weights, float [tokens, top_k]               | write |
 // | 6      | RouterArgs                                   | bytes |
 //
-// Each simdgroup scores four experts at a time: in registers four elements of each of M rows of x, four of a row of W, 4 · M
-// sums. Then 512 / M threads choose for each token: each of them knows an expert's rank by counting the better ones. Ranks
+// Each simdgroup scores four experts at a time: in registers eight elements of each of M rows of x, eight of a row of W, 4 · M
+// sums; for one token eight of each of four rows of W and more, as loops are unrolled: one threadgroup is to have many loads
+// under way. Then 512 / M threads choose for each token: each of them knows an expert's rank by counting the better ones. Ranks
 // compare integers that are in the order of the numbers, NaN before all: what fast math does to comparisons changes nothing.
 
 #include <metal_stdlib>
 
 #include "args.h"
+#include "rows.h"
 
 using namespace metal;
 
@@ -29,8 +31,8 @@ namespace router {
 // How the weight is stored.
 enum : ushort { F16 = 0, BF16 = 1, F32 = 2 };
 constant ushort GATE [[function_constant(9)]];
-// Rows of the weight and of x begin at multiples of four elements and are a multiple of four long: the host has checked it.
-constant bool FOURS [[function_constant(10)]];
+// Rows of the weight and of x begin at multiples of 16 bytes and are a multiple of eight elements long: the host has checked it.
+constant bool EIGHTS [[function_constant(10)]];
 
 static constant constexpr ushort SIMDGROUPS = 16;
 static constant constexpr ushort THREADS = 32 * SIMDGROUPS;
@@ -69,19 +71,17 @@ static inline bool before(uint key, uint index, uint other, uint other_index) {
     return key > other || (key == other && index < other_index);
 }
 
-// Four elements of x from `start` on, of which there may be fewer.
+// Eight elements of x from `start` on, of which there may be fewer.
 template <typename T>
-static inline float4 of_x(device const T* x, uint start, uint d) {
-    if (FOURS) {
-        return float4(*(device const vec<T, 4>*)(x + start));
+static inline void of_x(device const T* x, uint start, uint d, thread float4& low, thread float4& high) {
+    if (EIGHTS) {
+        rows::load_wide(x + start, low, high);
+        return;
     }
-    float4 four = float4(0.0f);
     for (ushort i = 0; i < 4; i++) {
-        if (start + i < d) {
-            four[i] = float(x[start + i]);
-        }
+        low[i] = start + i < d ? float(x[start + i]) : 0.0f;
+        high[i] = start + 4 + i < d ? float(x[start + 4 + i]) : 0.0f;
     }
-    return four;
 }
 
 // An element of the weight.
@@ -95,25 +95,27 @@ static inline float element(device const uchar* gate, ulong index) {
     return ((device const float*)gate)[index];
 }
 
-// Four elements of a row of the weight from `start` on, of which there may be fewer.
-static inline float4 of_gate(device const uchar* gate, uint row, uint start, uint d) {
+// Eight elements of a row of the weight from `start` on, of which there may be fewer.
+static inline void of_gate(
+    device const uchar* gate, uint row, uint start, uint d, thread float4& low, thread float4& high
+) {
     const ulong index = ulong(row) * d + start;
-    if (FOURS) {
+    if (EIGHTS) {
         if (GATE == F16) {
-            return float4(*(device const half4*)(gate + index * 2));
+            rows::load_wide((device const half*)gate + index, low, high);
+        } else if (GATE == BF16) {
+            const uint4 eight = *(device const uint4*)(gate + index * 2);
+            low = as_type<float4>(uint4(eight.x << 16, eight.x & 0xffff0000u, eight.y << 16, eight.y & 0xffff0000u));
+            high = as_type<float4>(uint4(eight.z << 16, eight.z & 0xffff0000u, eight.w << 16, eight.w & 0xffff0000u));
+        } else {
+            rows::load_wide((device const float*)gate + index, low, high);
         }
-        if (GATE == BF16) {
-            return as_type<float4>(uint4(*(device const ushort4*)(gate + index * 2)) << 16);
-        }
-        return *(device const float4*)(gate + index * 4);
+        return;
     }
-    float4 four = float4(0.0f);
     for (ushort i = 0; i < 4; i++) {
-        if (start + i < d) {
-            four[i] = element(gate, index + i);
-        }
+        low[i] = start + i < d ? element(gate, index + i) : 0.0f;
+        high[i] = start + 4 + i < d ? element(gate, index + 4 + i) : 0.0f;
     }
-    return four;
 }
 
 } // namespace router
@@ -133,43 +135,51 @@ template <typename T, ushort M>
     ushort lane [[thread_index_in_simdgroup]]
 ) {
     threadgroup float scores[M][router::MOST_EXPERTS];
-    threadgroup uint keys[M][router::MOST_EXPERTS];
+    threadgroup uint keys[M][router::MOST_EXPERTS] __attribute__((aligned(16)));
     threadgroup uint group_keys[M][router::MOST_EXPERTS];
     threadgroup uint chosen[M][router::MOST_CHOSEN];
 
     // Tokens and experts that are not there are read as the last one, and not written.
+    const uint d = rows::known_length(args.d);
     device const T* rows_of_x[M];
+    UNROLL
     for (ushort m = 0; m < M; m++) {
         rows_of_x[m] = x + ulong(min(group * M + m, args.tokens - 1)) * args.x_row;
     }
     for (uint first = simdgroup * router::ROWS; first < args.experts; first += router::SIMDGROUPS * router::ROWS) {
-        float sums[router::ROWS][M];
-        for (ushort r = 0; r < router::ROWS; r++) {
-            for (ushort m = 0; m < M; m++) {
-                sums[r][m] = 0.0f;
-            }
+        float sums[router::ROWS * M];
+        UNROLL
+        for (ushort i = 0; i < router::ROWS * M; i++) {
+            sums[i] = 0.0f;
         }
-        for (uint start = lane * 4; start < args.d; start += 32 * 4) {
-            float4 four[M];
+        constexpr ushort AT_ONCE = 4 / M;
+        _Pragma("clang loop unroll_count(AT_ONCE)")
+        for (uint start = lane * 8; start < d; start += 32 * 8) {
+            float4 low[M], high[M];
+            UNROLL
             for (ushort m = 0; m < M; m++) {
-                four[m] = router::of_x(rows_of_x[m], start, args.d);
+                router::of_x(rows_of_x[m], start, d, low[m], high[m]);
             }
+            UNROLL
             for (ushort r = 0; r < router::ROWS; r++) {
-                const float4 weight = router::of_gate(gate, min(first + r, args.experts - 1), start, args.d);
+                float4 w_low, w_high;
+                router::of_gate(gate, min(first + r, args.experts - 1), start, d, w_low, w_high);
+                UNROLL
                 for (ushort m = 0; m < M; m++) {
-                    sums[r][m] += dot(weight, four[m]);
+                    const float part = rows::add_dot(w_low, low[m], sums[r * M + m]);
+                    sums[r * M + m] = rows::add_dot(w_high, high[m], part);
                 }
             }
         }
-        for (ushort r = 0; r < router::ROWS; r++) {
-            for (ushort m = 0; m < M; m++) {
-                const float logit = simd_sum(sums[r][m]);
-                if (lane == 0 && first + r < args.experts) {
-                    scores[m][first + r] = logit;
-                    if (group * M + m < args.tokens) {
-                        logits[ulong(group * M + m) * args.experts + first + r] = logit;
-                    }
-                }
+        // Some lanes a score.
+        constexpr ushort LANES = 32 / (router::ROWS * M);
+        const float logit = rows::shared_out<router::ROWS * M, 32>(sums, lane);
+        const ushort m = lane / LANES % M;
+        const uint expert = first + lane / LANES / M;
+        if (lane % LANES == 0 && expert < args.experts) {
+            scores[m][expert] = logit;
+            if (group * M + m < args.tokens) {
+                logits[ulong(group * M + m) * args.experts + expert] = logit;
             }
         }
     }
@@ -182,6 +192,10 @@ template <typename T, ushort M>
         const float score = 1.0f / (1.0f + precise::exp(-scores[mine][expert]));
         scores[mine][expert] = score;
         keys[mine][expert] = router::key(score + bias[expert]);
+    }
+    // Keys are compared by fours: what is beyond the last expert comes after everything.
+    if (place < 4 && args.experts + place < router::MOST_EXPERTS) {
+        keys[mine][args.experts + place] = 0;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -215,8 +229,12 @@ template <typename T, ushort M>
     for (uint expert = place; expert < args.experts; expert += SHARE) {
         const uint own = keys[mine][expert];
         uint rank = 0;
-        for (uint other = 0; other < args.experts; other++) {
-            rank += router::before(keys[mine][other], other, own, expert) ? 1 : 0;
+        for (uint other = 0; other < args.experts; other += 4) {
+            const uint4 four = *(threadgroup const uint4*)&keys[mine][other];
+            UNROLL
+            for (ushort i = 0; i < 4; i++) {
+                rank += router::before(four[i], other + i, own, expert) ? 1 : 0;
+            }
         }
         if (rank < args.top_k) {
             chosen[mine][rank] = expert;

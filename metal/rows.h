@@ -12,10 +12,10 @@ namespace rows {
 
 using namespace metal;
 
-// K, where it is known when the pipeline is made, which unrolls loops over it; or 0.
-constant ushort KNOWN_K [[function_constant(11)]];
+// How long sums are, where it is known when the pipeline is made, which unrolls loops over it; or 0.
+constant ushort KNOWN [[function_constant(11)]];
 
-static inline uint known_k(uint k) { return KNOWN_K != 0 ? uint(KNOWN_K) : k; }
+static inline uint known_length(uint length) { return KNOWN != 0 ? uint(KNOWN) : length; }
 
 // Rows that are not there are read as the last one, and not written.
 static inline uint within(uint index, uint count) { return min(index, count - 1); }
@@ -56,33 +56,66 @@ static inline float add_dot(float4 a, float4 b, float sum) {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
 }
 
-// Where rows of weights are, and what multiplies or divides the scales of each.
+// Activations as they are.
+template <typename T>
+struct Activations {
+    device const T* x;
+
+    void take(uint at, thread float4& low, thread float4& high) const { load(x + at, low, high); }
+};
+
+// Codes that a lane takes at once of each row, for these activations: 32, but 16 where activations are twice as long, which lanes
+// would read too far apart.
+template <typename T>
+static constexpr ushort words_of() {
+    return sizeof(T) == 2 ? 4 : 2;
+}
+
+// Where rows of weights are.
 template <ushort ROWS>
 struct Rows {
     device const uint* codes[ROWS];
     device const uchar* scales[ROWS];
-    float factor[ROWS];
 };
 
-// Adds to each row's sum its product of 32 codes, from `at` on, with activations, divided by fp4::UNIT. Loads are wide.
-template <ushort ROWS, typename T>
-static inline void add_32(thread const Rows<ROWS>& rows, device const T* x, uint at, thread float (&sums)[ROWS]) {
-    uint4 words[ROWS];
-    // Two where groups are of 16.
-    float scale[ROWS][2];
+// Adds to each row's sum its product of WORDS words of codes, 1, 2 or 4 from the code `at` on, with activations. What has two
+// words or more is a whole group or more, or a part of one.
+template <ushort WORDS, ushort ROWS, typename X>
+static inline void add(thread const Rows<ROWS>& rows, thread const X& x, uint at, thread float (&sums)[ROWS]) {
+    // Groups of 16 are shorter than a chunk of four words.
+    const bool two_groups = WORDS == 4 && fp4::GROUP == 16;
+    uint words[ROWS][WORDS];
+    float2 scale[ROWS];
     UNROLL
     for (ushort r = 0; r < ROWS; r++) {
-        words[r] = *(device const uint4*)(rows.codes[r] + at / 8);
-        scale[r][0] = fp4::scale(rows.scales[r], at / fp4::GROUP, rows.factor[r]);
-        if (fp4::GROUP == 16) {
-            scale[r][1] = fp4::scale(rows.scales[r], at / fp4::GROUP + 1, rows.factor[r]);
+        device const uint* codes = rows.codes[r] + at / 8;
+        if (WORDS == 4) {
+            const uint4 four = *(device const uint4*)codes;
+            words[r][0] = four.x;
+            words[r][1 % WORDS] = four.y;
+            words[r][2 % WORDS] = four.z;
+            words[r][3 % WORDS] = four.w;
+        } else if (WORDS == 2 && fp4::WIDE) {
+            const uint2 two = *(device const uint2*)codes;
+            words[r][0] = two.x;
+            words[r][1 % WORDS] = two.y;
+        } else {
+            UNROLL
+            for (ushort w = 0; w < WORDS; w++) {
+                words[r][w] = codes[w];
+            }
+        }
+        if (two_groups) {
+            scale[r] = fp4::two_scales(rows.scales[r], at / fp4::GROUP);
+        } else {
+            scale[r].x = fp4::scale(rows.scales[r], at / fp4::GROUP);
         }
     }
     // Of even and odd fours: a sum that waits for itself is slow.
     float even[ROWS], odd[ROWS];
     UNROLL
-    for (ushort w = 0; w < 4; w++) {
-        if (w == 0 || (w == 2 && fp4::GROUP == 16)) {
+    for (ushort w = 0; w < WORDS; w++) {
+        if (w == 0 || (w == 2 && two_groups)) {
             UNROLL
             for (ushort r = 0; r < ROWS; r++) {
                 even[r] = 0.0f;
@@ -90,7 +123,7 @@ static inline void add_32(thread const Rows<ROWS>& rows, device const T* x, uint
             }
         }
         float4 x_low, x_high;
-        load_wide(x + at + w * 8, x_low, x_high);
+        x.take(at + w * 8, x_low, x_high);
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
             float4 low, high;
@@ -98,43 +131,38 @@ static inline void add_32(thread const Rows<ROWS>& rows, device const T* x, uint
             even[r] = add_dot(low, x_low, even[r]);
             odd[r] = add_dot(high, x_high, odd[r]);
         }
-        if (w == 3 || (w == 1 && fp4::GROUP == 16)) {
+        if (w == WORDS - 1 || (w == 1 && two_groups)) {
             UNROLL
             for (ushort r = 0; r < ROWS; r++) {
-                sums[r] = fma(even[r] + odd[r], scale[r][fp4::GROUP == 16 ? w / 2 : 0], sums[r]);
+                sums[r] = fma(even[r] + odd[r], two_groups && w > 1 ? scale[r].y : scale[r].x, sums[r]);
             }
         }
     }
 }
 
-// The same of eight codes, for loads that need not be wide.
-template <ushort ROWS, typename T>
-static inline void add_8(thread const Rows<ROWS>& rows, device const T* x, uint at, thread float (&sums)[ROWS]) {
-    float4 x_low, x_high;
-    load(x + at, x_low, x_high);
+// Adds up each of COUNT numbers, a power of two, over lanes that differ in one bit each of as many as COUNT has: `apart`, half of
+// it, and so on. At each step lanes keep half of the numbers and give the other half away: the lane whose bits are 0 is left
+// with the first number's sum, the next one by these bits with the second's.
+template <ushort COUNT>
+static inline float halved(thread float (&numbers)[COUNT], ushort lane, ushort apart) {
     UNROLL
-    for (ushort r = 0; r < ROWS; r++) {
-        float4 low, high;
-        fp4::decode(rows.codes[r][at / 8], low, high);
-        const float part = add_dot(high, x_high, add_dot(low, x_low, 0.0f));
-        sums[r] = fma(part, fp4::scale(rows.scales[r], at / fp4::GROUP, rows.factor[r]), sums[r]);
-    }
-}
-
-// Adds up each of COUNT numbers, a power of two, over LANES neighbouring lanes: the first LANES / COUNT lanes get the first
-// number's sum, the next ones the second's. At each step lanes keep half of the numbers and give the other half away.
-template <ushort COUNT, ushort LANES>
-static inline float shared_out(thread float (&numbers)[COUNT], ushort lane) {
-    UNROLL
-    for (ushort kept = COUNT / 2, apart = LANES / 2; kept > 0; kept /= 2, apart /= 2) {
+    for (ushort kept = COUNT / 2; kept > 0; kept /= 2) {
         const bool upper = (lane & apart) != 0;
         UNROLL
         for (ushort i = 0; i < kept; i++) {
             const float first = numbers[i], second = numbers[kept + i];
             numbers[i] = (upper ? second : first) + simd_shuffle_xor(upper ? first : second, apart);
         }
+        apart /= 2;
     }
-    float sum = numbers[0];
+    return numbers[0];
+}
+
+// Adds up each of COUNT numbers over LANES neighbouring lanes: the first LANES / COUNT of them get the first number's sum, the
+// next ones the second's.
+template <ushort COUNT, ushort LANES>
+static inline float shared_out(thread float (&numbers)[COUNT], ushort lane) {
+    float sum = halved(numbers, lane, LANES / 2);
     UNROLL
     for (ushort apart = LANES / COUNT / 2; apart > 0; apart /= 2) {
         sum += simd_shuffle_xor(sum, apart);

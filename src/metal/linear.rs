@@ -3,7 +3,7 @@
 use super::args::LinearArgs;
 use super::checked::{narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
-use super::rows::known;
+use super::rows::{known, wide};
 use crate::cpu::HeadRows;
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind};
 use crate::{Error, Result};
@@ -36,9 +36,9 @@ const COLUMNS: usize = 32;
 /// anything to do while a row's first codes are on their way.
 const SHARED_BELOW: usize = 8192;
 /// The same, below which a simdgroup has two rows instead of four.
-const THIN_UP_TO: usize = 2048;
+const THIN_UP_TO: usize = 1536;
 
-/// The same, from which on a simdgroup has eight rows, for one row of activations.
+/// The same, from which on a simdgroup has eight rows, for one row of activations of two bytes.
 const TALL_FROM: usize = 32_768;
 
 /// Which way a product goes through a weight `[N, K]`.
@@ -244,7 +244,8 @@ impl Product<'_> {
             (Direction::Rows, true) => {
                 let second = beside.map_or(0, |beside| beside.weight.shape().0);
                 let plain = beside.is_none() && normed.is_none();
-                let tall = plain && self.wide(None) && self.m == 1 && heads * len >= TALL_FROM;
+                let short = self.m == 1 && self.dtype.size_in_bytes() == 2;
+                let tall = plain && short && self.wide(None) && heads * len >= TALL_FROM;
                 if tall {
                     let kernel = format!("linear_rows_{kind}_tall");
                     (kernel, [len.div_ceil(16), 1, heads], 64)
@@ -377,23 +378,24 @@ impl Product<'_> {
             Factor::Div(_) => 2,
         };
         let group = self.weight.group() as u16;
+        let length = match self.direction {
+            Direction::Rows => self.weight.shape().1,
+            Direction::Columns => self.rows.len,
+        };
         vec![
             (0, Constant::U16(kind)),
             (1, Constant::U16(group)),
             (2, Constant::U16(factor)),
             (3, Constant::Bool(self.wide(beside))),
-            (11, known(self.weight.shape().1)),
+            (11, known(length)),
         ]
     }
 
     /// Whether loads of 16 bytes of codes and of activations are aligned. (Buffers begin at pages.)
     fn wide(&self, beside: Option<Beside<'_>>) -> bool {
-        let (_, k) = self.weight.shape();
         let size = self.dtype.size_in_bytes();
-        let starts = |weight: &Fp4Tensor| weight.codes().offset().is_multiple_of(16);
-        starts(self.weight)
-            && beside.is_none_or(|beside| starts(beside.weight))
-            && k.is_multiple_of(32)
+        wide(self.weight)
+            && beside.is_none_or(|beside| wide(beside.weight))
             && self.x_offset.is_multiple_of(16)
             && (self.x_row * size).is_multiple_of(16)
             && (self.x_head * size).is_multiple_of(16)
@@ -481,7 +483,7 @@ mod tests {
         // GLM-4.7-Flash's q_a with kv_a, q_b, o, a half of kv_b, lm_head.
         assert_eq!(shares(1, 2048, 1344), (2, 4));
         assert_eq!(shares(1, 768, 5120), (4, 2));
-        assert_eq!(shares(1, 5120, 2048), (2, 4));
+        assert_eq!(shares(1, 5120, 2048), (4, 4));
         assert_eq!(shares(1, 512, 5120), (4, 1));
         assert_eq!(shares(1, 2048, 154_880), (4, 1));
         assert_eq!(shares(8, 2048, 154_880), (2, 1));

@@ -42,7 +42,7 @@ struct Stored {
     factor: u16,
     /// The first codes, and the first scales, that do not begin at a multiple of 4 bytes, or of a scale's size.
     misaligned: Option<(&'static str, usize)>,
-    /// Whether all codes begin at a multiple of 16 bytes, and their rows are a multiple of as many long.
+    /// Whether all can be [loaded wide](super::rows::wide).
     wide: bool,
 }
 
@@ -65,7 +65,7 @@ impl Stored {
                 .into_iter()
                 .find(|(_, offset, to)| !offset.is_multiple_of(*to))
                 .map(|(argument, offset, _)| (argument, offset));
-            let wide = tensor.codes().offset().is_multiple_of(16) && tensor.shape().1.is_multiple_of(32);
+            let wide = super::rows::wide(tensor);
             let all = all.get_or_insert(Self {
                 kind,
                 group,
@@ -351,7 +351,7 @@ impl Mixture<'_> {
             kernel: format!("moe_down_{kind}"),
             constants: self.with_routed(self.stack.down.constants(self.stack.width(), true)),
             threadgroups: [self.stack.d.div_ceil(rows_of_threadgroup), self.tokens, 1],
-            threads: [128, 1, 1],
+            threads: [256, 1, 1],
             bindings: self.bindings(vec![
                 Some(read(0)),
                 Some(read(1)),

@@ -3,6 +3,7 @@
 use super::args::RouterArgs;
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
+use super::rows::known;
 use crate::Result;
 use crate::cpu::Routing;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
@@ -108,11 +109,10 @@ impl Choice<'_> {
         let kind = suffix(OP, self.dtype)?;
         let size = self.gate.kind().size();
         aligned(OP, "gate", self.gate.bytes().offset(), size)?;
-        let four = 4 * self.dtype.size_in_bytes();
-        let fours = d.is_multiple_of(4)
-            && self.gate.bytes().offset().is_multiple_of(4 * size)
-            && self.x_offset.is_multiple_of(four)
-            && self.x_row.is_multiple_of(4);
+        let eights = d.is_multiple_of(8)
+            && self.gate.bytes().offset().is_multiple_of(16)
+            && self.x_offset.is_multiple_of(16)
+            && (self.x_row * self.dtype.size_in_bytes()).is_multiple_of(16);
         let of_gate = match self.gate.kind() {
             FloatKind::F16 => 0,
             FloatKind::BF16 => 1,
@@ -142,7 +142,11 @@ impl Choice<'_> {
         let write = |operand| Binding::Write { operand, offset: 0 };
         Ok(Some(Launch {
             kernel: format!("router_{kind}_m{rows}"),
-            constants: vec![(9, Constant::U16(of_gate)), (10, Constant::Bool(fours))],
+            constants: vec![
+                (9, Constant::U16(of_gate)),
+                (10, Constant::Bool(eights)),
+                (11, known(d)),
+            ],
             threadgroups: [self.tokens.div_ceil(rows), 1, 1],
             threads: [THREADS, 1, 1],
             bindings: vec![

@@ -450,3 +450,14 @@ struct Place {
     }
     o[place.own] = 1;
 }
+
+static inline float spread(thread float (&values)[2], uint lane) {
+    values[0] += float(lane);
+    return simd_sum(values[0]);
+}
+[[kernel]] void elements_of_arrays_as_outputs(PARAMETERS) {
+    float values[2][2] = {{0, 1}, {2, 3}};
+    for (ushort m = 0; m < 2; m++) {
+        o[m] = spread(values[m], lane);
+    }
+}

@@ -171,6 +171,28 @@ fn weights_with_many_rows() {
     }
 }
 
+/// Eight rows of the weight a simdgroup: whole turns over K, what is left for half simdgroups, and both.
+#[test]
+fn weights_with_very_many_rows() {
+    let Some(backend) = Backend::start() else { return };
+    for (i, (n, k, group)) in [(32_771, 96, 32), (32_773, 1024, 128), (32_775, 1568, 16)]
+        .into_iter()
+        .enumerate()
+    {
+        let case = Case {
+            m: 1,
+            n,
+            k,
+            group,
+            dtype: cases::DTYPES[i],
+            bias: i == 2,
+            ..Case::default()
+        };
+        let error = case.run(&backend).unwrap();
+        assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+    }
+}
+
 #[test]
 fn a_norm_is_multiplied_in_place_of_its_input() {
     let Some(backend) = Backend::start() else { return };

@@ -41,7 +41,8 @@ POISON = "-ftrivial-auto-var-init=pattern"  # variables without a value are NaN,
 PTX = [
     "-x", "cuda", "-std=c++17", "--cuda-device-only", "--cuda-gpu-arch=sm_90", "--cuda-feature=+ptx80",
     "-nocudainc", "-nocudalib", "-DMSL_CUDA", "-O3", "-ffp-contract=fast", "-fno-strict-aliasing",
-    "-Wno-unknown-cuda-version", "-S",
+    # Every call is inlined, as Apple's compiler does.
+    "-Wno-unknown-cuda-version", "-mllvm", "-inline-threshold=1000000", "-S",
 ]  # fmt: skip
 EXACT, FAST = ["-ffp-contract=off"], ["-ffast-math", "-ffp-contract=fast"]
 

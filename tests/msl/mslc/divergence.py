@@ -239,8 +239,12 @@ class _Body:
         for function in self.analysis.by_name[self.source[i]]:
             for (start, end), parameter in zip(ranges, function.parameters):
                 if parameter.is_pointer and "thread" in parameter.words and "const" not in parameter.words:
-                    for k in range(start, end):
+                    k = start
+                    while k < end:
+                        # An index only says which element it is.
+                        k = self.source.pair[k] if self.source[k] == "[" else k
                         self._raise(k, level)
+                        k += 1
 
     def _target(self, equals):
         """The name that `x = `, `x.y = `, `x[i] = ` or `x.elements()[i] = ` changes."""
