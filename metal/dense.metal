@@ -191,25 +191,6 @@ static inline void add_down(
     }
 }
 
-// Adds up each of eight numbers over the lanes that leave the same remainder by four: lane 4 · i and the three after it get the
-// number i's sum, in place of their first number. As rows::shared_out, whose lanes are neighbours, for M times eight.
-template <ushort M>
-static inline void shared_out_by_fours(thread float (&numbers)[M][8], ushort lane) {
-    UNROLL
-    for (ushort kept = 4; kept > 0; kept /= 2) {
-        const bool upper = (lane & (kept * 4)) != 0;
-        UNROLL
-        for (ushort m = 0; m < M; m++) {
-            UNROLL
-            for (ushort i = 0; i < kept; i++) {
-                const float first = numbers[m][i], second = numbers[m][kept + i];
-                const float given = simd_shuffle_xor(upper ? first : second, ushort(kept * 4));
-                numbers[m][i] = (upper ? second : first) + given;
-            }
-        }
-    }
-}
-
 } // namespace dense
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +212,7 @@ template <typename T, ushort M, ushort ROWS, ushort DEPTH>
 ) {
     threadgroup float parts[dense::SHARING][32];
 
-    const uint k = rows::known_k(args.k);
+    const uint k = rows::known_length(args.k);
     const bool alone = dense::SHARES == 1;
     const uint together = alone ? dense::APART * ROWS : ROWS;
     // The weight that this threadgroup's rows are of.
@@ -317,8 +298,7 @@ template <typename T, ushort M, ushort ROWS, ushort DEPTH>
 // ---------------------------------------------------------------------------------------------------------------------
 // The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations. Four lanes stand side by side, each with
 // eight columns, the others of a simdgroup in the rows of W below; a threadgroup goes down the rows together. Sums meet in
-// shuffles, then in threadgroup memory. In registers: DEPTH times eight elements of W and M factors, 8 · M sums. (K, where it is
-// known, is what the sum runs over: N.)
+// shuffles, then in threadgroup memory. In registers: DEPTH times eight elements of W and M factors, 8 · M sums.
 
 template <typename T, ushort M, ushort DEPTH>
 [[kernel]] void dense_columns(
@@ -334,7 +314,7 @@ template <typename T, ushort M, ushort DEPTH>
     static_assert(M <= SIMDGROUPS, "a simdgroup adds up a row of x's");
     threadgroup float parts[SIMDGROUPS][M][COLUMNS];
 
-    const uint n = rows::known_k(args.n);
+    const uint n = rows::known_length(args.n);
     const uint column = group.x * COLUMNS + lane % ACROSS * 8;
     const uint first_x = group.y * M;
     const uint head_row = args.weight_row + group.z * args.weight_head;
@@ -381,10 +361,9 @@ template <typename T, ushort M, ushort DEPTH>
             }
         }
     }
-    dense::shared_out_by_fours<M>(sums, lane);
     UNROLL
     for (ushort m = 0; m < M; m++) {
-        parts[simdgroup][m][lane % ACROSS * 8 + lane / ACROSS] = sums[m][0];
+        parts[simdgroup][m][lane % ACROSS * 8 + lane / ACROSS] = rows::halved(sums[m], lane, 16);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -19,7 +19,7 @@ const TILE: usize = 32;
 /// Columns of a weight that a threadgroup takes.
 const COLUMNS: usize = 32;
 /// Rows of weights (those of all heads) up to which a simdgroup has two rows instead of four, for one row of activations.
-const THIN_UP_TO: usize = 2048;
+const THIN_UP_TO: usize = 1536;
 /// Simdgroups from which on each has rows of its own: with fewer, too little of a weight is on its way at once.
 const ENOUGH: usize = 4096;
 /// Simdgroups that share rows, at most.
@@ -369,7 +369,7 @@ mod tests {
         // GLM-4.7-Flash's q_a with kv_a, q_b, o, a half of kv_b, lm_head.
         assert_eq!(shares(1, 2048, 1344), (2, 8));
         assert_eq!(shares(1, 768, 5120), (4, 3));
-        assert_eq!(shares(1, 5120, 2048), (2, 7));
+        assert_eq!(shares(1, 5120, 2048), (4, 7));
         assert_eq!(shares(1, 512, 5120), (4, 2));
         assert_eq!(shares(1, 2048, 154_880), (4, 1));
         assert_eq!(shares(8, 2048, 154_880), (2, 1));
