@@ -87,10 +87,12 @@ struct DenseArgs {
     uint y_head;
     uint weight_row;
     uint weight_head;
+    uint second_n; // with JOINED: rows of the second weight
 };
-static_assert(sizeof(DenseArgs) == 36, "as in src/metal/args.rs");
+static_assert(sizeof(DenseArgs) == 40, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, x_row) == 12, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, weight_row) == 28, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(DenseArgs, second_n) == 36, "as in src/metal/args.rs");
 // The router of a mixture of experts.
 struct RouterArgs {
     uint tokens;

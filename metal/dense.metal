@@ -4,23 +4,27 @@
 //
 // | kernel                      | x times | rows of x | threadgroup                                 | grid (x, y, z)                 |
 // |-----------------------------|---------|-----------|---------------------------------------------|--------------------------------|
-// | dense_rows_<type>_m<M>      | Wᵀ      | M a group | 2 simdgroups, 4 (M 8: 2) rows of W each     | rows of W, rows of x, heads    |
+// | dense_rows_<type>_m<M>      | Wᵀ      | M a group | 2 simdgroups, 4 (M 8: 2) rows of W each, or | rows of W, rows of x, heads    |
+// |                             |         |           | (SHARES) to 8 together                      |                                |
+// | dense_rows_<type>_thin      | Wᵀ      | 1 a group | as above, 2 rows of W                       | rows of W, rows of x, heads    |
 // | dense_tiles_<type>          | Wᵀ      | any       | 4 simdgroups, 32 × 32 of y                  | columns of y, rows of x, heads |
-// | dense_columns_<type>_m<M>   | W       | M a group | 4 simdgroups, 128 columns of W              | columns of W, rows of x, heads |
+// | dense_columns_<type>_m<M>   | W       | M a group | 8 simdgroups, 32 columns of W               | columns of W, rows of x, heads |
 // | dense_columns_tiles_<type>  | W       | any       | 4 simdgroups, 32 × 32 of y                  | columns of y, rows of x, heads |
 //
-// | buffer | what                           |       |
-// |--------|--------------------------------|-------|
-// | 0      | weight, aligned to its element | read  |
-// | 1      | x                              | read  |
-// | 2      | y                              | write |
-// | 3      | DenseArgs                      | bytes |
-// | 4      | bias, float (with HAS_BIAS)    | read  |
+// | buffer | what                                   |       |
+// |--------|----------------------------------------|-------|
+// | 0      | weight, aligned to its element         | read  |
+// | 1      | x                                      | read  |
+// | 2      | y                                      | write |
+// | 3      | DenseArgs                              | bytes |
+// | 4      | bias, float (with HAS_BIAS)            | read  |
+// | 5      | a second weight (with JOINED)          | read  |
 
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
 
 #include "args.h"
+#include "rows.h"
 
 using namespace metal;
 
@@ -30,14 +34,19 @@ namespace dense {
 enum : ushort { F32 = 0, F16 = 1, BF16 = 2 };
 
 constant ushort KIND [[function_constant(24)]];
-// Bytes of the weight that a load takes: 16 or 8, which its rows begin at multiples of, being a multiple of eight elements
-// long, and rows of activations at a multiple of four elements; or 0, an element. The host has checked it. (Files align
-// tensors to eight bytes.)
+// Bytes of the weight that a load takes, and of x at most: 16 or 8; rows of the weight, a multiple of eight elements long, begin
+// at multiples of it, and so do those of activations, or at a multiple of four elements; or 0, an element. The host has checked
+// it. (Files align tensors to eight bytes.)
 constant ushort LOADS [[function_constant(25)]];
 constant bool HAS_BIAS [[function_constant(26)]];
+// Simdgroups that have the same rows of W and share K, up to 8: those of a threadgroup where it is more than 1, for weights with
+// few rows. (dense_rows)
+constant ushort SHARES [[function_constant(27)]];
+// The rows of a second weight, of the same K and stored alike, follow those of the first. (dense_rows)
+constant bool JOINED [[function_constant(28)]];
 
-// Rows of x or of W that are not there are read as the last one, and not written.
-static inline uint within(uint index, uint count) { return min(index, count - 1); }
+// Simdgroups of a threadgroup of dense_rows: where each has rows of its own, and where they share K, at most.
+static constant constexpr ushort APART = 2, SHARING = 8;
 
 static inline uint element_size() { return KIND == F32 ? 4 : 2; }
 
@@ -58,125 +67,240 @@ static inline float2 pair(uint word) {
     return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
 }
 
-// Four elements of the weight.
-static inline float4 four(device const uchar* weight, ulong index) {
-    if (KIND == F32) {
-        device const float* from = (device const float*)weight + index;
-        if (LOADS == 16) {
-            return *(device const float4*)from;
-        }
-        const float2 low = *(device const float2*)from, high = *(device const float2*)(from + 2);
-        return float4(low.x, low.y, high.x, high.y);
+// Eight elements of the weight as they are stored: in `low` alone where an element has two bytes.
+struct Eight {
+    uint4 low;
+    uint4 high;
+};
+
+static inline uint4 sixteen_bytes(device const uchar* from) {
+    if (LOADS == 16) {
+        return *(device const uint4*)from;
     }
-    const uint2 words = *(device const uint2*)(weight + index * 2);
-    const float2 low = pair(words.x), high = pair(words.y);
-    return float4(low.x, low.y, high.x, high.y);
+    const uint2 low = *(device const uint2*)from, high = *(device const uint2*)(from + 8);
+    return uint4(low.x, low.y, high.x, high.y);
 }
 
-// Eight elements of the weight.
-static inline void eight(device const uchar* weight, ulong index, thread float4& low, thread float4& high) {
-    if (KIND != F32 && LOADS == 16) {
-        const uint4 words = *(device const uint4*)(weight + index * 2);
-        const float2 a = pair(words.x), b = pair(words.y), c = pair(words.z), d = pair(words.w);
+static inline Eight stored(device const uchar* weight, ulong index) {
+    device const uchar* from = weight + index * element_size();
+    Eight eight;
+    eight.low = sixteen_bytes(from);
+    eight.high = KIND == F32 ? sixteen_bytes(from + 16) : uint4(0);
+    return eight;
+}
+
+static inline void values_of(Eight eight, thread float4& low, thread float4& high) {
+    if (KIND == F32) {
+        low = as_type<float4>(eight.low);
+        high = as_type<float4>(eight.high);
+    } else {
+        const float2 a = pair(eight.low.x), b = pair(eight.low.y), c = pair(eight.low.z), d = pair(eight.low.w);
         low = float4(a.x, a.y, b.x, b.y);
         high = float4(c.x, c.y, d.x, d.y);
-    } else {
-        low = four(weight, index);
-        high = four(weight, index + 4);
     }
 }
 
-// Four activations.
+// Eight activations.
 template <typename T>
-static inline float4 load(device const T* x) {
-    return float4(*(device const vec<T, 4>*)x);
+static inline void activations(device const T* x, thread float4& low, thread float4& high) {
+    if (LOADS == 16) {
+        rows::load_wide(x, low, high);
+    } else {
+        low = float4(*(device const vec<T, 4>*)x);
+        high = float4(*(device const vec<T, 4>*)(x + 4));
+    }
 }
 
-// Where a lane's two elements of an 8 × 8 fragment are: `(row, column)`, and the next column. (As in linear.metal.)
-static inline ushort2 fragment_place(ushort lane) {
-    const ushort quad = lane / 4;
-    return ushort2((quad & 4) + (lane / 2) % 4, (quad & 2) * 2 + (lane % 2) * 2);
+// Where rows of the weight and of x are.
+template <typename T, ushort M, ushort ROWS>
+struct Operands {
+    device const uchar* w[ROWS];
+    device const T* x[M];
+};
+
+// Adds to each sum its products of TURNS times eight elements, `span` apart from `at` on. All of the weight's are asked for
+// before any is used.
+template <ushort TURNS, typename T, ushort M, ushort ROWS>
+static inline void add_along(
+    thread const Operands<T, M, ROWS>& of,
+    uint at,
+    uint span,
+    thread float (&sums)[ROWS * M]
+) {
+    Eight weights[TURNS][ROWS];
+    UNROLL
+    for (ushort t = 0; t < TURNS; t++) {
+        UNROLL
+        for (ushort r = 0; r < ROWS; r++) {
+            weights[t][r] = stored(of.w[r], at + t * span);
+        }
+    }
+    UNROLL
+    for (ushort t = 0; t < TURNS; t++) {
+        float4 low[ROWS], high[ROWS];
+        UNROLL
+        for (ushort r = 0; r < ROWS; r++) {
+            values_of(weights[t][r], low[r], high[r]);
+        }
+        UNROLL
+        for (ushort m = 0; m < M; m++) {
+            float4 x_low, x_high;
+            activations(&of.x[m][at + t * span], x_low, x_high);
+            UNROLL
+            for (ushort r = 0; r < ROWS; r++) {
+                const ushort i = r * M + m;
+                sums[i] = rows::add_dot(high[r], x_high, rows::add_dot(low[r], x_low, sums[i]));
+            }
+        }
+    }
+}
+
+// Adds to the sums of eight columns, which begin at `w` in the first row, the products of TURNS rows, `span` apart from `row` on;
+// rows are K elements apart. All of the weight's are asked for before any is used.
+template <ushort TURNS, typename T, ushort M>
+static inline void add_down(
+    device const uchar* w,
+    uint k,
+    thread device const T* (&x)[M],
+    uint row,
+    uint span,
+    thread float (&sums)[M][8]
+) {
+    Eight weights[TURNS];
+    float factors[TURNS][M];
+    UNROLL
+    for (ushort t = 0; t < TURNS; t++) {
+        weights[t] = stored(w, ulong(row + t * span) * k);
+        UNROLL
+        for (ushort m = 0; m < M; m++) {
+            factors[t][m] = float(x[m][row + t * span]);
+        }
+    }
+    UNROLL
+    for (ushort t = 0; t < TURNS; t++) {
+        float4 low, high;
+        values_of(weights[t], low, high);
+        UNROLL
+        for (ushort m = 0; m < M; m++) {
+            UNROLL
+            for (ushort i = 0; i < 4; i++) {
+                sums[m][i] = fma(low[i], factors[t][m], sums[m][i]);
+                sums[m][4 + i] = fma(high[i], factors[t][m], sums[m][4 + i]);
+            }
+        }
+    }
 }
 
 } // namespace dense
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A few rows of activations. Each simdgroup owns ROWS rows of W; its lanes take eight elements of them in turn, or one. In
-// registers: those of each row of W, as many of one row of x, ROWS · M sums.
+// A few rows of activations. A simdgroup has ROWS rows of W; its lanes take eight elements of each in turn, or one. With SHARES,
+// turns are dealt to the lanes of several simdgroups, whose sums meet in threadgroup memory. In registers: DEPTH turns of those
+// of each row of W, eight activations of one row of x, ROWS · M sums.
 
-template <typename T, ushort M, ushort ROWS>
+template <typename T, ushort M, ushort ROWS, ushort DEPTH>
 [[kernel]] void dense_rows(
     device const uchar* weight [[buffer(0)]],
     device const T* x [[buffer(1)]],
     device T* y [[buffer(2)]],
     constant DenseArgs& args [[buffer(3)]],
     device const float* bias [[buffer(4), function_constant(dense::HAS_BIAS)]],
+    device const uchar* second_weight [[buffer(5), function_constant(dense::JOINED)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 2;
-    const uint first = (group.x * SIMDGROUPS + simdgroup) * ROWS;
+    threadgroup float parts[dense::SHARING][32];
+
+    const uint k = rows::known_length(args.k);
+    const bool alone = dense::SHARES == 1;
+    const uint together = alone ? dense::APART * ROWS : ROWS;
+    // The weight that this threadgroup's rows are of.
+    uint n = args.n, column = 0, block = group.x;
+    if (dense::JOINED) {
+        const uint blocks = (args.n + together - 1) / together;
+        if (block >= blocks) {
+            weight = second_weight;
+            n = args.second_n;
+            column = args.n;
+            block -= blocks;
+        }
+    }
+    const uint first = block * together + (alone ? simdgroup * ROWS : 0);
     const uint first_x = group.y * M;
 
-    device const uchar* row_w[ROWS];
+    dense::Operands<T, M, ROWS> of;
+    UNROLL
     for (ushort r = 0; r < ROWS; r++) {
-        const uint row = args.weight_row + group.z * args.weight_head + dense::within(first + r, args.n);
-        row_w[r] = weight + ulong(row) * args.k * dense::element_size();
+        const uint row = args.weight_row + group.z * args.weight_head + rows::within(first + r, n);
+        of.w[r] = weight + ulong(row) * k * dense::element_size();
     }
-    device const T* row_x[M];
+    UNROLL
     for (ushort m = 0; m < M; m++) {
-        row_x[m] = x + ulong(group.z) * args.x_head + ulong(dense::within(first_x + m, args.m)) * args.x_row;
+        of.x[m] = x + ulong(group.z) * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
     }
 
-    float sums[ROWS][M];
-    for (ushort r = 0; r < ROWS; r++) {
-        for (ushort m = 0; m < M; m++) {
-            sums[r][m] = 0.0f;
-        }
+    float sums[ROWS * M];
+    UNROLL
+    for (ushort i = 0; i < ROWS * M; i++) {
+        sums[i] = 0.0f;
     }
+    const uint lanes = dense::SHARES * 32;
+    const uint first_lane = alone ? lane : simdgroup * 32 + lane;
     if (dense::LOADS != 0) {
-        for (uint k = lane * 8; k < args.k; k += 32 * 8) {
-            float4 low[ROWS], high[ROWS];
-            for (ushort r = 0; r < ROWS; r++) {
-                dense::eight(row_w[r], k, low[r], high[r]);
-            }
-            for (ushort m = 0; m < M; m++) {
-                const float4 x_low = dense::load(row_x[m] + k), x_high = dense::load(row_x[m] + k + 4);
-                for (ushort r = 0; r < ROWS; r++) {
-                    sums[r][m] += dot(low[r], x_low) + dot(high[r], x_high);
-                }
-            }
+        const uint span = lanes * 8;
+        // Turns in which every lane has eight elements, and the one in which some have.
+        const uint whole = k / span;
+        uint turn = 0;
+        for (; turn + DEPTH <= whole; turn += DEPTH) {
+            dense::add_along<DEPTH>(of, turn * span + first_lane * 8, span, sums);
+        }
+        for (; turn < whole; turn++) {
+            dense::add_along<1>(of, turn * span + first_lane * 8, span, sums);
+        }
+        const uint at = whole * span + first_lane * 8;
+        if (at < k) {
+            dense::add_along<1>(of, at, span, sums);
         }
     } else {
-        for (uint k = lane; k < args.k; k += 32) {
+        for (uint at = first_lane; at < k; at += lanes) {
+            UNROLL
             for (ushort m = 0; m < M; m++) {
-                const float value = float(row_x[m][k]);
+                const float value = float(of.x[m][at]);
+                UNROLL
                 for (ushort r = 0; r < ROWS; r++) {
-                    sums[r][m] = fma(dense::element(row_w[r], k), value, sums[r][m]);
+                    sums[r * M + m] = fma(dense::element(of.w[r], at), value, sums[r * M + m]);
                 }
             }
         }
     }
 
-    for (ushort r = 0; r < ROWS; r++) {
-        for (ushort m = 0; m < M; m++) {
-            float sum = simd_sum(sums[r][m]);
-            if (lane == 0 && first + r < args.n && first_x + m < args.m) {
-                if (dense::HAS_BIAS) {
-                    sum += bias[first + r];
-                }
-                y[ulong(group.z) * args.y_head + ulong(first_x + m) * args.y_row + first + r] = T(sum);
-            }
+    // Some lanes an output.
+    constexpr ushort LANES = 32 / (ROWS * M);
+    const ushort r = lane / LANES / M, m = lane / LANES % M;
+    float sum = rows::shared_out<ROWS * M, 32>(sums, lane);
+    if (!alone) {
+        parts[simdgroup][lane] = sum;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        sum = 0.0f;
+        for (ushort s = 0; s < dense::SHARES; s++) {
+            sum += parts[s][lane];
         }
+    }
+    if ((alone || simdgroup == 0) && lane % LANES == 0 && first + r < n && first_x + m < args.m) {
+        if (dense::HAS_BIAS) {
+            sum += bias[first + r];
+        }
+        y[ulong(group.z) * args.y_head + ulong(first_x + m) * args.y_row + column + first + r] = T(sum);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations: each lane has four columns, each of four
-// simdgroups every fourth row of W; their sums meet in threadgroup memory. In registers: 4 · M sums.
+// The transposed product, y[c] = Σ_r x[r] · W[r, c], for a few rows of activations. Four lanes stand side by side, each with
+// eight columns, the others of a simdgroup in the rows of W below; a threadgroup goes down the rows together. Sums meet in
+// shuffles, then in threadgroup memory. In registers: DEPTH times eight elements of W and M factors, 8 · M sums.
 
-template <typename T, ushort M>
+template <typename T, ushort M, ushort DEPTH>
 [[kernel]] void dense_columns(
     device const uchar* weight [[buffer(0)]],
     device const T* x [[buffer(1)]],
@@ -186,53 +310,72 @@ template <typename T, ushort M>
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 4;
-    threadgroup float parts[SIMDGROUPS][M][4][32];
+    constexpr ushort SIMDGROUPS = 8, ACROSS = 4, DOWN = 32 / ACROSS, COLUMNS = ACROSS * 8;
+    static_assert(M <= SIMDGROUPS, "a simdgroup adds up a row of x's");
+    threadgroup float parts[SIMDGROUPS][M][COLUMNS];
 
-    // Of the columns a lane has: the first, and how far apart they are.
-    const uint column = group.x * 128 + (dense::LOADS != 0 ? lane * 4 : lane);
-    const uint apart = dense::LOADS != 0 ? 1 : 32;
+    const uint n = rows::known_length(args.n);
+    const uint column = group.x * COLUMNS + lane % ACROSS * 8;
     const uint first_x = group.y * M;
     const uint head_row = args.weight_row + group.z * args.weight_head;
 
-    float4 sums[M];
+    device const T* row_x[M];
+    float sums[M][8];
+    UNROLL
     for (ushort m = 0; m < M; m++) {
-        sums[m] = float4(0.0f);
+        row_x[m] = x + ulong(group.z) * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
+        UNROLL
+        for (ushort i = 0; i < 8; i++) {
+            sums[m][i] = 0.0f;
+        }
     }
-    for (uint r = simdgroup; r < args.n; r += SIMDGROUPS) {
-        const ulong start = ulong(head_row + r) * args.k;
-        float4 values;
-        if (dense::LOADS != 0) {
-            // A multiple of eight columns: the last four are there.
-            values = dense::four(weight, start + min(column, args.k - 4));
-        } else {
-            for (ushort i = 0; i < 4; i++) {
-                values[i] = dense::element(weight, start + dense::within(column + i * 32, args.k));
+    constexpr uint SPAN = SIMDGROUPS * DOWN;
+    const uint first = simdgroup * DOWN + lane / ACROSS;
+    if (dense::LOADS != 0) {
+        // A multiple of eight columns: the last eight are there.
+        const ulong start = ulong(head_row) * args.k + min(column, args.k - 8);
+        device const uchar* w = weight + start * dense::element_size();
+        // Turns in which every lane has a row, and the one in which some have.
+        const uint whole = n / SPAN;
+        uint turn = 0;
+        for (; turn + DEPTH <= whole; turn += DEPTH) {
+            dense::add_down<DEPTH>(w, args.k, row_x, turn * SPAN + first, SPAN, sums);
+        }
+        for (; turn < whole; turn++) {
+            dense::add_down<1>(w, args.k, row_x, turn * SPAN + first, SPAN, sums);
+        }
+        const uint row = whole * SPAN + first;
+        if (row < n) {
+            dense::add_down<1>(w, args.k, row_x, row, SPAN, sums);
+        }
+    } else {
+        for (uint row = first; row < n; row += SPAN) {
+            const ulong start = ulong(head_row + row) * args.k;
+            UNROLL
+            for (ushort i = 0; i < 8; i++) {
+                const float value = dense::element(weight, start + rows::within(column + i, args.k));
+                UNROLL
+                for (ushort m = 0; m < M; m++) {
+                    sums[m][i] = fma(value, float(row_x[m][row]), sums[m][i]);
+                }
             }
         }
-        for (ushort m = 0; m < M; m++) {
-            const ulong row_of_x = dense::within(first_x + m, args.m);
-            const float factor = float(x[ulong(group.z) * args.x_head + row_of_x * args.x_row + r]);
-            sums[m] = fma(values, float4(factor), sums[m]);
-        }
     }
+    UNROLL
     for (ushort m = 0; m < M; m++) {
-        for (ushort i = 0; i < 4; i++) {
-            parts[simdgroup][m][i][lane] = sums[m][i];
-        }
+        parts[simdgroup][m][lane % ACROSS * 8 + lane / ACROSS] = rows::halved(sums[m], lane, 16);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // Each simdgroup adds up one of the four columns a lane has.
-    const uint to = column + simdgroup * apart;
-    for (ushort m = 0; m < M; m++) {
+    // A simdgroup for each row of x, a lane for each column.
+    const uint to = group.x * COLUMNS + lane;
+    if (simdgroup < M && to < args.k && first_x + simdgroup < args.m) {
         float sum = 0.0f;
+        UNROLL
         for (ushort s = 0; s < SIMDGROUPS; s++) {
-            sum += parts[s][m][simdgroup][lane];
+            sum += parts[s][simdgroup][lane];
         }
-        if (to < args.k && first_x + m < args.m) {
-            y[ulong(group.z) * args.y_head + ulong(first_x + m) * args.y_row + to] = T(sum);
-        }
+        y[ulong(group.z) * args.y_head + ulong(first_x + simdgroup) * args.y_row + to] = T(sum);
     }
 }
 
@@ -272,10 +415,10 @@ template <typename T, bool COLUMNS>
     // Each thread stages eight elements of a row of x and of a row of W.
     const ushort row = thread_index / 4, part = thread_index % 4;
     const bool row_of_x = first_x + row < args.m;
-    device const T* from_x = x + ulong(group.z) * args.x_head + ulong(dense::within(first_x + row, args.m)) * args.x_row;
+    device const T* from_x = x + ulong(group.z) * args.x_head + ulong(rows::within(first_x + row, args.m)) * args.x_row;
 
     const ushort top = simdgroup / 2 * 16, left = simdgroup % 2 * 16;
-    const ushort2 place = dense::fragment_place(lane);
+    const ushort2 place = rows::fragment_place(lane);
     simdgroup_float8x8 sums[2][2];
     for (ushort i = 0; i < 2; i++) {
         for (ushort j = 0; j < 2; j++) {
@@ -289,11 +432,11 @@ template <typename T, bool COLUMNS>
             tile_x[row][part * 8 + i] = row_of_x && along + i < inner ? float(from_x[along + i]) : 0.0f;
         }
         const uint row_w = (COLUMNS ? start : first_y) + row, column = (COLUMNS ? first_y : start) + part * 8;
-        const ulong index = ulong(head_row + dense::within(row_w, args.n)) * args.k + column;
+        const ulong index = ulong(head_row + rows::within(row_w, args.n)) * args.k + column;
         if (dense::LOADS != 0) {
             float4 low = float4(0.0f), high = float4(0.0f);
             if (row_w < args.n && column < args.k) {
-                dense::eight(weight, index, low, high);
+                dense::values_of(dense::stored(weight, index), low, high);
             }
             for (ushort i = 0; i < 4; i++) {
                 tile_w[row][part * 8 + i] = low[i];
@@ -347,14 +490,16 @@ template <typename T, bool COLUMNS>
 
 #define INSTANTIATE_DENSE(name, ...) template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 
+// DEPTH makes it four loads of W of a lane at once, two down the columns.
 #define INSTANTIATE_DENSE_TYPE(type, T)                                          \
-    INSTANTIATE_DENSE("dense_rows_" type "_m1", dense_rows<T, 1, 4>)             \
-    INSTANTIATE_DENSE("dense_rows_" type "_m2", dense_rows<T, 2, 4>)             \
-    INSTANTIATE_DENSE("dense_rows_" type "_m4", dense_rows<T, 4, 4>)             \
-    INSTANTIATE_DENSE("dense_rows_" type "_m8", dense_rows<T, 8, 2>)             \
+    INSTANTIATE_DENSE("dense_rows_" type "_thin", dense_rows<T, 1, 2, 2>)        \
+    INSTANTIATE_DENSE("dense_rows_" type "_m1", dense_rows<T, 1, 4, 1>)          \
+    INSTANTIATE_DENSE("dense_rows_" type "_m2", dense_rows<T, 2, 4, 1>)          \
+    INSTANTIATE_DENSE("dense_rows_" type "_m4", dense_rows<T, 4, 4, 1>)          \
+    INSTANTIATE_DENSE("dense_rows_" type "_m8", dense_rows<T, 8, 2, 2>)          \
     INSTANTIATE_DENSE("dense_tiles_" type, dense_tiles<T, false>)                \
-    INSTANTIATE_DENSE("dense_columns_" type "_m1", dense_columns<T, 1>)          \
-    INSTANTIATE_DENSE("dense_columns_" type "_m4", dense_columns<T, 4>)          \
+    INSTANTIATE_DENSE("dense_columns_" type "_m1", dense_columns<T, 1, 2>)       \
+    INSTANTIATE_DENSE("dense_columns_" type "_m4", dense_columns<T, 4, 2>)       \
     INSTANTIATE_DENSE("dense_columns_tiles_" type, dense_tiles<T, true>)
 
 INSTANTIATE_DENSE_TYPE("f32", float)

@@ -112,6 +112,7 @@ pub(super) struct DenseArgs {
     pub y_head: u32,
     pub weight_row: u32,
     pub weight_head: u32,
+    pub second_n: u32,
 }
 
 const _: () = {
@@ -125,9 +126,10 @@ const _: () = {
     assert!(offset_of!(LatentArgs, eps) == 32);
     assert!(size_of::<AddArgs>() == 12);
     assert!(offset_of!(AddArgs, delta_row) == 8);
-    assert!(size_of::<DenseArgs>() == 36);
+    assert!(size_of::<DenseArgs>() == 40);
     assert!(offset_of!(DenseArgs, x_row) == 12);
     assert!(offset_of!(DenseArgs, weight_row) == 28);
+    assert!(offset_of!(DenseArgs, second_n) == 36);
 };
 
 /// Words as a kernel reads them.
@@ -193,6 +195,7 @@ impl DenseArgs {
             self.y_head,
             self.weight_row,
             self.weight_head,
+            self.second_n,
         ])
     }
 }
@@ -356,8 +359,8 @@ mod tests {
             assert_eq!(latent.bytes(), words(1..=9));
             let add = std::mem::transmute::<[u32; 3], AddArgs>([1, 2, 3]);
             assert_eq!(add.bytes(), words(1..=3));
-            let dense = std::mem::transmute::<[u32; 9], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9]);
-            assert_eq!(dense.bytes(), words(1..=9));
+            let dense = std::mem::transmute::<[u32; 10], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+            assert_eq!(dense.bytes(), words(1..=10));
         }
     }
 

@@ -4,6 +4,7 @@ use super::args::DenseArgs;
 use super::checked::{narrow, suffix};
 use super::linear::Direction;
 use super::plan::{Binding, Constant, Launch, Plan, Work};
+use super::rows::known;
 use crate::cpu::HeadRows;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
 use crate::{Error, Result};
@@ -16,7 +17,13 @@ const FEW: usize = 8;
 /// Rows and columns of a tile of outputs.
 const TILE: usize = 32;
 /// Columns of a weight that a threadgroup takes.
-const COLUMNS: usize = 128;
+const COLUMNS: usize = 32;
+/// Rows of weights (those of all heads) up to which a simdgroup has two rows instead of four, for one row of activations.
+const THIN_UP_TO: usize = 1536;
+/// Simdgroups from which on each has rows of its own: with fewer, too little of a weight is on its way at once.
+const ENOUGH: usize = 4096;
+/// Simdgroups that share rows, at most.
+const SHARING: usize = 8;
 
 /// Where the operands of a product stand among a plan's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,62 +67,98 @@ pub struct Product<'a> {
     pub y_head: usize,
 }
 
+/// A second weight, whose outputs stand beside the first's: of the same K and [of the same kind](Product::takes_beside).
+#[derive(Debug, Clone, Copy)]
+pub struct Beside<'a> {
+    /// The weight.
+    pub weight: &'a DenseTensor,
+    /// Its operand.
+    pub operand: usize,
+}
+
 /// Plans that between them launch every kernel on weights of a kind: what can be compiled ahead of the first token.
 ///
 /// # Errors
 /// [`Error::Argument`] for a dtype that no kernel has; [`Error::Io`] without memory.
 pub fn every_kernel(kind: FloatKind, dtype: DType) -> Result<Vec<Plan>> {
-    let (n, k) = (8, 8);
-    let zeros = Bytes::copy_from(&vec![0; n * k * kind.size()])?;
-    let weight = DenseTensor::new("w", (n, k), kind, zeros)?;
+    let k = 8;
     let mut plans = Vec::new();
-    for direction in [Direction::Rows, Direction::Columns] {
-        for m in [1, 2, 4, FEW, FEW + 1] {
-            let product = Product {
-                weight: &weight,
-                rows: HeadRows {
-                    heads: 1,
-                    stride: n,
-                    start: 0,
-                    len: n,
-                },
-                direction,
-                operands: Operands {
-                    weight: 0,
-                    bias: None,
-                    x: 1,
-                    y: 2,
-                },
-                dtype,
-                m,
-                x_offset: 0,
-                x_row: k,
-                x_head: 0,
-                y_offset: 0,
-                y_row: n,
-                y_head: 0,
-            };
-            plans.push(Plan {
-                launches: vec![product.launch()?],
-            });
+    // A weight for every way to share out its rows.
+    for n in [8, THIN_UP_TO + 8] {
+        let zeros = Bytes::copy_from(&vec![0; n * k * kind.size()])?;
+        let weight = DenseTensor::new("w", (n, k), kind, zeros)?;
+        for (direction, widths) in [(Direction::Rows, (k, n)), (Direction::Columns, (n, k))] {
+            for m in [1, 2, 4, FEW, FEW + 1] {
+                let product = Product {
+                    weight: &weight,
+                    rows: HeadRows {
+                        heads: 1,
+                        stride: n,
+                        start: 0,
+                        len: n,
+                    },
+                    direction,
+                    operands: Operands {
+                        weight: 0,
+                        bias: None,
+                        x: 1,
+                        y: 2,
+                    },
+                    dtype,
+                    m,
+                    x_offset: 0,
+                    x_row: widths.0,
+                    x_head: 0,
+                    y_offset: 0,
+                    y_row: widths.1,
+                    y_head: 0,
+                };
+                let beside = Beside {
+                    weight: &weight,
+                    operand: 3,
+                };
+                for beside in [None, Some(beside)] {
+                    if beside.is_none_or(|beside| product.takes_beside(beside.weight)) {
+                        plans.push(Plan {
+                            launches: vec![product.launch_beside(beside)?],
+                        });
+                    }
+                }
+            }
         }
     }
     Ok(plans)
 }
 
 impl Product<'_> {
+    /// Whether the product with another weight can be in the same launch.
+    pub fn takes_beside(&self, other: &DenseTensor) -> bool {
+        let kind = |weight: &DenseTensor| (weight.shape().1, weight.kind());
+        let plain = self.rows.heads == 1 && self.operands.bias.is_none();
+        self.direction == Direction::Rows && self.m <= FEW && plain && kind(self.weight) == kind(other)
+    }
+
     /// Its launch.
     ///
     /// # Errors
     /// [`Error::Argument`] for a dtype that no kernel has, for sizes beyond 32 bits, and for a weight that is not aligned
     /// to its elements.
     pub fn launch(&self) -> Result<Launch> {
+        self.launch_beside(None)
+    }
+
+    /// Its launch, with the product of a second weight in it.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch); and [`Error::Argument`] for a second weight that does not fit.
+    pub fn launch_beside(&self, beside: Option<Beside<'_>>) -> Result<Launch> {
         let kind = suffix(OP, self.dtype)?;
-        let (element, offset) = (self.weight.kind().size(), self.weight.bytes().offset());
-        if !offset.is_multiple_of(element) {
-            let expected = format!("a multiple of {element} bytes from the start of the file");
-            return Err(Error::argument(OP, "weight", expected, offset.to_string()));
+        if beside.is_some_and(|beside| !self.takes_beside(beside.weight)) {
+            let expected = "one of the same K and kind, no bias, and few rows of activations";
+            return Err(Error::argument(OP, "second weight", expected, "another"));
         }
+        aligned(self.weight)?;
+        beside.map_or(Ok(()), |beside| aligned(beside.weight))?;
         let (_, k) = self.weight.shape();
         let HeadRows {
             heads,
@@ -123,15 +166,27 @@ impl Product<'_> {
             len,
             stride,
         } = self.rows;
+        let second = beside.map_or(0, |beside| beside.weight.shape().0);
+        let mut constants = self.constants(beside);
         let (kernel, threadgroups, threads) = match (self.direction, self.m <= FEW) {
             (Direction::Rows, true) => {
+                let shape = Shares::of(self.m, k, heads * (len + second));
+                let blocks = |rows: usize| rows.div_ceil(shape.of_threadgroup());
+                constants.extend([
+                    (11, known(k)),
+                    (27, Constant::U16(shape.sharing as u16)),
+                    (28, Constant::Bool(beside.is_some())),
+                ]);
                 let rows = self.m.next_power_of_two();
-                // Two simdgroups, each with as many rows of the weight as registers hold sums for.
-                let of_weight = 2 * if rows == 8 { 2 } else { 4 };
+                let of_x = if shape.thin {
+                    "thin".to_string()
+                } else {
+                    format!("m{rows}")
+                };
                 (
-                    format!("dense_rows_{kind}_m{rows}"),
-                    [len.div_ceil(of_weight), self.m.div_ceil(rows), heads],
-                    64,
+                    format!("dense_rows_{kind}_{of_x}"),
+                    [blocks(len) + blocks(second), self.m.div_ceil(rows), heads],
+                    32 * shape.simdgroups(),
                 )
             }
             (Direction::Rows, false) => (
@@ -141,10 +196,12 @@ impl Product<'_> {
             ),
             (Direction::Columns, true) => {
                 let rows = if self.m == 1 { 1 } else { 4 };
+                // What the sum runs over.
+                constants.push((11, known(len)));
                 (
                     format!("dense_columns_{kind}_m{rows}"),
                     [k.div_ceil(COLUMNS), self.m.div_ceil(rows), heads],
-                    128,
+                    256,
                 )
             }
             (Direction::Columns, false) => (
@@ -163,11 +220,11 @@ impl Product<'_> {
             y_head: narrow(OP, "y", self.y_head)?,
             weight_row: narrow(OP, "rows", start)?,
             weight_head: narrow(OP, "rows", stride)?,
+            second_n: narrow(OP, "second weight", second)?,
         };
         // A row of the last head.
         narrow(OP, "rows", heads * stride)?;
         let read = |operand, offset| Binding::Read { operand, offset };
-        let mut constants = self.constants();
         let mut bindings = vec![
             (0, read(self.operands.weight, 0)),
             (1, read(self.operands.x, self.x_offset)),
@@ -185,17 +242,19 @@ impl Product<'_> {
             constants.push((26, Constant::Bool(self.operands.bias.is_some())));
             bindings.extend(self.operands.bias.map(|bias| (4, read(bias, 0))));
         }
+        bindings.extend(beside.map(|beside| (5, read(beside.operand, 0))));
         Ok(Launch {
             kernel,
             constants,
             threadgroups,
             threads: [threads, 1, 1],
             bindings,
-            work: self.work(),
+            work: self.work(second),
         })
     }
 
-    fn work(&self) -> Work {
+    /// Beside it, a second weight has so many rows.
+    fn work(&self, second: usize) -> Work {
         let (HeadRows { heads, len, .. }, (_, k)) = (self.rows, self.weight.shape());
         let (from, to) = match self.direction {
             Direction::Rows => (k, len),
@@ -203,41 +262,118 @@ impl Product<'_> {
         };
         let element = self.dtype.size_in_bytes();
         let bias = self.operands.bias.map_or(0, |_| len * size_of::<f32>());
+        let rows = heads * len + second;
         Work {
-            weights: (heads * (len * k * self.weight.kind().size() + bias)) as u64,
+            weights: (rows * k * self.weight.kind().size() + heads * bias) as u64,
             read: (self.m * heads * from * element) as u64,
-            written: (self.m * heads * to * element) as u64,
-            operations: (2 * self.m * heads * len * k) as u64,
+            written: (self.m * (heads * to + second) * element) as u64,
+            operations: (2 * self.m * rows * k) as u64,
         }
     }
 
-    fn constants(&self) -> Vec<(u16, Constant)> {
+    fn constants(&self, beside: Option<Beside<'_>>) -> Vec<(u16, Constant)> {
         let kind = match self.weight.kind() {
             FloatKind::F32 => 0,
             FloatKind::F16 => 1,
             FloatKind::BF16 => 2,
         };
-        vec![(24, Constant::U16(kind)), (25, Constant::U16(self.loads()))]
+        vec![(24, Constant::U16(kind)), (25, Constant::U16(self.loads(beside)))]
     }
 
-    /// Bytes that a load of the weight may take: 0, an element. (Buffers begin at pages.)
-    fn loads(&self) -> u16 {
-        let ((_, k), offset) = (self.weight.shape(), self.weight.bytes().offset());
+    /// Bytes that a load of the weights may take: 0, an element. (Buffers begin at pages.)
+    fn loads(&self, beside: Option<Beside<'_>>) -> u16 {
+        let (_, k) = self.weight.shape();
+        let size = self.dtype.size_in_bytes();
         // Along the columns of a weight activations are read one by one.
-        let four = 4 * self.dtype.size_in_bytes();
-        let activations = self.direction == Direction::Columns
-            || self.x_offset.is_multiple_of(four)
-                && self.x_row.is_multiple_of(4)
-                && self.x_head.is_multiple_of(4);
-        if !k.is_multiple_of(8) || !activations {
-            return 0;
-        }
-        if offset.is_multiple_of(16) {
+        let activations_at = |bytes: usize| {
+            self.direction == Direction::Columns
+                || self.x_offset.is_multiple_of(bytes)
+                    && (self.x_row * size).is_multiple_of(bytes)
+                    && (self.x_head * size).is_multiple_of(bytes)
+        };
+        let weights_at = |bytes: usize| {
+            let starts = |weight: &DenseTensor| weight.bytes().offset().is_multiple_of(bytes);
+            starts(self.weight) && beside.is_none_or(|beside| starts(beside.weight))
+        };
+        if !k.is_multiple_of(8) || !activations_at(4 * size) {
+            0
+        } else if weights_at(16) && activations_at(16) {
             16
-        } else if offset.is_multiple_of(8) {
+        } else if weights_at(8) {
             8
         } else {
             0
         }
+    }
+}
+
+/// How the rows of a weight are shared out among simdgroups, for few rows of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shares {
+    /// Two rows a simdgroup.
+    thin: bool,
+    /// Rows a simdgroup has.
+    rows: usize,
+    /// Simdgroups that have the same rows, and each a part of K: those of a threadgroup, unless it is one.
+    sharing: usize,
+}
+
+impl Shares {
+    fn of(m: usize, k: usize, all_rows: usize) -> Self {
+        let thin = m == 1 && all_rows <= THIN_UP_TO;
+        let rows = if thin || m > 4 { 2 } else { 4 };
+        let sharing = if all_rows.div_ceil(rows) < ENOUGH {
+            // The lanes of a simdgroup take eight elements each in a turn. No more simdgroups than it takes to have as few
+            // turns each.
+            let turns = k.div_ceil(8 * 32);
+            turns.div_ceil(turns.div_ceil(SHARING))
+        } else {
+            1
+        };
+        Self { thin, rows, sharing }
+    }
+
+    fn simdgroups(self) -> usize {
+        if self.sharing == 1 { 2 } else { self.sharing }
+    }
+
+    fn of_threadgroup(self) -> usize {
+        if self.sharing == 1 {
+            self.simdgroups() * self.rows
+        } else {
+            self.rows
+        }
+    }
+}
+
+/// Refuses a weight that kernels cannot load.
+fn aligned(weight: &DenseTensor) -> Result<()> {
+    let (element, offset) = (weight.kind().size(), weight.bytes().offset());
+    if offset.is_multiple_of(element) {
+        return Ok(());
+    }
+    let expected = format!("a multiple of {element} bytes from the start of the file");
+    Err(Error::argument(OP, "weight", expected, offset.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_shared_out_by_how_many_there_are() {
+        let shares = |m, k, rows| {
+            let shares = Shares::of(m, k, rows);
+            (shares.rows, shares.sharing)
+        };
+        // GLM-4.7-Flash's q_a with kv_a, q_b, o, a half of kv_b, lm_head.
+        assert_eq!(shares(1, 2048, 1344), (2, 8));
+        assert_eq!(shares(1, 768, 5120), (4, 3));
+        assert_eq!(shares(1, 5120, 2048), (4, 7));
+        assert_eq!(shares(1, 512, 5120), (4, 2));
+        assert_eq!(shares(1, 2048, 154_880), (4, 1));
+        assert_eq!(shares(8, 2048, 154_880), (2, 1));
+        // What a simdgroup has in one turn is not shared.
+        assert_eq!(shares(1, 256, 8), (2, 1));
     }
 }

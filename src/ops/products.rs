@@ -158,17 +158,11 @@ impl<'a> Products<'a> {
         let mut launches = Vec::with_capacity(self.parts.len());
         let mut parts = self.parts.iter().zip(&weights).peekable();
         while let Some((part, (regions, bias))) = parts.next() {
-            let second = parts
+            let next = parts
                 .peek()
-                .and_then(|(next, (regions, bias))| match (next.weight, &regions[..]) {
-                    (Weight::Fp4(weight), &[codes, scales]) if bias.is_none() => Some(linear::Beside {
-                        weight,
-                        codes,
-                        scales,
-                    }),
-                    _ => None,
-                });
-            let (launch, joined) = self.launch(part, (regions, *bias), start * size, lies, second)?;
+                .filter(|(_, (_, bias))| bias.is_none())
+                .map(|(next, (regions, _))| (next.weight, &regions[..]));
+            let (launch, joined) = self.launch(part, (regions, *bias), start * size, lies, next)?;
             launches.push(launch);
             start += part.widths(self.direction).1;
             if joined && let Some((next, _)) = parts.next() {
@@ -183,14 +177,15 @@ impl<'a> Products<'a> {
         })
     }
 
-    /// The launch of a part whose weight's regions and bias are these operands, and whether the next part's product is in it.
+    /// The launch of a part whose weight's regions and bias are these operands, and whether the next part's product, of a weight
+    /// with these regions and without a bias, is in it.
     fn launch(
         &self,
         part: &Part<'_>,
         (regions, bias): (&[usize], Option<usize>),
         y_offset: usize,
         lies: Lies,
-        next: Option<linear::Beside<'_>>,
+        next: Option<(&Weight, &[usize])>,
     ) -> Result<(Launch, bool)> {
         let Lies {
             dtype,
@@ -226,31 +221,47 @@ impl<'a> Products<'a> {
                     y_row,
                     y_head,
                 };
-                let beside = next.filter(|next| product.takes_beside(next.weight));
+                let beside = match next {
+                    Some((Weight::Fp4(weight), &[codes, scales])) if product.takes_beside(weight) => {
+                        Some(linear::Beside {
+                            weight,
+                            codes,
+                            scales,
+                        })
+                    }
+                    _ => None,
+                };
                 let launch = product.launch_with(linear::Extras { beside, normed })?;
                 Ok((launch, beside.is_some()))
             }
-            (Weight::Dense(weight), &[region]) if normed.is_none() => dense::Product {
-                weight,
-                rows,
-                direction,
-                operands: dense::Operands {
-                    weight: region,
-                    bias,
-                    x,
-                    y,
-                },
-                dtype,
-                m,
-                x_offset,
-                x_row,
-                x_head,
-                y_offset,
-                y_row,
-                y_head,
+            (Weight::Dense(weight), &[region]) if normed.is_none() => {
+                let product = dense::Product {
+                    weight,
+                    rows,
+                    direction,
+                    operands: dense::Operands {
+                        weight: region,
+                        bias,
+                        x,
+                        y,
+                    },
+                    dtype,
+                    m,
+                    x_offset,
+                    x_row,
+                    x_head,
+                    y_offset,
+                    y_row,
+                    y_head,
+                };
+                let beside = match next {
+                    Some((Weight::Dense(weight), &[operand])) if product.takes_beside(weight) => {
+                        Some(dense::Beside { weight, operand })
+                    }
+                    _ => None,
+                };
+                Ok((product.launch_beside(beside)?, beside.is_some()))
             }
-            .launch()
-            .map(|launch| (launch, false)),
             (weight, _) => {
                 let found = format!("{:?} in eight bits", weight.shape());
                 Err(Error::argument(self.op, "weight", "FP4 or floating point", found))

@@ -12,7 +12,10 @@ use candle_mmfp4::ops::Linear;
 pub const KINDS: [FloatKind; 3] = [FloatKind::F32, FloatKind::F16, FloatKind::BF16];
 const ROWS: [usize; 18] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65];
 const OUTPUTS: [usize; 7] = [1, 7, 8, 9, 63, 65, 576];
-const LENGTHS: [usize; 11] = [1, 7, 8, 31, 32, 33, 40, 64, 264, 513, 768];
+/// From 257 on simdgroups share K: two of them to 513, three to 768, six to 1288, eight to 2048, five twice to 2056 and 2065.
+const LENGTHS: [usize; 16] = [
+    1, 7, 8, 31, 32, 33, 40, 64, 264, 513, 768, 1288, 2048, 2056, 2065, 4616,
+];
 const LIES: [Lies; 6] = [
     Lies::Together,
     Lies::Offset,

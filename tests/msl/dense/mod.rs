@@ -11,8 +11,8 @@ use crate::linear::cases as fp4;
 use crate::{bound, nmse, noise, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::{Arithmetic, HeadRows, reference};
-use candle_mmfp4::fp4::{FloatKind, Weight};
-use candle_mmfp4::metal::dense::{Operands, Product};
+use candle_mmfp4::fp4::{DenseTensor, FloatKind, Weight};
+use candle_mmfp4::metal::dense::{Beside, Operands, Product};
 use candle_mmfp4::metal::linear::Direction;
 use candle_mmfp4::metal::plan::Constant;
 use candle_mmfp4::ops::{JoinedLinear, Linear, Orientation, PerHead};
@@ -48,6 +48,76 @@ fn every_boundary_of_a_dense_tile() {
             }
         }
     }
+}
+
+#[test]
+fn weights_with_rows_enough_for_each_simdgroup() {
+    let Some(backend) = Backend::start() else { return };
+    // Three turns and a part of one; four rows a simdgroup, and two.
+    for (m, n) in [(1, 16_390), (5, 8193)] {
+        let case = Case {
+            m,
+            n,
+            k: 776,
+            ..Case::default()
+        };
+        let error = case.run(&backend).unwrap();
+        assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+    }
+}
+
+#[test]
+fn two_weights_of_a_kind_share_a_launch() {
+    let Some(backend) = Backend::start() else { return };
+    for (n, k, shifts) in [
+        ([768, 576], 2048, [0, 0]),
+        ([9, 7], 264, [0, 8]),
+        ([7, 9], 40, [4, 0]),
+        ([1, 1], 33, [0, 0]),
+        ([5, 3000], 8, [0, 0]),
+    ] {
+        for (m, dtype) in [1, 2, 3, 8, 9].into_iter().zip(fp4::DTYPES.iter().cycle()) {
+            let kind = KINDS[m % 3];
+            let parts = [0, 1].map(|part| {
+                let weight = cases::weight((n[part], k), kind, shifts[part]);
+                Linear::new(weight.into(), None).unwrap()
+            });
+            let op = JoinedLinear::new(parts.into()).unwrap();
+            let x = fp4::activations((m, k), *dtype, 3);
+            let y = backend.run(|device| op.forward(&x.to_device(device)?)).unwrap();
+            let mut start = 0;
+            for (part, n) in op.parts().iter().zip(n) {
+                let expected = reference::linear(part.weight(), &values(&x), m, Arithmetic::Exact);
+                let found = values(&y.narrow(1, start, n).unwrap().contiguous().unwrap());
+                let error = nmse(&found, &expected);
+                assert!(
+                    error <= bound(*dtype),
+                    "{n} × {k}, m {m}, columns from {start}: {error:e}"
+                );
+                start += n;
+            }
+        }
+    }
+}
+
+#[test]
+fn only_weights_of_a_kind_share_a_launch() {
+    let weights = [
+        ((8, 64), FloatKind::BF16),
+        ((8, 64), FloatKind::F16),
+        ((8, 72), FloatKind::BF16),
+    ]
+    .map(|(shape, kind)| cases::weight(shape, kind, 0));
+    let product = product(&weights[0], 64, Direction::Rows);
+    assert!(product.takes_beside(&weights[0]));
+    assert!(!product.takes_beside(&weights[1]) && !product.takes_beside(&weights[2]));
+    assert!(!Product { m: 9, ..product }.takes_beside(&weights[0]));
+    let beside = Beside {
+        weight: &weights[1],
+        operand: 3,
+    };
+    let error = product.launch_beside(Some(beside)).unwrap_err().to_string();
+    assert!(error.contains("`second weight`"), "{error}");
 }
 
 #[test]
@@ -151,11 +221,9 @@ fn nan_and_infinity_stay_visible_in_their_row() {
     }
 }
 
-/// The bytes that a load of the weight takes, or why there is no plan.
-fn loads(kind: FloatKind, k: usize, shift: usize, x_row: usize, direction: Direction) -> Result<u16, String> {
-    let weight = cases::weight((8, k), kind, shift);
-    let product = Product {
-        weight: &weight,
+fn product(weight: &DenseTensor, x_row: usize, direction: Direction) -> Product<'_> {
+    Product {
+        weight,
         rows: HeadRows {
             heads: 1,
             stride: 8,
@@ -177,7 +245,13 @@ fn loads(kind: FloatKind, k: usize, shift: usize, x_row: usize, direction: Direc
         y_offset: 0,
         y_row: 8,
         y_head: 0,
-    };
+    }
+}
+
+/// The bytes that a load of the weight takes, or why there is no plan.
+fn loads(kind: FloatKind, k: usize, shift: usize, x_row: usize, direction: Direction) -> Result<u16, String> {
+    let weight = cases::weight((8, k), kind, shift);
+    let product = product(&weight, x_row, direction);
     let launch = product.launch().map_err(|error| error.to_string())?;
     let found = launch.constants.into_iter().find(|(index, _)| *index == 25);
     match found {
@@ -194,6 +268,9 @@ fn loads_are_as_wide_as_what_is_aligned() {
     assert_eq!(loads(FloatKind::BF16, 64, 4, 64, rows), Ok(0));
     assert_eq!(loads(FloatKind::BF16, 66, 0, 68, rows), Ok(0));
     assert_eq!(loads(FloatKind::BF16, 64, 0, 66, rows), Ok(0));
+    // Eight bytes of activations in F16, and sixteen.
+    assert_eq!(loads(FloatKind::BF16, 64, 0, 68, rows), Ok(8));
+    assert_eq!(loads(FloatKind::BF16, 64, 0, 72, rows), Ok(16));
     assert_eq!(loads(FloatKind::BF16, 64, 0, 66, columns), Ok(16));
 }
 

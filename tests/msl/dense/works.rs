@@ -7,14 +7,36 @@ use crate::values;
 use candle_core::DType;
 use candle_mmfp4::cpu::{HeadRows, reference};
 use candle_mmfp4::fp4::{FloatKind, Weight};
-use candle_mmfp4::ops::{Orientation, PerHead};
+use candle_mmfp4::ops::{JoinedLinear, Orientation, PerHead};
 
 /// Runs in both orientations that reach every kernel's loops and edges.
 pub fn all() -> Vec<Work> {
     let plain = Case::default();
     let cases = [
-        // Two rounds of a simdgroup's lanes, the second not full.
+        // Two simdgroups, the second of which has one lane's elements.
         Case { k: 264, ..plain },
+        // Seven, of which each has two whole turns, and three more.
+        Case {
+            n: 3,
+            k: 4616,
+            ..plain
+        },
+        // Five, and elements one by one.
+        Case {
+            m: 8,
+            n: 3,
+            k: 2065,
+            bias: true,
+            ..plain
+        },
+        // A turn that is the same simdgroup's, and whole.
+        Case {
+            m: 5,
+            n: 3,
+            k: 256,
+            kind: FloatKind::F32,
+            ..plain
+        },
         Case {
             m: 2,
             n: 7,
@@ -65,6 +87,20 @@ pub fn all() -> Vec<Work> {
             k: 136,
             ..plain
         },
+        // Two turns down the rows at once, one more, and eight rows.
+        Case {
+            n: 200,
+            k: 40,
+            ..plain
+        },
+        Case {
+            m: 2,
+            n: 130,
+            k: 8,
+            kind: FloatKind::F32,
+            shift: 8,
+            ..plain
+        },
         Case {
             m: 3,
             n: 6,
@@ -83,8 +119,42 @@ pub fn all() -> Vec<Work> {
             ..plain
         },
     ];
+    // Two weights in one launch.
+    let joined_cases = [
+        (Case { n: 9, k: 64, ..plain }, 7),
+        (
+            Case {
+                m: 3,
+                n: 5,
+                k: 520,
+                kind: FloatKind::F16,
+                dtype: DType::F16,
+                ..plain
+            },
+            10,
+        ),
+    ];
     let products = cases.iter().map(product);
-    products.chain(columns.iter().map(transposed)).collect()
+    let works = products.chain(columns.iter().map(transposed));
+    works.chain(joined_cases.iter().map(joined)).collect()
+}
+
+/// With a second weight of so many rows.
+fn joined((case, other): &(Case, usize)) -> Work {
+    let second = Case { n: *other, ..*case };
+    let (op, x) = (
+        JoinedLinear::new(vec![case.op(), second.op()]).unwrap(),
+        case.x().unwrap(),
+    );
+    let of = |case: &Case, part: usize| case.expected(&op.parts()[part], &values(&x));
+    let (left, right) = (of(case, 0), of(&second, 1));
+    let rows = left.chunks_exact(case.n).zip(right.chunks_exact(*other));
+    let values = rows.flat_map(|(left, right)| [left, right].concat()).collect();
+    record(
+        format!("joined {case:?} and {other}"),
+        |_| op.forward(&x),
+        vec![expected(case, values)],
+    )
 }
 
 fn product(case: &Case) -> Work {
