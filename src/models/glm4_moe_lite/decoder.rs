@@ -351,9 +351,19 @@ fn predicted(config: &Config) -> Vec<String> {
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
 }
 
+/// Numbers that a cache holds of a token.
+pub(crate) fn cache_width(config: &Config) -> u64 {
+    (config.layers.len() * config.cache_width()) as u64
+}
+
+/// Bytes of a checkpoint's tensors that take part, as they are stored.
+pub(crate) fn weights_stored(config: &Config, checkpoint: &Checkpoint) -> u64 {
+    checkpoint.size_without(&predicted(config))
+}
+
 /// Bytes that `tokens` tokens take in a cache.
 fn cache_bytes(config: &Config, dtype: DType, tokens: usize) -> u64 {
-    (config.layers.len() * config.cache_width() * dtype.size_in_bytes()) as u64 * tokens as u64
+    cache_width(config) * (dtype.size_in_bytes() * tokens) as u64
 }
 
 /// Refuses what a GPU cannot hold, before anything is read: weights as they are stored or, quantised while loading, at
@@ -374,7 +384,7 @@ fn check_memory(
 }
 
 fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions, dtype: DType) -> u64 {
-    let stored = checkpoint.size_without(&predicted(config));
+    let stored = weights_stored(config, checkpoint);
     let weights = match options.quantize {
         None => stored,
         // Of 16 bits a weight, as originals have.
@@ -390,6 +400,7 @@ fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions,
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doctor::requirements::{CacheFormat, Needs};
     use crate::fp4::Format;
 
     #[test]
@@ -422,5 +433,15 @@ mod tests {
             ..LoadOptions::default()
         });
         assert_eq!(quantized, (none as f64 * 4.125 / 16.0) as u64);
+        // `mmfp4 doctor` counts the same, whatever the context.
+        let files = ModelFiles::folder(std::path::Path::new(folder));
+        let needs = Needs::of_files("demo", &files).unwrap();
+        for context in [0, 100, usize::MAX] {
+            let options = LoadOptions {
+                context: Some(context),
+                ..LoadOptions::default()
+            };
+            assert_eq!(needs.bytes(context, CacheFormat::Half), needed(options));
+        }
     }
 }
