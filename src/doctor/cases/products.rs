@@ -29,7 +29,8 @@ pub(super) fn linear(bench: &mut Bench<'_>) -> Result<()> {
         return Ok(());
     }
     for (n, k) in OTHER_SHARES {
-        let op = Linear::new(bench.weight(n, k, Format::mmfp4())?, None)?;
+        let weight = bench.weight(n, k, Format::mmfp4())?;
+        let op = Linear::new(weight, None)?.with_arithmetic(Arithmetic::Exact);
         for (m, dtype) in [1, 2].into_iter().flat_map(|m| DTYPES.map(|dtype| (m, dtype))) {
             let x = bench.tensor(&[m, k], dtype)?;
             let comparison = validate_kernel_output(&op, &x)?;
