@@ -28,6 +28,8 @@ mod router;
 mod rows;
 mod validate;
 
+pub(crate) use planned::runs_on as kernels_run_on;
+
 pub use add::Add;
 pub use attention::Attention;
 pub use latent::LatentRows;

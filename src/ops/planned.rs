@@ -18,7 +18,7 @@ pub(super) struct Planned<'a, const N: usize> {
 }
 
 /// Whether ops of this device's tensors run launch plans.
-pub(super) fn runs_on(device: &Device) -> bool {
+pub(crate) fn runs_on(device: &Device) -> bool {
     #[cfg(msl_host)]
     if crate::metal::host::Host::current().is_some() {
         return true;

@@ -96,7 +96,8 @@ impl Model {
     /// Loads a model from its config and an open checkpoint, and reports what was found there.
     ///
     /// # Errors
-    /// [`Error::Tensor`] names what is missing or malformed, [`Error::Argument`] an option that makes no sense.
+    /// [`Error::Tensor`] names what is missing or malformed, and on a device that runs launch plans what no kernel takes;
+    /// [`Error::Argument`] an option that makes no sense there, or anywhere.
     pub fn load(
         config: Config,
         checkpoint: &Checkpoint,
@@ -107,22 +108,32 @@ impl Model {
         check_memory(&config, checkpoint, options, device)?;
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
+        let by_kernels = ops::kernels_run_on(device);
         let loader = Loader::new(checkpoint, options, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
         let mut layers = Vec::with_capacity(config.layers.len());
         for (index, kind) in config.layers.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{index}.{part}");
+            let feed_forward = FeedForward::load(&loader, &name("mlp"), *kind, &config)?;
+            if by_kernels {
+                feed_forward.check_kernels(&name("mlp"))?;
+            }
             layers.push(DecoderLayer {
                 input_norm: loader.rms_norm(&name("input_layernorm"), hidden, eps)?,
                 attention: Attention::load(&loader, &name("self_attn"), &config)?,
                 post_attention_norm: loader.rms_norm(&name("post_attention_layernorm"), hidden, eps)?,
-                feed_forward: FeedForward::load(&loader, &name("mlp"), *kind, &config)?,
+                feed_forward,
             });
         }
         let norm = loader.rms_norm("model.norm", hidden, eps)?;
         let tied = config.tie_word_embeddings.then(|| embedding.weight());
-        let head = loader.head("lm_head", vocab, hidden, tied)?;
+        let head = MmfP4Linear::new(loader.head("lm_head", vocab, hidden, tied)?, None)?;
+        if by_kernels && !head.op().has_kernel() {
+            let expected = "an output head as it is stored: no Metal kernel takes one in eight bits; leave out --int8-head, \
+                            or compute on the CPU (--device cpu)";
+            return Err(Error::argument("load", "int8_head", expected, "true"));
+        }
         let report = loader.finish(
             &predicted(&config),
             config.tie_word_embeddings.then_some("lm_head.weight"),
@@ -132,7 +143,7 @@ impl Model {
             embedding,
             layers,
             norm,
-            head: MmfP4Linear::new(head, None)?.with_arithmetic(options.arithmetic),
+            head: head.with_arithmetic(options.arithmetic),
             rotary,
             path: AttentionPath::Auto,
             dtype,
@@ -443,5 +454,56 @@ mod tests {
             };
             assert_eq!(needs.bytes(context, CacheFormat::Half), needed(options));
         }
+    }
+
+    #[test]
+    #[cfg(msl_host)]
+    fn what_no_kernel_takes_is_refused_at_load() {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let load = |folder: &str, options: LoadOptions| {
+            Model::from_folder(format!("{root}/{folder}"), &options, &Device::Cpu).map(|_| ())
+        };
+        let (original, ours) = ("tests/data/demo-model", "examples/demo-model");
+        let quantize = Some(Format::mmfp4());
+        let eight_bits = LoadOptions {
+            int8_head: true,
+            ..LoadOptions::default()
+        };
+        // The CPU's kernels take all of it.
+        load(original, LoadOptions::default()).unwrap();
+        load(ours, eight_bits.clone()).unwrap();
+        let host = std::sync::Arc::new(crate::metal::host::Host::recorder(false));
+        host.install(|| {
+            let refused = |options, name: &str, advice: &str| match load(original, options).unwrap_err() {
+                Error::Tensor {
+                    name: found, problem, ..
+                } => assert!(found == name && problem.contains(advice), "{found}: {problem}"),
+                other => panic!("{other}"),
+            };
+            refused(LoadOptions::default(), "model.layers.0.mlp", "--quantize mmfp4");
+            let kept = LoadOptions {
+                quantize,
+                skip_layers: vec![3],
+                ..LoadOptions::default()
+            };
+            refused(kept.clone(), "model.layers.3.mlp.experts", "--no-fused-moe");
+            let one_by_one = LoadOptions {
+                separate_experts: true,
+                ..kept
+            };
+            load(original, one_by_one).unwrap();
+            load(ours, LoadOptions::default()).unwrap();
+            match load(ours, eight_bits).unwrap_err() {
+                Error::Argument {
+                    argument, expected, ..
+                } => {
+                    assert!(
+                        argument == "int8_head" && expected.contains("leave out"),
+                        "{expected}"
+                    );
+                }
+                other => panic!("{other}"),
+            }
+        });
     }
 }
