@@ -186,17 +186,26 @@ pub(super) fn measure(runner: &Runner, data: &Data, add: &mut dyn FnMut(Check)) 
     }
 }
 
-/// On the CPU plain loads by the threads that the kernels use; on a GPU Candle's copy, many times one after another, so
-/// that starting and waiting count for little.
+/// What speeds are a share of on this runner.
 fn yardstick(runner: &Runner, data: &Data) -> Result<Yardstick> {
-    if let Runner::Cpu(executor) = runner {
-        let regions: Vec<&[u8]> = data.weights.iter().flat_map(regions).collect();
-        let rates = (0..5).map(|_| read_bandwidth(executor, &regions));
-        return Ok(Yardstick {
-            rate: rates.fold(0.0, f64::max),
-            name: "reading",
-        });
+    match runner {
+        // Plain loads by the threads that the kernels use.
+        Runner::Cpu(executor) => {
+            let regions: Vec<&[u8]> = data.weights.iter().flat_map(regions).collect();
+            let rates = (0..5).map(|_| read_bandwidth(executor, &regions));
+            Ok(Yardstick {
+                rate: rates.fold(0.0, f64::max),
+                name: "reading",
+            })
+        }
+        #[cfg(any(msl_host, target_os = "macos"))]
+        _ => copying(runner),
     }
+}
+
+/// Candle's copy, many times one after another, so that starting and waiting count for little.
+#[cfg(any(msl_host, target_os = "macos"))]
+fn copying(runner: &Runner) -> Result<Yardstick> {
     const COPIES: usize = 16;
     let len = COLD as usize;
     let from = Tensor::zeros(len, DType::U8, &runner.device())?;
