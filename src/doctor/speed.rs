@@ -132,8 +132,9 @@ pub(super) fn first_call(runner: &Runner, add: &mut dyn FnMut(Check)) {
     add(match measured() {
         Ok(times) => {
             let found = format!(
-                "{:.3} ms with compilation, later ones {:.3} ms{} (a product of 256 × 256)",
+                "{:.3} ms{}, later ones {:.3} ms{} (a product of 256 × 256)",
                 milliseconds(times.first),
+                if runner.is_cpu() { "" } else { " with compilation" },
                 milliseconds(times.later),
                 times.told_gpu(),
             );

@@ -168,10 +168,20 @@ impl Bench<'_> {
 
     /// Compares an output with the reference's values.
     fn compare(&mut self, case: String, output: &Tensor, expected: Vec<f32>) -> Result<()> {
+        self.compare_within(bound_of(output.dtype()), case, output, expected)
+    }
+
+    /// The same with another bound of the NMSE.
+    fn compare_within(
+        &mut self,
+        bound: f64,
+        case: String,
+        output: &Tensor,
+        expected: Vec<f32>,
+    ) -> Result<()> {
         let expected = Tensor::from_vec(expected, output.shape(), &Device::Cpu)?;
-        let tolerance = Tolerance::of(output.dtype());
-        let comparison = compare_with_reference(output, &expected, tolerance)?;
-        self.see(case, bound_of(output.dtype()), comparison);
+        let comparison = compare_with_reference(output, &expected, Tolerance::Nmse(bound))?;
+        self.see(case, bound, comparison);
         Ok(())
     }
 
@@ -278,6 +288,42 @@ mod tests {
         for check in checks {
             assert_eq!(check.status, Status::Ok, "{check:?}");
         }
+    }
+
+    #[test]
+    #[cfg(msl_host)]
+    fn what_the_cpu_computed_in_a_kernels_place_does_not_agree() {
+        use crate::cpu::Routing;
+        use crate::metal::host::Host;
+        use crate::ops::{Route, validate_kernel_output};
+        let runner = Runner::Host(std::sync::Arc::new(Host::recorder(false)));
+        let of = |compare| check(&runner, &ours("family", compare));
+        let nothing = of(|bench| {
+            let x = bench.tensor(&[2, 3], DType::F32)?;
+            let expected = to_f32(&x)?;
+            bench.compare("a".into(), &x, expected)
+        });
+        assert_eq!(
+            (nothing.status, nothing.found.as_str()),
+            (Status::Wrong, "no kernel ran")
+        );
+        // The choice alone has no kernel; `Router` has.
+        let route = of(|bench| {
+            let routing = Routing {
+                top_k: 1,
+                n_group: 1,
+                topk_group: 1,
+                normalize: true,
+                scaling_factor: 1.0,
+            };
+            let logits = bench.tensor(&[2, 3], DType::F32)?;
+            let comparison = validate_kernel_output(&Route::new(routing, vec![0.0; 3])?, &logits)?;
+            assert!(comparison.all_close);
+            bench.see("a".into(), 1e-9, comparison);
+            Ok(())
+        });
+        assert_eq!(route.status, Status::Wrong);
+        assert!(route.found.contains("mmfp4-route: the CPU did"), "{route:?}");
     }
 
     /// By launch plans alone: it needs no compiler.

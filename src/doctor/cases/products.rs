@@ -9,8 +9,15 @@ use crate::metal::linear::FEW;
 use crate::ops::{JoinedLinear, Linear, NormedLinear, Orientation, PerHead, RmsNorm, validate_kernel_output};
 
 /// Weights for which launch plans share rows out in other ways than for the small one: several simdgroups on the two parts
-/// or the four of a row, more rows than those that are shared out thinly, so many that none are shared.
-const OTHER_SHARES: [(usize, usize); 5] = [(24, 1024), (24, 2048), (2056, 128), (2056, 1024), (8192, 640)];
+/// or the four of a row, more rows than those that are shared out thinly, so many that none are shared, an output head's.
+const OTHER_SHARES: [(usize, usize); 6] = [
+    (24, 1024),
+    (24, 2048),
+    (2056, 128),
+    (2056, 1024),
+    (8192, 640),
+    (32_768, 128),
+];
 
 pub(super) fn linear(bench: &mut Bench<'_>) -> Result<()> {
     let (n, k) = (67, 256);
