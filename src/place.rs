@@ -18,8 +18,13 @@ pub enum Place {
 }
 
 impl Place {
-    /// The names that [`FromStr`](std::str::FromStr) knows.
-    pub const NAMES: [&str; 4] = ["auto", "cpu", "metal", "msl-host"];
+    /// The names of what this build can have. [`FromStr`](std::str::FromStr) knows `msl-host` in any build, so that
+    /// [`open`](Self::open) can say what it lacks.
+    pub const NAMES: &[&str] = if cfg!(msl_host) {
+        &["auto", "cpu", "metal", "msl-host"]
+    } else {
+        &["auto", "cpu", "metal"]
+    };
 
     /// The device. Tensors of [`MslHost`](Self::MslHost) are the CPU's: it switches all ops of this process.
     ///
@@ -42,11 +47,27 @@ impl Place {
             }
             #[cfg(not(msl_host))]
             Self::MslHost => {
-                let expected = "x86-64 Linux, and a build with the feature msl-host";
-                Err(Error::argument("device", "msl-host", expected, "neither or one"))
+                let system = format!("{} on {}", std::env::consts::OS, std::env::consts::ARCH);
+                Err(no_msl_host(
+                    cfg!(all(target_os = "linux", target_arch = "x86_64")),
+                    system,
+                ))
             }
         }
     }
+}
+
+/// Why this build has no `msl-host`: the system, or else the feature.
+#[cfg(any(not(msl_host), test))]
+fn no_msl_host(on_its_system: bool, system: String) -> Error {
+    let (expected, found) = match on_its_system {
+        false => ("x86-64 Linux", system),
+        true => (
+            "a build with the feature msl-host: cargo run --release --features cli,msl-host -- …",
+            "a build without it".into(),
+        ),
+    };
+    Error::argument("device", "msl-host", expected, found)
 }
 
 impl std::str::FromStr for Place {
@@ -60,5 +81,35 @@ impl std::str::FromStr for Place {
             "msl-host" => Ok(Self::MslHost),
             _ => Err(Error::argument("device", "name", Self::NAMES.join(", "), name)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_build_lacks_is_said() {
+        let on = |its| no_msl_host(its, "macos on aarch64".into()).to_string();
+        let (system, feature) = (on(false), on(true));
+        assert!(
+            system.contains("expected x86-64 Linux, found macos on aarch64"),
+            "{system}"
+        );
+        assert!(
+            feature.contains("--features cli,msl-host") && !feature.contains("x86"),
+            "{feature}"
+        );
+    }
+
+    #[test]
+    fn names_are_those_of_places_that_a_build_can_have() {
+        for name in Place::NAMES {
+            assert!(name.parse::<Place>().is_ok(), "{name}");
+        }
+        assert_eq!(Place::NAMES.contains(&"msl-host"), cfg!(msl_host));
+        let error = "gpu".parse::<Place>().unwrap_err().to_string();
+        assert!(error.contains("auto, cpu, metal"), "{error}");
+        assert_eq!(error.contains("msl-host"), cfg!(msl_host), "{error}");
     }
 }

@@ -384,6 +384,11 @@ fn mistakes_are_one_line_with_a_remedy() {
     assert!(line.contains("the prompt is empty"), "{line}");
     #[cfg(not(target_os = "macos"))]
     assert!(failure(&["generate", "--device", "metal"], 1).contains("use --device cpu"));
+    #[cfg(all(target_os = "linux", target_arch = "x86_64", not(feature = "msl-host")))]
+    {
+        let line = failure(&["generate", "--device", "msl-host"], 1);
+        assert!(line.contains("--features cli,msl-host"), "{line}");
+    }
     // What clap sees, it says in its own words.
     for wrong in [
         &["generate", "--no-such-flag"][..],
@@ -476,6 +481,49 @@ fn help_shows_examples_and_formats() {
         for text in shown {
             assert!(stdout(&output).contains(text), "{arguments:?} {text}");
         }
+    }
+    // Lines are wrapped once, by clap.
+    for (command, start) in [("bench", "Each test runs"), ("doctor", "Each line is")] {
+        let text = stdout(&run(&mut mmfp4(&["help", command]))).to_string();
+        let paragraph = text.lines().skip_while(|line| !line.starts_with(start));
+        let lines: Vec<_> = paragraph.take_while(|line| !line.is_empty()).collect();
+        let (_, full) = lines.split_last().unwrap();
+        assert!(full.iter().all(|line| line.len() > 80), "{lines:#?}");
+        let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains("auto, cpu, metal"), "{text}");
+        assert_eq!(words.contains("msl-host"), cfg!(feature = "msl-host"), "{text}");
+    }
+}
+
+#[test]
+fn the_doctor_fetches_no_weights() {
+    let files = std::fs::read_dir(mmfp4_demo()).unwrap().map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        (name, std::fs::read(path).unwrap())
+    });
+    let server = Server::start(State {
+        repo: "org/demo".into(),
+        commit: "0123456789abcdef0123456789abcdef01234567".into(),
+        revisions: ["main".to_string()].into(),
+        files: files.collect(),
+        ..State::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    let mut command = mmfp4(&["doctor", "--device", "cpu", "-m", "org/demo"]);
+    let output = run(command
+        // Nothing is computed: only what is said of memory counts here.
+        .env("MMFP4_CPU", "z80")
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", &server.address));
+    let text = std::str::from_utf8(&output.stdout).unwrap();
+    assert!(text.contains("org/demo: 10 MB of weights"), "{output:?}");
+    assert!(!server.state().requests.is_empty());
+    for file in [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ] {
+        assert!(server.downloads(file).is_empty(), "{file}");
     }
 }
 
@@ -885,6 +933,7 @@ fn doctor(arguments: &[&str]) -> Value {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     let checks = report["checks"].as_array().unwrap();
     let wrong = checks.iter().any(|check| check["status"] == "wrong");
+    assert_eq!(report["status"] == "wrong", wrong, "{report}");
     assert_eq!(output.status.code(), Some(i32::from(wrong)), "{report}");
     if cfg!(target_os = "linux") {
         assert!(!wrong, "{report}");
@@ -896,6 +945,13 @@ fn doctor(arguments: &[&str]) -> Value {
 fn the_doctor_examines_machine_and_kernels() {
     let report = doctor(&["--device", "cpu"]);
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+    let machine = &report["machine"];
+    assert_eq!(machine["os"], std::env::consts::OS);
+    assert!(
+        machine["os_version"].is_string() && machine["gpu"].is_null(),
+        "{machine}"
+    );
+    assert!(machine["memory_bytes"].as_u64() > Some(1 << 28), "{machine}");
     let checks = report["checks"].as_array().unwrap();
     for check in checks {
         let texts = ["name", "found"].map(|field| check[field].as_str().unwrap());
@@ -927,17 +983,25 @@ fn the_doctor_examines_machine_and_kernels() {
     assert!(!named(": linear").is_empty());
     for family in [
         "linear",
+        "linear, floating point",
+        "joined linear",
+        "normed linear",
         "per head",
+        "per head, floating point",
+        "MLP",
         "mixture of experts",
         "routing",
         "RMS norm",
+        "addition",
         "RoPE",
+        "latent rows",
         "attention",
     ] {
         assert_eq!(named(&format!(": {family}")).len(), named(": linear").len());
         for check in named(&format!(": {family}")) {
             assert!(number(check, "nmse") <= number(check, "bound"), "{check}");
-            assert!(number(check, "cases") >= 4.0);
+            // Six numbers of rows in three dtypes; whole, as counts are.
+            assert!(check["numbers"]["cases"].as_u64() >= Some(18), "{check}");
         }
     }
     for check in named("speed of linear, 1 row") {
@@ -967,6 +1031,9 @@ fn the_doctor_says_what_is_wrong_and_what_to_do() {
         assert!(text.contains(part), "{text}");
     }
     assert!(stderr(&output).contains(" wrong"), "{output:?}");
+    if cfg!(target_os = "linux") {
+        assert!(text.contains("none that this program uses"), "{text}");
+    }
     let line = failure(&["doctor", "-m", "./no/such/folder"], 1);
     assert!(line.contains("check the path"), "{line}");
 }

@@ -1,12 +1,12 @@
 //! What a GPU is (macOS). Type-checked for the real target; not run yet.
 
-use super::requirements::{ACTIVATIONS, APPLE_FAMILY, CacheFormat, Needs, gb};
-use super::{Check, Options, Status};
-use crate::metal::device::{Gpu, has_bfloat, has_simdgroup_matrices};
+use super::requirements::{APPLE_FAMILY, CacheFormat, Needs, gb};
+use super::{Check, Gpu, Options, Status};
+use crate::metal::device::{self, has_bfloat, has_simdgroup_matrices};
 use candle_core::MetalDevice;
 
-pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn FnMut(Check)) {
-    let gpu = Gpu::of(device);
+pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn FnMut(Check)) -> Gpu {
+    let gpu = device::Gpu::of(device);
     let family = gpu.family.map_or("none of Apple's families".into(), |family| {
         format!("family Apple{family}")
     });
@@ -17,7 +17,7 @@ pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn Fn
         gb(gpu.largest_buffer),
         gpu.threadgroup_memory >> 10,
     );
-    let check = Check::ok("GPU", found).with("apple_family", f64::from(gpu.family.unwrap_or(0)));
+    let check = Check::ok("GPU", found);
     add(match gpu.family >= Some(APPLE_FAMILY) {
         true => check,
         false => check.but(
@@ -27,31 +27,45 @@ pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn Fn
             ),
         ),
     });
-    for (name, found) in [
-        ("GPU bfloat", has_bfloat(device)),
-        ("GPU simdgroup matrices", has_simdgroup_matrices(device)),
-    ] {
-        add(match found {
+    let mut present = |name, found: Result<(), String>| {
+        add(match &found {
             Ok(()) => Check::ok(name, "present"),
-            Err(error) => Check::failed(name, &error, "compute on the CPU: --device cpu"),
+            Err(error) => Check::failed(name, error, "compute on the CPU: --device cpu"),
         });
-    }
-    let Ok(needs) = options.model.clone().map_or_else(Needs::flash, Ok) else {
-        return;
+        found.is_ok()
     };
-    let bytes = needs.bytes(options.context, CacheFormat::Half) + ACTIVATIONS;
+    let described = Gpu {
+        bfloat: present("GPU bfloat", has_bfloat(device)),
+        simdgroup_matrices: present("GPU simdgroup matrices", has_simdgroup_matrices(device)),
+        name: gpu.name.clone(),
+        apple_family: gpu.family,
+        working_set_bytes: gpu.working_set,
+        largest_buffer_bytes: gpu.largest_buffer,
+        threadgroup_memory_bytes: gpu.threadgroup_memory,
+        unified_memory: gpu.unified,
+    };
+    add(match options.model.clone().map_or_else(Needs::flash, Ok) {
+        Ok(needs) => memory(&gpu, &needs, options.context),
+        Err(error) => Check::failed("GPU memory", &error, ""),
+    });
+    described
+}
+
+/// Whether loading the model would be refused.
+fn memory(gpu: &device::Gpu, needs: &Needs, context: usize) -> Check {
+    let bytes = needs.bytes(context, CacheFormat::Half);
     let found = format!(
         "{} for the GPU; {} with {} tokens takes {}",
         gb(gpu.working_set),
         needs.name,
-        options.context,
+        needs.held(context),
         gb(bytes)
     );
     let check = Check::ok("GPU memory", found)
-        .with("recommended_working_set_bytes", gpu.working_set as f64)
-        .with("needed_bytes", bytes as f64);
-    add(match gpu.check(bytes) {
+        .with("recommended_working_set_bytes", gpu.working_set)
+        .with("needed_bytes", bytes);
+    match gpu.check(bytes) {
         Ok(()) => check,
-        Err(error) => check.but(Status::Warning, error.to_string()),
-    });
+        Err(error) => check.but(Status::Wrong, error.to_string()),
+    }
 }

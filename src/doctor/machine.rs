@@ -1,52 +1,52 @@
 //! The system, the processor, memory, the environment.
 
+mod environment;
 mod facts;
 
 use super::requirements::{CANDLE, CacheFormat, MACOS, Needs, gb};
-use super::{Check, Options, Status};
+use super::{Check, Machine, Options, Status};
 use crate::cpu::{Executor, Isa};
-use crate::{Result, memory};
+use crate::{Place, Result, memory};
 
-/// Variables that change what the kernels do, or how fast, begin so.
-const VARIABLES: [&str; 5] = ["MMFP4_", "CANDLE_", "RAYON_", "MTL_", "METAL_"];
-
-/// Those among them that check what the GPU does, and slow it down.
-const DEBUGGING: [&str; 2] = ["MTL_DEBUG_LAYER", "MTL_SHADER_VALIDATION"];
-
-pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<()> {
-    add(system());
+pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<Machine> {
+    let machine = Machine {
+        os: std::env::consts::OS,
+        os_version: facts::version(),
+        architecture: std::env::consts::ARCH,
+        processor: facts::processor(),
+        physical_cores: num_cpus::get_physical(),
+        memory_bytes: facts::memory(),
+        available_bytes: memory::available().or_else(facts::available),
+        gpu: None,
+    };
+    add(system(&machine));
     add(program());
-    let cores = num_cpus::get_physical();
+    let cores = machine.physical_cores;
     add(
-        Check::ok("processor", format!("{}, {cores} cores", facts::processor()))
-            .with("physical_cores", cores as f64),
+        Check::ok("processor", format!("{}, {cores} cores", machine.processor)).with("physical_cores", cores),
     );
     add(instructions());
-    let set = std::env::vars_os().filter_map(|(name, value)| {
-        let name = name.into_string().ok()?;
-        let value = value.to_string_lossy().into_owned();
-        let matters = VARIABLES.iter().any(|prefix| name.starts_with(prefix));
-        matters.then_some((name, value))
-    });
-    add(environment(set.collect()));
-    let (total, available) = (facts::memory(), memory::available().or_else(facts::available));
-    add(has(total, available));
+    add(environment::check(environment::set()));
+    add(has(machine.memory_bytes, machine.available_bytes));
     let needs = match &options.model {
         Some(needs) => needs.clone(),
         None => Needs::flash()?,
     };
-    add(fits(&needs, options, total, cfg!(target_os = "macos")));
-    Ok(())
+    add(fits(
+        &needs,
+        options,
+        machine.memory_bytes,
+        cfg!(target_os = "macos"),
+    ));
+    Ok(machine)
 }
 
-fn system() -> Check {
-    let check = Check::ok(
-        "system",
-        format!("{}, {}", facts::system(), std::env::consts::ARCH),
-    );
-    match facts::macos() {
-        Some(version) => of_mac(check, &version),
-        None => check,
+fn system(machine: &Machine) -> Check {
+    let found = format!("{}, {}", facts::system(), machine.architecture);
+    let check = Check::ok("system", found);
+    match &machine.os_version {
+        Some(version) if machine.os == "macos" => of_mac(check, version),
+        _ => check,
     }
 }
 
@@ -73,7 +73,7 @@ fn program() -> Check {
         features.extend(on.then_some(name));
     }
     let found = format!(
-        "candle-mmfp4 {} for Candle {CANDLE}; features: {}",
+        "candle-mmfp4 {}, written for Candle {CANDLE}; features: {}",
         env!("CARGO_PKG_VERSION"),
         features.join(", ")
     );
@@ -109,7 +109,7 @@ fn instructions() -> Check {
             false => others.join(", "),
         }
     );
-    let check = Check::ok(name, found).with("threads", executor.threads() as f64);
+    let check = Check::ok(name, found).with("threads", executor.threads());
     match executor.isa() {
         Isa::Reference => check.but(
             Status::Warning,
@@ -117,28 +117,6 @@ fn instructions() -> Check {
              MMFP4_CPU if that chose it",
         ),
         _ => check,
-    }
-}
-
-fn environment(mut set: Vec<(String, String)>) -> Check {
-    set.sort();
-    let slows = set
-        .iter()
-        .any(|(name, value)| DEBUGGING.contains(&name.as_str()) && value != "0");
-    let all: Vec<_> = set
-        .into_iter()
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
-    let check = match all.is_empty() {
-        true => Check::ok("environment", "nothing set that matters"),
-        false => Check::ok("environment", all.join(" ")),
-    };
-    match slows {
-        true => check.but(
-            Status::Warning,
-            "Metal's debugging slows every kernel down: unset it for speed (docs/environment.md)",
-        ),
-        false => check,
     }
 }
 
@@ -150,40 +128,57 @@ fn has(total: Option<u64>, available: Option<u64>) -> Check {
     );
     for (name, bytes) in [("total_bytes", total), ("available_bytes", available)] {
         if let Some(bytes) = bytes {
-            check = check.with(name, bytes as f64);
+            check = check.with(name, bytes);
         }
     }
     check
 }
 
-/// Whether a model fits. On a Mac it has to: the GPU's memory cannot be read from files again and again, as the CPU's can.
+/// Whether a model fits. For a Mac's GPU it has to: that cannot read it from files again and again, as the CPU can.
 fn fits(needs: &Needs, options: &Options, total: Option<u64>, on_mac: bool) -> Check {
-    let (tokens, format) = (options.context, CacheFormat::F32);
+    let on_gpu = match options.place {
+        Place::Metal => true,
+        Place::Auto => on_mac,
+        Place::Cpu | Place::MslHost => false,
+    };
+    let format = if on_gpu {
+        CacheFormat::Half
+    } else {
+        CacheFormat::F32
+    };
+    let (tokens, needed) = (
+        needs.held(options.context),
+        needs.of_machine(options.context, format),
+    );
     let mut check = Check::ok(
         "memory for a model",
         format!(
-            "{}: {} of weights, {} of cache for {tokens} tokens",
+            "{}: {} of weights, {} of cache in {} for {tokens} tokens",
             needs.name,
             gb(needs.weights),
             gb(needs.bytes(tokens, format) - needs.weights),
+            format.name(),
         ),
     );
     check = check
-        .with("weights_bytes", needs.weights as f64)
-        .with("cache_bytes_per_token", needs.cache_per_token(format) as f64)
-        .with("needed_bytes", needs.of_mac(tokens, format) as f64);
-    let Some(total) = total.filter(|total| *total < needs.of_mac(tokens, format)) else {
+        .with("weights_bytes", needs.weights)
+        .with("cache_bytes_per_token", needs.cache_per_token(format))
+        .with("needed_bytes", needed);
+    let Some(total) = total.filter(|total| *total < needed) else {
         return check;
     };
     let smaller = "take a smaller model (the demo model needs 0.1 GB) or a shorter context";
     let of_mac = |gib: u64| format!(", or a Mac with {gib} GB");
-    match on_mac {
+    match on_gpu {
         true => check.but(
             Status::Wrong,
             format!(
-                "{} are too few, the system's own share included: {smaller}{}",
+                "{} are too few for the GPU, the system's own share included: {smaller}{}; the CPU would compute, slowly: \
+                 --device cpu",
                 gb(total),
-                needs.smallest_mac(tokens, format).map_or(String::new(), of_mac)
+                needs
+                    .smallest_mac(tokens, format)
+                    .map_or(String::new(), of_mac)
             ),
         ),
         false => check.but(
@@ -210,34 +205,56 @@ mod tests {
 
     #[test]
     fn a_mac_of_16_gb_is_refused_with_advice() {
-        let (flash, options) = (Needs::flash().unwrap(), Options::default());
-        let of = |gib: u64, on_mac| fits(&flash, &options, Some(gib << 30), on_mac);
-        let refused = of(16, true);
-        assert_eq!(refused.status, Status::Wrong);
-        assert!(refused.advice.contains("a Mac with 24 GB"), "{}", refused.advice);
-        assert!(refused.advice.contains("smaller model"));
-        assert_eq!(of(24, true).status, Status::Ok);
-        assert_eq!(of(16, false).status, Status::Warning);
-        assert_eq!(fits(&flash, &options, None, true).status, Status::Ok);
-        // More context, more memory.
-        let long = Options {
-            context: 131_072,
-            ..Options::default()
+        let flash = Needs::flash().unwrap();
+        let of = |gib: u64, place, context, on_mac| {
+            let options = Options {
+                place,
+                context,
+                model: None,
+            };
+            fits(&flash, &options, Some(gib << 30), on_mac)
         };
-        assert_eq!(fits(&flash, &long, Some(24 << 30), true).status, Status::Wrong);
+        for place in [Place::Auto, Place::Metal] {
+            let refused = of(16, place, 8192, true);
+            assert_eq!(refused.status, Status::Wrong);
+            assert!(refused.advice.contains("a Mac with 24 GB"), "{}", refused.advice);
+            for part in ["smaller model", "--device cpu"] {
+                assert!(refused.advice.contains(part), "{}", refused.advice);
+            }
+            assert_eq!(of(24, place, 8192, true).status, Status::Ok);
+            // More context, more memory: as much as the README says, the cache being in BF16.
+            assert_eq!(of(24, place, 131_072, true).status, Status::Wrong);
+            let fits = of(32, place, 131_072, true);
+            assert_eq!(fits.status, Status::Ok);
+            assert!(
+                fits.found.contains("7.1 GB of cache in F16, BF16"),
+                "{}",
+                fits.found
+            );
+        }
     }
 
     #[test]
-    fn what_slows_metal_down_is_named() {
-        let of = |name: &str, value: &str| environment(vec![(name.into(), value.into())]);
-        assert_eq!(of("MTL_SHADER_VALIDATION", "1").status, Status::Warning);
-        assert_eq!(of("MTL_SHADER_VALIDATION", "0").status, Status::Ok);
-        let found = of("MMFP4_THREADS", "2");
-        assert_eq!(
-            (found.status, found.found.as_str()),
-            (Status::Ok, "MMFP4_THREADS=2")
-        );
-        assert_eq!(environment(Vec::new()).found, "nothing set that matters");
+    fn a_cpu_with_too_little_memory_is_slow_and_no_more() {
+        let flash = Needs::flash().unwrap();
+        for (place, on_mac) in [
+            (Place::Cpu, true),
+            (Place::Cpu, false),
+            (Place::Auto, false),
+            (Place::MslHost, false),
+        ] {
+            let options = Options {
+                place,
+                context: 131_072,
+                model: None,
+            };
+            let of = |total| fits(&flash, &options, total, on_mac);
+            assert_eq!(of(Some(16 << 30)).status, Status::Warning);
+            // In F32 there.
+            assert_eq!(of(Some(32 << 30)).status, Status::Warning);
+            assert_eq!(of(Some(36 << 30)).status, Status::Ok);
+            assert_eq!(of(None).status, Status::Ok);
+        }
     }
 
     #[test]
@@ -246,6 +263,6 @@ mod tests {
         assert!(facts::system().contains("Linux"), "{}", facts::system());
         assert!(!facts::processor().is_empty());
         assert!(facts::memory() > Some(1 << 28));
-        assert_eq!(facts::macos(), None);
+        assert!(facts::version().is_some_and(|version| version.starts_with(|c: char| c.is_ascii_digit())));
     }
 }

@@ -12,16 +12,17 @@ mod cases;
 #[cfg(target_os = "macos")]
 mod gpu;
 mod machine;
+mod report;
 pub mod requirements;
 mod runner;
 mod speed;
+
+pub use report::{Check, Gpu, Machine, Number, Report, Status};
 
 use crate::cpu::{Executor, Isa};
 use crate::{Place, Result};
 use requirements::Needs;
 use runner::Runner;
-use serde::Serialize;
-use std::collections::BTreeMap;
 
 /// What to examine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,89 +45,7 @@ impl Default for Options {
     }
 }
 
-/// How something was found to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// As it should be.
-    Ok,
-    /// It works, but worse than it could.
-    Warning,
-    /// It does not work, or gives wrong results.
-    Wrong,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Check {
-    /// What it is.
-    pub name: String,
-    /// How it is.
-    pub status: Status,
-    /// What was found.
-    pub found: String,
-    /// What to do about it; empty where nothing is to be done.
-    pub advice: String,
-    /// The numbers behind `found`: `nmse` and `bound`, `gb_per_s`, `first_ms`, `later_ms`, sizes in bytes, …
-    pub numbers: BTreeMap<&'static str, f64>,
-}
-
-impl Check {
-    /// Something that is as it should be.
-    fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            status: Status::Ok,
-            found: found.into(),
-            advice: String::new(),
-            numbers: BTreeMap::new(),
-        }
-    }
-
-    /// The same, but otherwise.
-    fn but(self, status: Status, advice: impl Into<String>) -> Self {
-        Self {
-            status,
-            advice: advice.into(),
-            ..self
-        }
-    }
-
-    /// With a number.
-    fn with(mut self, name: &'static str, value: f64) -> Self {
-        self.numbers.insert(name, value);
-        self
-    }
-
-    /// What could not be found out.
-    fn failed(name: impl Into<String>, error: &dyn std::fmt::Display, advice: &str) -> Self {
-        Self::ok(name, error.to_string()).but(Status::Wrong, advice)
-    }
-}
-
-/// All that was looked at.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Report {
-    /// This crate's version.
-    pub version: &'static str,
-    /// In the order in which it was looked at.
-    pub checks: Vec<Check>,
-}
-
-impl Report {
-    /// The worst of all.
-    pub fn status(&self) -> Status {
-        let all = self.checks.iter().map(|check| check.status);
-        all.max().unwrap_or(Status::Ok)
-    }
-
-    /// Whether anything is wrong.
-    pub fn is_wrong(&self) -> bool {
-        self.status() == Status::Wrong
-    }
-}
-
-/// Looks at everything; `seen` is called with each check when it is done. Takes some seconds and some 300 MB of memory.
+/// Looks at everything; `seen` is called with each check when it is done. Takes some seconds and some 500 MB of memory.
 ///
 /// # Errors
 /// [`Error::Io`](crate::Error::Io) without that memory. What is wrong with the machine is no error, but in the report.
@@ -136,24 +55,28 @@ pub fn examine(options: &Options, mut seen: impl FnMut(&Check)) -> Result<Report
         seen(&check);
         checks.push(check);
     };
-    machine::look(options, &mut add)?;
+    let mut machine = machine::look(options, &mut add)?;
     let data = speed::Data::new()?;
     if matches!(options.place, Place::Auto | Place::Cpu) {
         cpu(&data, &mut add);
     }
     match options.place {
         Place::Cpu => {}
-        // There is no GPU that would be taken.
-        Place::Auto if !cfg!(target_os = "macos") => {}
+        Place::Auto if !cfg!(target_os = "macos") => {
+            add(Check::ok("GPU", "none that this program uses: the CPU computes"));
+        }
         place => match runner::of_place(place) {
-            Ok(runner) => kernels(&runner, options, &data, &mut add),
-            Err(error) => add(Check::failed("GPU", &error, runner::ADVICE)),
+            Ok(runner) => {
+                machine.gpu = runner::describe(&runner, options, &mut add);
+                speed::first_call(&runner, &mut add);
+                runner::compile(&runner, &mut add);
+                cases::compare(&runner, &mut add);
+                speed::measure(&runner, &data, &mut add);
+            }
+            Err(error) => add(runner::refused(place, &error)),
         },
     }
-    Ok(Report {
-        version: env!("CARGO_PKG_VERSION"),
-        checks,
-    })
+    Ok(Report::new(machine, checks))
 }
 
 /// The CPU's kernels, in each instruction set that this machine has.
@@ -176,13 +99,4 @@ fn cpu(data: &speed::Data, add: &mut dyn FnMut(Check)) {
             Err(error) => add(Check::failed(isa.name(), &error, "")),
         }
     }
-}
-
-/// Metal kernels.
-fn kernels(runner: &Runner, options: &Options, data: &speed::Data, add: &mut dyn FnMut(Check)) {
-    runner::describe(runner, options, add);
-    speed::first_call(runner, add);
-    runner::compile(runner, add);
-    cases::compare(runner, add);
-    speed::measure(runner, data, add);
 }

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::checkpoint::{Checkpoint, ModelFiles, Synthetic};
-use crate::models::glm4_moe_lite::Config;
+use crate::models::glm4_moe_lite::{Config, cache_width, weights_stored};
 
 /// The oldest macOS: Candle uses residency sets, the kernels a math mode, that came with it.
 pub const MACOS: u32 = 15;
@@ -10,7 +10,7 @@ pub const MACOS: u32 = 15;
 /// The oldest family of Apple's GPUs, that of M1.
 pub const APPLE_FAMILY: u32 = 7;
 
-/// The version of Candle that this crate is written for: later ones of 0.11 may do.
+/// The version of Candle that this crate is written for; which one a program was built with, Cargo decides.
 pub const CANDLE: &str = "0.11.1";
 
 /// What a Mac's system and other programs are left, in bytes.
@@ -46,7 +46,7 @@ impl CacheFormat {
         }
     }
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
             Self::Half => "F16, BF16",
@@ -63,6 +63,8 @@ pub struct Needs {
     pub weights: u64,
     /// Numbers that the cache holds of a token.
     pub cache_width: u64,
+    /// Tokens that it holds at most.
+    pub most_tokens: usize,
 }
 
 impl Needs {
@@ -71,7 +73,8 @@ impl Needs {
         Self {
             name: name.into(),
             weights,
-            cache_width: (config.layers.len() * config.cache_width()) as u64,
+            cache_width: cache_width(config),
+            most_tokens: config.max_position_embeddings,
         }
     }
 
@@ -80,12 +83,8 @@ impl Needs {
     /// # Errors
     /// Those of [`Config::from_files`] and [`Checkpoint::from_files`].
     pub fn of_files(name: impl Into<String>, files: &ModelFiles) -> Result<Self> {
-        let checkpoint = Checkpoint::from_files(files)?;
-        let weights = checkpoint
-            .tensors()
-            .map(|(_, tensor)| tensor.bytes.len() as u64)
-            .sum();
-        Ok(Self::new(name, &Config::from_files(files)?, weights))
+        let (config, checkpoint) = (Config::from_files(files)?, Checkpoint::from_files(files)?);
+        Ok(Self::new(name, &config, weights_stored(&config, &checkpoint)))
     }
 
     /// Of GLM-4.7-Flash in MMFP4, its embeddings, routers and output head in BF16.
@@ -103,20 +102,27 @@ impl Needs {
         self.cache_width * format.size()
     }
 
-    /// Bytes of weights and of a cache for so many tokens.
+    /// Of so many tokens those that the cache can hold.
+    pub fn held(&self, tokens: usize) -> usize {
+        tokens.min(self.most_tokens)
+    }
+
+    /// Bytes of weights and of a cache for so many tokens: what
+    /// [`Model::load`](crate::models::glm4_moe_lite::Model::load) asks of a GPU.
     pub fn bytes(&self, tokens: usize, format: CacheFormat) -> u64 {
-        let cache = self.cache_per_token(format).saturating_mul(tokens as u64);
+        let held = self.held(tokens) as u64;
+        let cache = self.cache_per_token(format).saturating_mul(held);
         self.weights.saturating_add(cache)
     }
 
-    /// Bytes that a Mac must have for it.
-    pub fn of_mac(&self, tokens: usize, format: CacheFormat) -> u64 {
+    /// Bytes that a machine should have for it, the system's and other programs' included.
+    pub fn of_machine(&self, tokens: usize, format: CacheFormat) -> u64 {
         self.bytes(tokens, format).saturating_add(ACTIVATIONS + SYSTEM)
     }
 
     /// The smallest of [`MACS`] that has them, in GiB.
     pub fn smallest_mac(&self, tokens: usize, format: CacheFormat) -> Option<u64> {
-        let needed = self.of_mac(tokens, format);
+        let needed = self.of_machine(tokens, format);
         MACS.into_iter().find(|gib| gib << 30 >= needed)
     }
 }
@@ -137,9 +143,9 @@ pub fn tables() -> Result<String> {
     let flash = Needs::flash()?;
     let mut text = String::from("| on a Mac | |\n|---|---|\n");
     let memory = format!(
-        "{} GB or more, 16 GB are refused; where the system gives the GPU too little of it, `mmfp4 doctor` says how to \
-         give it more",
-        flash.smallest_mac(CONTEXTS[0], CacheFormat::F32).unwrap_or(0)
+        "{} GB or more for the GPU, which 16 GB are too few for; where the system gives it too little of them, \
+         `mmfp4 doctor` says how to give it more",
+        flash.smallest_mac(CONTEXTS[0], CacheFormat::Half).unwrap_or(0)
     );
     for (name, needed) in [
         ("system", format!("macOS {MACOS} or newer")),
@@ -147,7 +153,7 @@ pub fn tables() -> Result<String> {
             "processor",
             format!("M1 or later (GPU family Apple{APPLE_FAMILY})"),
         ),
-        ("Candle", CANDLE.into()),
+        ("Candle", format!("{CANDLE}, which this is written for")),
         (&format!("memory for {}", flash.name), memory),
     ] {
         text += &format!("| {name} | {needed} |\n");
@@ -212,9 +218,19 @@ mod tests {
         assert_eq!(flash.cache_per_token(CacheFormat::F32), 108_288);
         assert!((15_900_000_000..17_000_000_000).contains(&flash.weights));
         for format in CacheFormat::ALL {
-            assert!(flash.of_mac(1024, format) > 16 << 30);
+            assert!(flash.of_machine(1024, format) > 16 << 30);
             assert_eq!(flash.smallest_mac(CONTEXTS[0], format), Some(24));
         }
-        assert_eq!(flash.smallest_mac(usize::MAX, CacheFormat::F32), None);
+        // No cache holds more than the model's context.
+        let most = flash.most_tokens;
+        assert_eq!(
+            flash.bytes(usize::MAX, CacheFormat::F32),
+            flash.bytes(most, CacheFormat::F32)
+        );
+        let larger = Needs {
+            weights: 1 << 40,
+            ..flash
+        };
+        assert_eq!(larger.smallest_mac(CONTEXTS[0], CacheFormat::F32), None);
     }
 }

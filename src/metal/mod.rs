@@ -38,19 +38,21 @@ use crate::fp4::{FloatKind, Format};
 use candle_core::DType;
 use plan::Plan;
 
-/// Plans that between them launch every kernel on weights of a format and activations of a dtype: what can be compiled
-/// ahead of the first token.
+/// Plans that between them launch every kernel on weights of a format, or in floating point of any kind, and activations
+/// of a dtype, for both ways to pair: what can be compiled ahead of the first token.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) for a dtype that no kernel has; [`Error::Tensor`](crate::Error::Tensor) for a
 /// format that cannot be.
 pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
-    let families = [
-        linear::every_kernel(format, dtype)?,
-        dense::every_kernel(FloatKind::BF16, dtype)?,
-        norm_rope::every_kernel(dtype, Pairing::Interleaved)?,
-        router::every_kernel(dtype)?,
-        moe::every_kernel(format, dtype)?,
-    ];
-    Ok(families.into_iter().flatten().collect())
+    let mut plans = linear::every_kernel(format, dtype)?;
+    for kind in [FloatKind::F32, FloatKind::F16, FloatKind::BF16] {
+        plans.extend(dense::every_kernel(kind, dtype)?);
+    }
+    for pairing in [Pairing::Interleaved, Pairing::Halves] {
+        plans.extend(norm_rope::every_kernel(dtype, pairing)?);
+    }
+    plans.extend(router::every_kernel(dtype)?);
+    plans.extend(moe::every_kernel(format, dtype)?);
+    Ok(plans)
 }

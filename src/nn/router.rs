@@ -24,6 +24,11 @@ impl Router {
         weight.size_in_bytes() + weight.shape().0 * size_of::<f32>()
     }
 
+    /// Whether a device that runs launch plans has kernels for it.
+    pub fn has_kernel(&self) -> bool {
+        self.op.has_kernel()
+    }
+
     /// Expert ids (U32) and weights (F32), both `[T, top_k]`, for `x` `[T, D]`, and the logits `[T, E]`.
     ///
     /// # Errors

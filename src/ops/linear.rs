@@ -71,6 +71,11 @@ impl Linear {
         self.weight.size_in_bytes() + self.bias().map_or(0, size_of_val)
     }
 
+    /// Whether a device that runs launch plans has kernels for this weight.
+    pub fn has_kernel(&self) -> bool {
+        !matches!(self.weight, Weight::Int8(_))
+    }
+
     /// Applies the op to `x` `[…, K]` in F32, F16 or BF16.
     ///
     /// # Errors

@@ -60,6 +60,11 @@ impl GatedMlp {
         self.copied
     }
 
+    /// Whether a device that runs launch plans has kernels for these weights.
+    pub fn has_kernel(&self) -> bool {
+        self.stack.is_some()
+    }
+
     /// Applies the op to `x` `[…, D]` in F32, F16 or BF16.
     ///
     /// # Errors

@@ -28,6 +28,8 @@ mod router;
 mod rows;
 mod validate;
 
+pub(crate) use planned::runs_on as kernels_run_on;
+
 pub use add::Add;
 pub use attention::Attention;
 pub use latent::LatentRows;
@@ -47,7 +49,8 @@ pub use validate::{
 /// The answer, on a Metal tensor, of an op without a kernel.
 fn no_metal<T>(op: &str) -> candle_core::Result<T> {
     candle_core::bail!(
-        "{op}: no Metal kernel for these operands; move the model and its inputs to Device::Cpu"
+        "{op}: no Metal kernel for these operands; quantise the weights while loading (--quantize mmfp4), or compute on \
+         the CPU (--device cpu; in a program, move the model and its inputs to Device::Cpu)"
     )
 }
 

@@ -79,6 +79,11 @@ impl FusedMoe {
         self.copied
     }
 
+    /// Whether a device that runs launch plans has kernels for these weights.
+    pub fn has_kernel(&self) -> bool {
+        self.stack.is_some()
+    }
+
     /// Applies the op: `x` is `[…, D]` in F32, F16 or BF16, `ids` `[…, top_k]` in U32, `weights` `[…, top_k]`
     /// in F32, F16 or BF16; the result has `x`'s shape and dtype.
     ///

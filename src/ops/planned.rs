@@ -18,7 +18,7 @@ pub(super) struct Planned<'a, const N: usize> {
 }
 
 /// Whether ops of this device's tensors run launch plans.
-pub(super) fn runs_on(device: &Device) -> bool {
+pub(crate) fn runs_on(device: &Device) -> bool {
     #[cfg(msl_host)]
     if crate::metal::host::Host::current().is_some() {
         return true;
@@ -75,7 +75,7 @@ pub(super) fn in_place_of_cpu<'a, const N: usize>(
     match plan()? {
         Some(planned) => super::host::run(&host, planned, inputs).map(Some),
         None => {
-            super::host::name_once(op, "for these operands");
+            super::host::name_once(&host, op, "for these operands");
             Ok(None)
         }
     }

@@ -3,7 +3,7 @@
 use super::planned::{self, Planned, row_stride};
 use super::{Linear, Route};
 use crate::fp4::Weight;
-use crate::metal::router::{Choice, Operands};
+use crate::metal::router::{Choice, MOST_CHOSEN, MOST_EXPERTS, Operands};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -26,6 +26,12 @@ impl Router {
     /// The scoring layer.
     pub fn gate(&self) -> &Linear {
         &self.gate
+    }
+
+    /// Whether a device that runs launch plans has kernels for these weights and this choice.
+    pub fn has_kernel(&self) -> bool {
+        let dense = matches!(self.gate.weight(), Weight::Dense(_)) && self.gate.bias().is_none();
+        dense && self.route.bias.len() <= MOST_EXPERTS && self.route.routing.top_k <= MOST_CHOSEN
     }
 
     /// Logits `[T, E]` in F32, ids (U32) and weights (F32), both `[T, top_k]`, for `x` `[T, D]` in F32, F16 or BF16.

@@ -3,14 +3,18 @@
 use crate::model;
 use crate::output::{print_json, say};
 use candle_mmfp4::Place;
+use candle_mmfp4::checkpoint::ModelFiles;
+use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource, Plan, Progress};
 use candle_mmfp4::doctor::requirements::{CONTEXTS, Needs};
 use candle_mmfp4::doctor::{Check, Options, Status, examine};
+use candle_mmfp4::models::glm4_moe_lite::Config;
+use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
-Each line is ok, a warning (it works, but worse than it could) or wrong; below it stands what to do. Where something is
-wrong the program ends with 1. Speeds are worth what the machine was idle.
+Each line is ok, a warning (it works, but worse than it could) or wrong; below it stands what to do. Where something \
+is wrong the program ends with 1. Speeds are worth what the machine was idle.
 
 Examples:
   mmfp4 doctor
@@ -21,11 +25,16 @@ Examples:
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Arguments {
-    /// Whose kernels: auto (the CPU's and, on a Mac, the GPU's), cpu, metal or msl-host.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    /// Whose kernels.
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        help = model::places("Whose kernels, auto being the CPU's and, on a Mac, the GPU's")
+    )]
     device: Place,
-    /// A model that is to fit in memory, a folder or a repository, which is fetched
-    /// [default: GLM-4.7-Flash in MMFP4, of which nothing is fetched].
+    /// A model that is to fit in memory: a folder, or a repository, of which no weights are fetched [default:
+    /// GLM-4.7-Flash in MMFP4].
     #[arg(short, long, value_name = "FOLDER|REPO")]
     model: Option<String>,
     /// Tokens that the model's cache is to hold.
@@ -39,7 +48,7 @@ pub struct Arguments {
 /// Gives the exit code, too.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let model = match &arguments.model {
-        Some(model) => Some(Needs::of_files(model, &model::find(model, false)?)?),
+        Some(model) => Some(needs(model)?),
         None => None,
     };
     let options = Options {
@@ -64,6 +73,39 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     })
+}
+
+/// What a model takes. Of a repository that is not in the cache whole, the sizes that the hub states count: those of all
+/// tensors in its files, also of layers that no one loads.
+fn needs(model: &str) -> anyhow::Result<Needs> {
+    let folder = match ModelSource::parse(model)? {
+        ModelSource::Folder(folder) => folder,
+        ModelSource::Repo(repo) => {
+            let mut sizes = Sizes(None);
+            let fetched = hub::fetch(&repo, &HubSettings::from_env()?, &mut sizes);
+            match (sizes.0, fetched) {
+                (Some((config, weights)), _) => {
+                    return Ok(Needs::new(model, &Config::from_json(&config)?, weights));
+                }
+                (None, fetched) => fetched?,
+            }
+        }
+    };
+    Ok(Needs::of_files(model, &ModelFiles::folder(folder))?)
+}
+
+/// Ends a download before it begins, when its sizes are known.
+struct Sizes(Option<(Value, u64)>);
+
+impl Progress for Sizes {
+    fn start(&mut self, plan: &Plan) -> candle_mmfp4::Result<()> {
+        self.0 = Some((plan.config().clone(), plan.weights()));
+        Err(candle_mmfp4::Error::Hub {
+            repo: plan.repo.to_string(),
+            problem: "only its sizes were asked for".into(),
+            remedy: String::new(),
+        })
+    }
 }
 
 /// The width of the names, of which the longest are kernels'.

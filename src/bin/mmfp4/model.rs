@@ -24,8 +24,8 @@ pub struct Arguments {
     /// Ask the hub whether a repository that is in the cache has moved on.
     #[arg(long)]
     refresh: bool,
-    /// Where to compute: auto, cpu, metal or msl-host.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    /// Where to compute.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help = places("Where to compute"))]
     device: Place,
     /// What goes from op to op: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
     #[arg(long, value_name = "DTYPE", value_parser = activations)]
@@ -142,6 +142,11 @@ impl Arguments {
     pub fn device(&self) -> anyhow::Result<Device> {
         Ok(self.device.open()?)
     }
+}
+
+/// A help text with the names of places.
+pub fn places(text: &str) -> String {
+    format!("{text}: {}", Place::NAMES.join(", "))
 }
 
 fn activations(name: &str) -> Result<DType, String> {

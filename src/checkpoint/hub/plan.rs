@@ -51,6 +51,16 @@ impl Plan {
             .map(|file| file.size.saturating_sub(file.cached)))
     }
 
+    /// The bytes of the weights' files.
+    pub fn weights(&self) -> u64 {
+        sum(self.shards().map(|file| file.size))
+    }
+
+    /// The model's config.json.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
     /// What the user should know although it does not stand in the way; one line each.
     pub fn warnings(&self) -> Vec<String> {
         let unknown = self.free.is_none() && self.remaining() > 0;
@@ -73,7 +83,7 @@ impl Plan {
     /// The estimate: MMFP4 with groups of 128 takes 4 + 16/128 bits a weight; the embeddings and the output head keep
     /// their type; one shard is mapped at a time while it is being quantised.
     pub fn advice(&self, memory: u64) -> Option<String> {
-        let weights = sum(self.shards().map(|file| file.size));
+        let weights = self.weights();
         let largest = self.shards().map(|file| file.size).max().unwrap_or(0);
         if weights <= memory {
             return None;

@@ -18,12 +18,14 @@ mod of_linux {
             .lines()
             .find_map(|line| line.strip_prefix("PRETTY_NAME="))
             .map(|name| format!("{}, ", name.trim_matches('"')));
-        let kernel = read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        format!("{}Linux {}", name.unwrap_or_default(), kernel.trim())
+        let kernel = version().unwrap_or_default();
+        format!("{}Linux {kernel}", name.unwrap_or_default())
     }
 
-    pub fn macos() -> Option<String> {
-        None
+    /// The kernel's.
+    pub fn version() -> Option<String> {
+        let version = read_to_string("/proc/sys/kernel/osrelease").ok()?;
+        Some(version.trim().to_string())
     }
 
     /// The first processor's name; AArch64 has numbers in its place.
@@ -73,7 +75,8 @@ mod of_macos {
         )
     }
 
-    pub fn macos() -> Option<String> {
+    /// `15.1`.
+    pub fn version() -> Option<String> {
         text(c"kern.osproductversion")
     }
 
@@ -140,7 +143,7 @@ mod unknown {
         std::env::consts::OS.into()
     }
 
-    pub fn macos() -> Option<String> {
+    pub fn version() -> Option<String> {
         None
     }
 

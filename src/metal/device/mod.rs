@@ -14,7 +14,7 @@ pub use examine::{Gpu, has_bfloat, has_simdgroup_matrices};
 pub use timestamps::Timestamps;
 
 use super::memory;
-use super::plan::{Binding, Plan};
+use super::plan::{Binding, Launch, Plan};
 use crate::fp4::{Bytes, Format};
 use crate::{Error, Result};
 use candle_core::{DType, Device, MetalDevice};
@@ -59,12 +59,20 @@ pub fn open(ordinal: usize) -> Result<Device> {
 /// # Errors
 /// [`Error::Argument`] with the compiler's message.
 pub fn warm_up(device: &MetalDevice, format: Format, dtype: DType) -> Result<()> {
-    let pipelines = Pipelines::of(device.device())?;
     for plan in super::every_kernel(format, dtype)? {
-        for launch in &plan.launches {
-            pipelines.get(device.device(), launch)?;
-        }
+        plan.launches
+            .iter()
+            .try_for_each(|launch| compile(device, launch))?;
     }
+    Ok(())
+}
+
+/// Compiles the kernel of a launch, unless that was done before.
+///
+/// # Errors
+/// [`Error::Argument`] with the compiler's message.
+pub fn compile(device: &MetalDevice, launch: &Launch) -> Result<()> {
+    Pipelines::of(device.device())?.get(device.device(), launch)?;
     Ok(())
 }
 

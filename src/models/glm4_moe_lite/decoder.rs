@@ -96,7 +96,8 @@ impl Model {
     /// Loads a model from its config and an open checkpoint, and reports what was found there.
     ///
     /// # Errors
-    /// [`Error::Tensor`] names what is missing or malformed, [`Error::Argument`] an option that makes no sense.
+    /// [`Error::Tensor`] names what is missing or malformed, and on a device that runs launch plans what no kernel takes;
+    /// [`Error::Argument`] an option that makes no sense there, or anywhere.
     pub fn load(
         config: Config,
         checkpoint: &Checkpoint,
@@ -107,22 +108,32 @@ impl Model {
         check_memory(&config, checkpoint, options, device)?;
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
+        let by_kernels = ops::kernels_run_on(device);
         let loader = Loader::new(checkpoint, options, config.layers.len())?;
         let (vocab, hidden, eps) = (config.vocab_size, config.hidden_size, config.rms_norm_eps);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
         let mut layers = Vec::with_capacity(config.layers.len());
         for (index, kind) in config.layers.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{index}.{part}");
+            let feed_forward = FeedForward::load(&loader, &name("mlp"), *kind, &config)?;
+            if by_kernels {
+                feed_forward.check_kernels(&name("mlp"))?;
+            }
             layers.push(DecoderLayer {
                 input_norm: loader.rms_norm(&name("input_layernorm"), hidden, eps)?,
                 attention: Attention::load(&loader, &name("self_attn"), &config)?,
                 post_attention_norm: loader.rms_norm(&name("post_attention_layernorm"), hidden, eps)?,
-                feed_forward: FeedForward::load(&loader, &name("mlp"), *kind, &config)?,
+                feed_forward,
             });
         }
         let norm = loader.rms_norm("model.norm", hidden, eps)?;
         let tied = config.tie_word_embeddings.then(|| embedding.weight());
-        let head = loader.head("lm_head", vocab, hidden, tied)?;
+        let head = MmfP4Linear::new(loader.head("lm_head", vocab, hidden, tied)?, None)?;
+        if by_kernels && !head.op().has_kernel() {
+            let expected = "an output head as it is stored: no Metal kernel takes one in eight bits; leave out --int8-head, \
+                            or compute on the CPU (--device cpu)";
+            return Err(Error::argument("load", "int8_head", expected, "true"));
+        }
         let report = loader.finish(
             &predicted(&config),
             config.tie_word_embeddings.then_some("lm_head.weight"),
@@ -132,7 +143,7 @@ impl Model {
             embedding,
             layers,
             norm,
-            head: MmfP4Linear::new(head, None)?.with_arithmetic(options.arithmetic),
+            head: head.with_arithmetic(options.arithmetic),
             rotary,
             path: AttentionPath::Auto,
             dtype,
@@ -351,9 +362,19 @@ fn predicted(config: &Config) -> Vec<String> {
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
 }
 
+/// Numbers that a cache holds of a token.
+pub(crate) fn cache_width(config: &Config) -> u64 {
+    (config.layers.len() * config.cache_width()) as u64
+}
+
+/// Bytes of a checkpoint's tensors that take part, as they are stored.
+pub(crate) fn weights_stored(config: &Config, checkpoint: &Checkpoint) -> u64 {
+    checkpoint.size_without(&predicted(config))
+}
+
 /// Bytes that `tokens` tokens take in a cache.
 fn cache_bytes(config: &Config, dtype: DType, tokens: usize) -> u64 {
-    (config.layers.len() * config.cache_width() * dtype.size_in_bytes()) as u64 * tokens as u64
+    cache_width(config) * (dtype.size_in_bytes() * tokens) as u64
 }
 
 /// Refuses what a GPU cannot hold, before anything is read: weights as they are stored or, quantised while loading, at
@@ -374,7 +395,7 @@ fn check_memory(
 }
 
 fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions, dtype: DType) -> u64 {
-    let stored = checkpoint.size_without(&predicted(config));
+    let stored = weights_stored(config, checkpoint);
     let weights = match options.quantize {
         None => stored,
         // Of 16 bits a weight, as originals have.
@@ -390,6 +411,7 @@ fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions,
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doctor::requirements::{CacheFormat, Needs};
     use crate::fp4::Format;
 
     #[test]
@@ -422,5 +444,66 @@ mod tests {
             ..LoadOptions::default()
         });
         assert_eq!(quantized, (none as f64 * 4.125 / 16.0) as u64);
+        // `mmfp4 doctor` counts the same, whatever the context.
+        let files = ModelFiles::folder(std::path::Path::new(folder));
+        let needs = Needs::of_files("demo", &files).unwrap();
+        for context in [0, 100, usize::MAX] {
+            let options = LoadOptions {
+                context: Some(context),
+                ..LoadOptions::default()
+            };
+            assert_eq!(needs.bytes(context, CacheFormat::Half), needed(options));
+        }
+    }
+
+    #[test]
+    #[cfg(msl_host)]
+    fn what_no_kernel_takes_is_refused_at_load() {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let load = |folder: &str, options: LoadOptions| {
+            Model::from_folder(format!("{root}/{folder}"), &options, &Device::Cpu).map(|_| ())
+        };
+        let (original, ours) = ("tests/data/demo-model", "examples/demo-model");
+        let quantize = Some(Format::mmfp4());
+        let eight_bits = LoadOptions {
+            int8_head: true,
+            ..LoadOptions::default()
+        };
+        // The CPU's kernels take all of it.
+        load(original, LoadOptions::default()).unwrap();
+        load(ours, eight_bits.clone()).unwrap();
+        let host = std::sync::Arc::new(crate::metal::host::Host::recorder(false));
+        host.install(|| {
+            let refused = |options, name: &str, advice: &str| match load(original, options).unwrap_err() {
+                Error::Tensor {
+                    name: found, problem, ..
+                } => assert!(found == name && problem.contains(advice), "{found}: {problem}"),
+                other => panic!("{other}"),
+            };
+            refused(LoadOptions::default(), "model.layers.0.mlp", "--quantize mmfp4");
+            let kept = LoadOptions {
+                quantize,
+                skip_layers: vec![3],
+                ..LoadOptions::default()
+            };
+            refused(kept.clone(), "model.layers.3.mlp.experts", "--no-fused-moe");
+            let one_by_one = LoadOptions {
+                separate_experts: true,
+                ..kept
+            };
+            load(original, one_by_one).unwrap();
+            load(ours, LoadOptions::default()).unwrap();
+            match load(ours, eight_bits).unwrap_err() {
+                Error::Argument {
+                    argument, expected, ..
+                } => {
+                    assert!(
+                        argument == "int8_head" && expected.contains("leave out"),
+                        "{expected}"
+                    );
+                }
+                other => panic!("{other}"),
+            }
+        });
     }
 }

@@ -1,6 +1,5 @@
 //! The second half of a decoder layer: one gated MLP, or a router and experts.
 
-use crate::Result;
 use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
 use crate::fp4::Weight;
@@ -8,6 +7,7 @@ use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::models::observe::Trace;
 use crate::nn::{FusedMoe, GatedMlp, Router, SeparateMoe};
 use crate::ops;
+use crate::{Error, Result};
 use candle_core::Tensor;
 
 #[derive(Debug)]
@@ -67,6 +67,35 @@ impl FeedForward {
             experts,
             top_k: routing.top_k,
         })
+    }
+
+    /// Refuses what a device that runs launch plans has no kernel for: at the first token that would be late.
+    pub fn check_kernels(&self, prefix: &str) -> Result<()> {
+        let refuse = |part: &str, problem: &str| {
+            let problem = format!("{problem}, or compute on the CPU (--device cpu)");
+            Err(Error::tensor(format!("{prefix}{part}"), None, problem))
+        };
+        match self {
+            Self::Dense(mlp) if !mlp.has_kernel() => refuse(
+                "",
+                "Metal kernels take an MLP in FP4, gate and up in one format: quantise it while loading (--quantize mmfp4)",
+            ),
+            Self::Sparse {
+                experts,
+                separate: None,
+                ..
+            } if !experts.has_kernel() => refuse(
+                ".experts",
+                "Metal kernels take experts in FP4, all of a layer in one format and no more than 512 of them: quantise \
+                 them while loading (--quantize mmfp4), run them one by one (--no-fused-moe)",
+            ),
+            Self::Sparse { router, .. } if !router.has_kernel() => refuse(
+                ".gate",
+                "Metal kernels take a router in floating point that chooses no more than 16 of 512 experts: take a \
+                 checkpoint whose routers are not quantised",
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// All weights but the router's, which is small.

@@ -13,3 +13,4 @@ pub mod experts;
 pub use attention::AttentionPath;
 pub use config::{Config, Layer};
 pub use decoder::{Logits, Model, Sequence};
+pub(crate) use decoder::{cache_width, weights_stored};
