@@ -6,19 +6,17 @@ use crate::metal::plan::Plan;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Shape};
 use half::{bf16, f16};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
 
 /// Names an op that the CPU runs although kernels stand in for it: there is none.
 pub(super) fn without_kernel(op: &'static str) {
-    if Host::current().is_some() {
-        name_once(op, "yet");
+    if let Some(host) = Host::current() {
+        name_once(&host, op, "yet");
     }
 }
 
-pub(super) fn name_once(op: &'static str, why: &str) {
-    static NAMED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
-    if NAMED.lock().is_ok_and(|mut named| named.insert(op)) {
+/// Counts an op that the CPU runs in the host's place, and says so the first time.
+pub(super) fn name_once(host: &Host, op: &'static str, why: &str) {
+    if host.runs_on_cpu(op) {
         eprintln!("msl-host: no kernel for {op} {why}; it runs on the CPU");
     }
 }

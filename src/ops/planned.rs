@@ -75,7 +75,7 @@ pub(super) fn in_place_of_cpu<'a, const N: usize>(
     match plan()? {
         Some(planned) => super::host::run(&host, planned, inputs).map(Some),
         None => {
-            super::host::name_once(op, "for these operands");
+            super::host::name_once(&host, op, "for these operands");
             Ok(None)
         }
     }

@@ -10,7 +10,8 @@ use super::plan::{Binding, Constant, Launch, Plan};
 use crate::{Error, Result};
 use abi::Library;
 use std::cell::RefCell;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 const OP: &str = "msl-host";
 
@@ -50,6 +51,10 @@ impl Operand<'_> {
 pub struct Host {
     kernels: Kernels,
     seed: u64,
+    /// How often each kernel was launched.
+    launched: Mutex<BTreeMap<String, usize>>,
+    /// Ops that the CPU's own kernels ran.
+    without_kernel: Mutex<BTreeSet<&'static str>>,
 }
 
 #[derive(Debug)]
@@ -110,31 +115,48 @@ impl Host {
     /// # Errors
     /// [`Error::File`] where it cannot be loaded.
     pub fn load(path: &std::path::Path) -> Result<Self> {
-        Ok(Self {
-            kernels: Kernels::Compiled(Library::open(path)?),
-            seed: 0,
-        })
+        Ok(Self::of(Kernels::Compiled(Library::open(path)?)))
     }
 
     /// A host that runs nothing: it keeps the plans, and the bytes of their operands where `contents` says so, for
     /// [`recorded`](Self::recorded). Outputs are NaN. It needs no compiler.
     pub fn recorder(contents: bool) -> Self {
+        Self::of(Kernels::Recorded {
+            runs: Mutex::default(),
+            contents,
+        })
+    }
+
+    fn of(kernels: Kernels) -> Self {
         Self {
-            kernels: Kernels::Recorded {
-                runs: Mutex::default(),
-                contents,
-            },
+            kernels,
             seed: 0,
+            launched: Mutex::default(),
+            without_kernel: Mutex::default(),
         }
+    }
+
+    /// How often each kernel was launched, or would have been, since this host was made.
+    pub fn launched(&self) -> BTreeMap<String, usize> {
+        held(&self.launched).clone()
+    }
+
+    /// Names of the ops that were called while this host stood in for the CPU's kernels, and that these ran all the same:
+    /// no kernel takes their operands. What is computed then says nothing of the kernels here.
+    pub fn without_kernel(&self) -> Vec<&'static str> {
+        held(&self.without_kernel).iter().copied().collect()
+    }
+
+    /// Notes such an op; says whether it is the first of its name.
+    pub(crate) fn runs_on_cpu(&self, op: &'static str) -> bool {
+        held(&self.without_kernel).insert(op)
     }
 
     /// What a [recorder](Self::recorder) was given since the last call, in order.
     pub fn recorded(&self) -> Vec<Recorded> {
         match &self.kernels {
             Kernels::Compiled(_) => Vec::new(),
-            Kernels::Recorded { runs, .. } => {
-                std::mem::take(&mut runs.lock().unwrap_or_else(PoisonError::into_inner))
-            }
+            Kernels::Recorded { runs, .. } => std::mem::take(&mut held(runs)),
         }
     }
 
@@ -181,6 +203,9 @@ impl Host {
     /// [`Error::Argument`] for a binding that names no operand or leaves it, and with the executor's message for whatever
     /// it finds in a launch or in the kernel.
     pub fn run(&self, plan: &Plan, operands: &mut [Operand<'_>]) -> Result<()> {
+        for launch in &plan.launches {
+            *held(&self.launched).entry(launch.kernel.clone()).or_default() += 1;
+        }
         match &self.kernels {
             Kernels::Compiled(library) => plan
                 .launches
@@ -192,8 +217,7 @@ impl Host {
                     .map(|operand| operand.recorded(*contents))
                     .collect();
                 let plan = plan.clone();
-                let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
-                runs.push(Recorded { plan, operands });
+                held(runs).push(Recorded { plan, operands });
                 Ok(())
             }
         }
@@ -269,5 +293,34 @@ impl Host {
                 self.seed,
             )
             .or_else(refuse)
+    }
+}
+
+/// What a lock holds, whatever became of those who held it: each change of it is whole.
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fp4::{Bytes, DenseTensor, FloatKind, Int8Tensor, Weight};
+    use crate::ops::Linear;
+    use candle_core::{DType, Device, Tensor};
+
+    #[test]
+    fn what_the_cpu_runs_in_a_hosts_place_is_told() {
+        let host = Arc::new(Host::recorder(false));
+        let zeros = Bytes::copy_from(&[0; 2 * 128]).unwrap();
+        let dense = DenseTensor::new("w", (1, 128), FloatKind::BF16, zeros).unwrap();
+        let int8 = Int8Tensor::round("w", &dense).unwrap();
+        let run = |weight| {
+            let x = Tensor::ones((1, 128), DType::F32, &Device::Cpu).unwrap();
+            host.install(|| Linear::new(weight, None).unwrap().forward(&x).unwrap());
+            (host.launched(), host.without_kernel())
+        };
+        let launched = BTreeMap::from([("dense_rows_f32_m1".to_string(), 1)]);
+        assert_eq!(run(Weight::Dense(dense)), (launched.clone(), Vec::new()));
+        assert_eq!(run(Weight::Int8(int8)), (launched, vec!["mmfp4-linear"]));
     }
 }
