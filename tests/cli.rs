@@ -806,6 +806,42 @@ fn bench_refuses_what_does_not_fit_in_memory() {
     );
 }
 
+/// On this machine the Metal kernels stand in for the CPU's: a prompt of the references, and what transformers answers to it.
+#[cfg(all(feature = "msl-host", target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn msl_host_says_the_golden_words() {
+    if candle_mmfp4::metal::host::build::compiler().is_none() {
+        assert!(std::env::var_os("MMFP4_MSL_REQUIRED").is_none(), "no clang");
+        eprintln!("skipped: Metal kernels need clang 17 or newer");
+        return;
+    }
+    let golden = std::fs::read(bf16_demo().join("golden.json")).unwrap();
+    let golden: Vec<Value> = serde_json::from_slice(&golden).unwrap();
+    let chat = golden.iter().find(|case| case["name"] == "chat-2").unwrap();
+    let part = |name: &str, begin: &str, end: &str| {
+        let text = chat[name].as_str().unwrap();
+        let (_, text) = text.split_once(begin).unwrap();
+        text.split_once(end).unwrap().0.to_string()
+    };
+    let question = part("prompt", "<|user|>", "<|assistant|>");
+    let answer = part("greedy_text", "", "<|user|>");
+    // As on a GPU.
+    let generate = ["generate", "--activations", "bf16", "-p", &question];
+    let output = run(&mut mmfp4(&[&generate[..], &["--device", "msl-host"]].concat()));
+    assert_eq!(stdout(&output).trim_end(), answer);
+    let fell_back: Vec<_> = stderr(&output)
+        .lines()
+        .filter(|line| line.contains("no kernel"))
+        .collect();
+    assert_eq!(
+        fell_back,
+        ["msl-host: no kernel for mmfp4-attention yet; it runs on the CPU"]
+    );
+    // The line tells that kernels stood in at all.
+    let plain = run(&mut mmfp4(&generate));
+    assert!(!stderr(&plain).contains("no kernel"), "{plain:?}");
+}
+
 /// The sums of a profile's rows, which are to be its total's.
 fn check_profile(profile: &Value, passes: &[(&str, u64)]) {
     assert_eq!(profile["clock"], "host");
