@@ -22,7 +22,8 @@ impl std::fmt::Display for Site {
     }
 }
 
-/// Called after each op with its site, its input and its output; an error ends the pass.
+/// Called after each op with its site, its input and its output; an error ends the pass. Ops are those that run without an
+/// observer too: where one kernel does the work of two, such as `q_a_layernorm` and `q_b_proj`, the later is seen.
 pub type Observer<'a> = dyn FnMut(Site, &Tensor, &Tensor) -> Result<()> + 'a;
 
 /// An [`Observer`] that ends the pass at the first op whose output has a NaN or an infinity.
@@ -66,11 +67,6 @@ impl<'a, 'b> Trace<'a, 'b> {
             observer,
             layer: None,
         }
-    }
-
-    /// Whether there is one.
-    pub fn observes(&self) -> bool {
-        self.observer.is_some()
     }
 
     pub fn enter(&mut self, layer: Option<usize>) {

@@ -2,9 +2,10 @@
 
 use super::Site;
 use crate::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
 #[cfg(target_os = "macos")]
@@ -24,25 +25,45 @@ impl Timestamps {
     fn take(&mut self) -> Duration {
         Duration::ZERO
     }
+
+    fn take_waits(&mut self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// What a GPU did between two calls.
+#[derive(Debug, Clone, Copy, Default)]
+struct GpuTime {
+    /// Plans of this crate: from the start to the end of their command buffers, by the GPU's clock.
+    kernels: Duration,
+    /// Ops of Candle's: how long the host waited for what they had encoded.
+    candle: Duration,
+}
+
+impl AddAssign for GpuTime {
+    fn add_assign(&mut self, other: Self) {
+        self.kernels += other.kernels;
+        self.candle += other.candle;
+    }
 }
 
 /// Takes the time between the calls that an [`Observer`](super::Observer) gets, by op and by layer.
 ///
 /// The time of an op is all that passed since the op before: RoPE, the cache and `kv_b` count as `attention`, the first
-/// residual addition as `post_attention_layernorm`, the second one as `layer`. A device that works while the program goes
-/// on is waited for after every op, so that a pass takes longer than without; see [`Clock`]. On a Mac one profile at a time
-/// is for a thread.
+/// residual addition as `post_attention_layernorm`, the second one as `layer`; where one kernel takes `q_a_layernorm` into
+/// the product behind it, both are `q_b_proj`. A device that works while the program goes on is waited for after every op,
+/// so that a pass takes longer than without; see [`Clock`]. On a Mac one profile at a time is for a thread.
 ///
 /// ```
 /// use candle_core::Device;
-/// use candle_mmfp4::models::Profile;
+/// use candle_mmfp4::models::{Phase, Profile};
 /// use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 ///
 /// let (model, _) = Model::from_folder("examples/demo-model", &Default::default(), &Device::Cpu)?;
 /// let mut profile = Profile::new(model.device());
 /// let mut alone = [Sequence { tokens: &[1, 2, 3], position: 0, cache: None }];
-/// profile.begin();
-/// let mut observer = |site, _: &_, output: &_| profile.see(site, output);
+/// profile.begin(Phase::Prompt);
+/// let mut observer = |site, _: &_, _: &_| profile.see(site);
 /// model.forward_batch(&mut alone, Logits::Last, Some(&mut observer))?;
 /// println!("{}", profile.report());
 /// # Ok::<(), candle_mmfp4::Error>(())
@@ -61,9 +82,9 @@ pub struct Profile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Those of several tokens: a prompt's.
+    /// Those that compute a prompt, or a part of one.
     Prompt,
-    /// Those of one token.
+    /// Those that compute one more token: of that token alone or, without a cache, of all so far.
     Generation,
 }
 
@@ -77,9 +98,10 @@ impl Phase {
 pub enum Clock {
     /// The host's clock: ops are done when they return.
     Host,
-    /// The host's clock, with a wait for the GPU after each op; that wait is part of an op's time. The GPU's own time, from
-    /// the timestamps of the command buffers, stands beside it; a GPU that waits between ops may be clocked lower than one
-    /// that is kept busy.
+    /// The host's clock, with a wait for the GPU after each op; that wait is part of an op's time. Beside it stand the GPU's
+    /// own time of this crate's kernels, from the timestamps of their command buffers, and the wait for Candle's own ops,
+    /// whose command buffers nobody else sees. A GPU that waits between ops may be clocked lower than one that is kept
+    /// busy.
     HostWithWaits,
 }
 
@@ -95,7 +117,7 @@ struct Sum<K> {
     key: K,
     calls: usize,
     host: Duration,
-    gpu: Duration,
+    gpu: GpuTime,
 }
 
 /// Sums of time of many passes.
@@ -135,8 +157,11 @@ pub struct ProfileRow {
     pub share: f64,
     /// The mean of a call, in microseconds.
     pub call_us: f64,
-    /// The GPU's time within `total_ms`: of this crate's kernels, not of Candle's own. `None` where none is known.
+    /// The GPU's time within `total_ms` of this crate's kernels. `None` where none is known.
     pub gpu_ms: Option<f64>,
+    /// What the host waited within `total_ms` for Candle's own ops, as those of attention and of the cache are: from handing
+    /// them over to their end, a few microseconds even where there were none. `None` where ops are done when they return.
+    pub candle_ms: Option<f64>,
 }
 
 impl Profile {
@@ -151,9 +176,11 @@ impl Profile {
         }
     }
 
-    /// Starts the clock: to be called before each pass, whose first op is not counted otherwise.
-    pub fn begin(&mut self) {
+    /// Starts the clock for a pass of this kind: to be called before each, whose first op is not counted otherwise.
+    pub fn begin(&mut self, phase: Phase) {
+        self.phase = phase;
         self.gpu.take();
+        self.gpu.take_waits();
         self.last = Some(Instant::now());
     }
 
@@ -161,17 +188,18 @@ impl Profile {
     ///
     /// # Errors
     /// Those of the device that is waited for.
-    pub fn see(&mut self, site: Site, output: &Tensor) -> Result<()> {
+    pub fn see(&mut self, site: Site) -> Result<()> {
+        let done = Instant::now();
         self.device.synchronize()?;
         let now = Instant::now();
+        let gpu = GpuTime {
+            kernels: self.gpu.take(),
+            // Before each plan, which does not begin until Candle's queue is empty, and now.
+            candle: self.gpu.take_waits() + (now - done),
+        };
         if site.op == "embed_tokens" {
-            self.phase = match output.dims() {
-                [1, ..] => Phase::Generation,
-                _ => Phase::Prompt,
-            };
             self.times[self.phase as usize].passes += 1;
         }
-        let gpu = self.gpu.take();
         let times = &mut self.times[self.phase as usize];
         if let Some(last) = self.last {
             add(&mut times.ops, site.op, true, now - last, gpu);
@@ -199,13 +227,13 @@ impl Profile {
 }
 
 /// Adds to the sum of `key`, a call where `counts` says so.
-fn add<K: PartialEq>(sums: &mut Vec<Sum<K>>, key: K, counts: bool, host: Duration, gpu: Duration) {
+fn add<K: PartialEq>(sums: &mut Vec<Sum<K>>, key: K, counts: bool, host: Duration, gpu: GpuTime) {
     let index = sums.iter().position(|sum| sum.key == key).unwrap_or_else(|| {
         sums.push(Sum {
             key,
             calls: 0,
             host: Duration::ZERO,
-            gpu: Duration::ZERO,
+            gpu: GpuTime::default(),
         });
         sums.len() - 1
     });
@@ -249,7 +277,8 @@ impl<K> Sum<K> {
             total_ms,
             share: total_ms / milliseconds(total).max(f64::MIN_POSITIVE),
             call_us: total_ms * 1e3 / self.calls.max(1) as f64,
-            gpu_ms: (clock == Clock::HostWithWaits).then(|| milliseconds(self.gpu)),
+            gpu_ms: (clock == Clock::HostWithWaits).then(|| milliseconds(self.gpu.kernels)),
+            candle_ms: (clock == Clock::HostWithWaits).then(|| milliseconds(self.gpu.candle)),
         }
     }
 }
@@ -265,13 +294,14 @@ impl fmt::Display for ProfileReport {
             Clock::Host => "Time by the host's clock; what comes between two ops counts as the later one's.",
             Clock::HostWithWaits => {
                 "Wall time with a synchronisation after each op, which a run without a profile does not have; `gpu` is \
-                 what the timestamps of the command buffers say of this crate's kernels."
+                 what the timestamps of the command buffers say of this crate's kernels, `candle` the wait for Candle's \
+                 own ops."
             }
         })?;
         for phase in &self.phases {
             let passes = match phase.phase {
-                Phase::Prompt => "of several tokens (prompt)",
-                Phase::Generation => "of one token (generation)",
+                Phase::Prompt => "for the prompt",
+                Phase::Generation => "for generated tokens",
             };
             let noun = if phase.passes == 1 { "pass" } else { "passes" };
             write!(
@@ -299,7 +329,7 @@ fn table(f: &mut fmt::Formatter<'_>, head: &str, rows: &[ProfileRow]) -> fmt::Re
         "calls", "total ms", "share", "us a call"
     )?;
     if has_gpu {
-        write!(f, "  {:>10}", "gpu ms")?;
+        write!(f, "  {:>10}  {:>10}", "gpu ms", "candle ms")?;
     }
     for row in rows {
         let share = format!("{:.1} %", row.share * 100.0);
@@ -308,8 +338,8 @@ fn table(f: &mut fmt::Formatter<'_>, head: &str, rows: &[ProfileRow]) -> fmt::Re
             "\n{:<width$}  {:>7}  {:>10.2}  {share:>6}  {:>10.1}",
             row.name, row.calls, row.total_ms, row.call_us
         )?;
-        if let Some(gpu) = row.gpu_ms {
-            write!(f, "  {gpu:>10.2}")?;
+        for time in [row.gpu_ms, row.candle_ms].into_iter().flatten() {
+            write!(f, "  {time:>10.2}")?;
         }
     }
     Ok(())
@@ -319,16 +349,17 @@ fn table(f: &mut fmt::Formatter<'_>, head: &str, rows: &[ProfileRow]) -> fmt::Re
 mod tests {
     use super::*;
     use crate::models::glm4_moe_lite::{Logits, Model, Sequence};
+    use candle_core::Tensor;
 
-    fn pass(model: &Model, profile: &mut Profile, tokens: &[u32]) -> Duration {
+    fn pass(model: &Model, profile: &mut Profile, phase: Phase, tokens: &[u32]) -> Duration {
         let start = Instant::now();
-        profile.begin();
+        profile.begin(phase);
         let mut alone = [Sequence {
             tokens,
             position: 0,
             cache: None,
         }];
-        let mut observer = |site: Site, _: &Tensor, output: &Tensor| profile.see(site, output);
+        let mut observer = |site: Site, _: &Tensor, _: &Tensor| profile.see(site);
         model
             .forward_batch(&mut alone, Logits::Last, Some(&mut observer))
             .unwrap();
@@ -341,10 +372,11 @@ mod tests {
             Model::from_folder("examples/demo-model", &Default::default(), &Device::Cpu).unwrap();
         let mut profile = Profile::new(model.device());
         let mut walls = [Duration::ZERO; 2];
-        for _ in 0..3 {
-            walls[0] += pass(&model, &mut profile, &[1, 2, 3]);
+        // A prompt of one token is one all the same, and without a cache so is a token generated of several.
+        for tokens in [&[1, 2, 3][..], &[1, 2, 3], &[1]] {
+            walls[0] += pass(&model, &mut profile, Phase::Prompt, tokens);
         }
-        walls[1] += pass(&model, &mut profile, &[1]);
+        walls[1] += pass(&model, &mut profile, Phase::Generation, &[1, 2]);
         let report = profile.report();
         assert_eq!(report.clock, Clock::Host);
         let layers = model.config().layers.len();
@@ -356,7 +388,10 @@ mod tests {
                 assert!((sum / phase.total_ms - 1.0).abs() < 1e-6);
                 let shares: f64 = rows.iter().map(|row| row.share).sum();
                 assert!((shares - 1.0).abs() < 1e-6);
-                assert!(rows.iter().all(|row| row.gpu_ms.is_none()));
+                assert!(
+                    rows.iter()
+                        .all(|row| row.gpu_ms.is_none() && row.candle_ms.is_none())
+                );
             }
             assert!(phase.layers.iter().all(|row| row.calls == passes), "{report}");
             let calls = |op: &str| phase.ops.iter().find(|row| row.name == op).map(|row| row.calls);
@@ -366,22 +401,72 @@ mod tests {
             assert!(phase.ops.is_sorted_by(|a, b| a.total_ms >= b.total_ms));
         }
         assert_eq!(report.phases.len(), 2);
-        assert!(report.to_string().contains("1 pass of one token"), "{report}");
+        assert!(
+            report.to_string().contains("1 pass for generated tokens"),
+            "{report}"
+        );
         let text = serde_json::to_string(&report).unwrap();
         let back: ProfileReport = serde_json::from_str(&text).unwrap();
         assert_eq!(back.phases[0].ops.len(), report.phases[0].ops.len());
     }
 
+    /// As on a Mac, whose clocks are not here.
+    #[test]
+    fn a_gpus_time_and_the_wait_for_candle_stand_beside_the_hosts() {
+        let ms = Duration::from_millis;
+        let gpu = |kernels, candle| GpuTime {
+            kernels: ms(kernels),
+            candle: ms(candle),
+        };
+        let mut times = Times {
+            passes: 2,
+            ..Times::default()
+        };
+        for (op, host, gpu) in [
+            ("attention", 8, gpu(2, 5)),
+            ("o_proj", 2, gpu(1, 0)),
+            ("attention", 10, gpu(3, 6)),
+        ] {
+            add(&mut times.ops, op, true, ms(host), gpu);
+        }
+        let report = ProfileReport {
+            clock: Clock::HostWithWaits,
+            phases: vec![times.report(Phase::Generation, Clock::HostWithWaits)],
+        };
+        let rows = report.phases[0].ops.iter();
+        let found: Vec<_> = rows
+            .map(|row| {
+                (
+                    row.name.as_str(),
+                    row.calls,
+                    row.total_ms,
+                    row.gpu_ms,
+                    row.candle_ms,
+                )
+            })
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("attention", 2, 18.0, Some(5.0), Some(11.0)),
+                ("o_proj", 1, 2.0, Some(1.0), Some(0.0))
+            ]
+        );
+        let text = report.to_string();
+        let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(line("op ").ends_with("gpu ms   candle ms"), "{text}");
+        assert!(line("attention").ends_with(" 5.00       11.00"), "{text}");
+    }
+
     #[test]
     fn what_comes_between_passes_is_nobodys() {
         let site = |op| Site { layer: None, op };
-        let x = Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
         let mut profile = Profile::new(&Device::Cpu);
-        profile.see(site("embed_tokens"), &x).unwrap();
-        profile.see(site("lm_head"), &x).unwrap();
+        profile.see(site("embed_tokens")).unwrap();
+        profile.see(site("lm_head")).unwrap();
         std::thread::sleep(Duration::from_millis(50));
-        profile.see(site("embed_tokens"), &x).unwrap();
-        profile.see(site("lm_head"), &x).unwrap();
+        profile.see(site("embed_tokens")).unwrap();
+        profile.see(site("lm_head")).unwrap();
         let report = profile.report();
         // Nobody said when the passes began: their first op is not counted.
         assert_eq!(report.phases[0].ops.len(), 1);

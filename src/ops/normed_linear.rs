@@ -61,7 +61,7 @@ impl NormedLinear {
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        if planned::runs_on(x.device()) && self.folds(x) {
+        if self.is_fused(x) {
             let x = planned::prepared(x, 1)?;
             if let Some([y]) = planned::over(OP, &[&x], || self.planned(x.layout(), x.dtype()))? {
                 return Ok(y);
@@ -70,10 +70,11 @@ impl NormedLinear {
         self.linear.forward(&self.norm.forward(x)?)
     }
 
-    /// Whether one launch does both.
-    fn folds(&self, x: &Tensor) -> bool {
+    /// Whether one launch does both for such an `x`: there is then nothing between norm and product to be seen.
+    pub fn is_fused(&self, x: &Tensor) -> bool {
         let k = self.norm.weight().len();
-        matches!(self.linear.weight(), Weight::Fp4(_)) && x.elem_count() <= FEW * k
+        let folds = matches!(self.linear.weight(), Weight::Fp4(_)) && x.elem_count() <= FEW * k;
+        planned::runs_on(x.device()) && folds
     }
 
     /// What a device runs.

@@ -21,6 +21,20 @@ impl Backend {
         available().then(|| Self::over(Host::start().unwrap_or_else(|error| panic!("{error}"))))
     }
 
+    /// The same, counted apart from whatever other tests run: see [`on_cpu`](Self::on_cpu).
+    pub fn alone() -> Option<Self> {
+        available().then(|| {
+            let library = build::library(&build::Options::default());
+            let host = library.and_then(|path| Host::load(&path));
+            Self::over(Arc::new(host.unwrap_or_else(|error| panic!("{error}"))))
+        })
+    }
+
+    /// Ops that the CPU's own kernels ran in place of these, none of which takes their operands.
+    pub fn on_cpu(&self) -> Vec<&'static str> {
+        self.host.without_kernel()
+    }
+
     /// Kernels compiled elsewhere.
     pub fn over(host: Arc<Host>) -> Self {
         Self {
@@ -63,6 +77,16 @@ impl Backend {
     pub fn start() -> Option<Self> {
         let device = candle_mmfp4::metal::device::open(0).unwrap_or_else(|error| panic!("{error}"));
         Some(Self { device })
+    }
+
+    /// The GPU.
+    pub fn alone() -> Option<Self> {
+        Self::start()
+    }
+
+    /// None: an op without a kernel is an error there, but for attention, which is Candle's.
+    pub fn on_cpu(&self) -> Vec<&'static str> {
+        vec!["mmfp4-attention"]
     }
 
     /// Runs ops of tensors of the given device.

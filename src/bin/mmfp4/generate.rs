@@ -9,7 +9,7 @@ use candle_mmfp4::generation::{
     Statistics,
 };
 use candle_mmfp4::memory::{self, MemoryLog};
-use candle_mmfp4::models::{Profile, ProfileReport};
+use candle_mmfp4::models::{Phase, Profile, ProfileReport};
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
 use std::io::Write;
@@ -231,7 +231,7 @@ fn generate(
         let mut spans = trace::is_wanted().then(Spans::default);
         events = events.observe(move |site, _, output| {
             if let Some(profile) = profile {
-                profile.borrow_mut().see(site, output)?;
+                profile.borrow_mut().see(site)?;
             }
             if let Some(spans) = &mut spans {
                 spans.see(site, output);
@@ -241,7 +241,12 @@ fn generate(
     }
     loop {
         if let Some(profile) = profile {
-            profile.borrow_mut().begin();
+            // All passes until the first token are the prompt's.
+            let phase = match tokens.is_empty() {
+                true => Phase::Prompt,
+                false => Phase::Generation,
+            };
+            profile.borrow_mut().begin(phase);
         }
         let Some(event) = events.next() else { break };
         match event? {

@@ -10,11 +10,13 @@ use candle_metal_kernels::metal::{CommandBuffer, ComputeCommandEncoder};
 use objc2_metal::{MTLCommandBuffer as _, MTLCommandQueue as _};
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 thread_local! {
     /// Seconds since they were taken last; `None` while nobody wants them.
     static GPU: Cell<Option<f64>> = const { Cell::new(None) };
+    /// What plans waited for Candle's queue since that was taken last.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
 }
 
 /// Lets plans that this thread runs be timed by the GPU, for as long as it lives.
@@ -25,6 +27,7 @@ impl Timestamps {
     /// From now on.
     pub fn start() -> Self {
         GPU.set(Some(0.0));
+        WAITED.set(Duration::ZERO);
         Self(PhantomData)
     }
 
@@ -32,6 +35,11 @@ impl Timestamps {
     pub fn take(&mut self) -> Duration {
         let seconds = GPU.replace(Some(0.0)).unwrap_or(0.0);
         Duration::try_from_secs_f64(seconds).unwrap_or_default()
+    }
+
+    /// What the plans since the last call waited, by the host's clock, for ops of Candle's that were still under way.
+    pub fn take_waits(&mut self) -> Duration {
+        WAITED.take()
     }
 }
 
@@ -51,7 +59,9 @@ pub(super) fn timed(
     dispatch: impl FnOnce(&ComputeCommandEncoder) -> Result<()>,
 ) -> Result<()> {
     // What the plan reads may still be under way in Candle's queue.
+    let start = Instant::now();
     device.wait_until_completed()?;
+    WAITED.set(WAITED.get() + start.elapsed());
     let failed = |found: String| Error::argument(OP, "timestamps", "a command buffer that completes", found);
     let queue = device
         .device()

@@ -193,13 +193,16 @@ impl Attention {
         let query = both.narrow(1, 0, query_width)?;
         let query = match &self.low_rank {
             None => trace.see("q_proj", x, query)?,
-            // An observer sees the norm between the products as well.
-            Some(normed) if trace.observes() => {
+            Some(normed) => {
                 let low = trace.see("q_a_proj", x, query)?;
-                let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
-                trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
+                if normed.is_fused(&low) {
+                    // What is observed is what runs: the norm is a part of the product.
+                    trace.see("q_b_proj", &low, normed.forward(&low)?)?
+                } else {
+                    let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
+                    trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
+                }
             }
-            Some(normed) => normed.forward(&query)?,
         };
         let query = query.reshape((tokens, self.heads, self.nope + self.rope))?;
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;

@@ -126,6 +126,7 @@ impl Attention {
                 heads,
                 scale: self.scale,
                 window: self.window,
+                scores: on_device::SCORES,
             }
             .run();
         }
@@ -286,6 +287,7 @@ mod tests {
                         heads,
                         scale,
                         window,
+                        scores: on_device::SCORES,
                     };
                     let found = call.run().unwrap();
                     assert_eq!(found.dims(), expected.dims());

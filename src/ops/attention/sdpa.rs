@@ -97,29 +97,72 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
+    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+    /// The widths of queries and keys, and of values, that a model of the repository attends with, as its configuration says:
+    /// over expanded keys and values, and over latents.
+    fn sizes(model: &str) -> [(usize, usize); 2] {
+        let path = format!("{}/tests/data/{model}/config.json", env!("CARGO_MANIFEST_DIR"));
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let size = |name: &str| config[name].as_u64().unwrap() as usize;
+        let (latent, rope) = (size("kv_lora_rank"), size("qk_rope_head_dim"));
+        [
+            (size("qk_nope_head_dim") + rope, size("v_head_dim")),
+            (latent + rope, latent),
+        ]
+    }
+
     #[test]
     fn the_choice_for_the_sizes_of_models() {
-        let many = |width, value, dtype| Fused::choose(512, width, value, dtype);
-        let as_it_is = Some(Fused { rows: 0, value: 0 });
-        // GLM-4.7-Flash: 192 + 64, and values of 256.
-        assert_eq!(many(256, 256, DType::BF16), as_it_is);
-        assert_eq!(many(256, 256, DType::F16), as_it_is);
-        assert_eq!(many(256, 256, DType::F32), None);
-        // The demo model: 64 + 32, and values of 64.
-        assert_eq!(many(96, 64, DType::F32), Some(Fused { rows: 0, value: 32 }));
-        // The tiny models' 24 and 16; DeepSeek-V2's 192 and 128; latents.
-        assert_eq!(many(24, 16, DType::F32), None);
-        assert_eq!(many(192, 128, DType::BF16), None);
-        assert_eq!(many(576, 512, DType::BF16), None);
-        // One query has no kernel of 72 or 80, whatever Candle's check says.
-        assert_eq!(Fused::choose(1, 80, 80, DType::F16), None);
-        assert_eq!(
-            Fused::choose(33, 80, 80, DType::F16),
-            Some(Fused { rows: 31, value: 0 })
-        );
-        assert_eq!(Fused::choose(1, 256, 256, DType::F32), as_it_is);
-        assert_eq!(Fused::choose(0, 64, 64, DType::F32), None);
-        assert_eq!(Fused::choose(2, 64, 96, DType::F32), None);
+        let padded = |rows, value| Some(Fused { rows, value });
+        let choose = |n, (width, value), dtype| Fused::choose(n, width, value, dtype);
+        // The demo model: 64 + 32, and values of 64; latents of 128 + 32.
+        let demo = sizes("demo-model");
+        assert_eq!(demo, [(96, 64), (160, 128)]);
+        let mut tiny = 0;
+        for entry in
+            std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-models")).unwrap()
+        {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            // 32 + 16, which no kernel has; latents of 64 + 16, which all but the kernel for one query have.
+            assert_eq!(
+                sizes(&format!("tiny-models/{name}")),
+                [(48, 32), (80, 64)],
+                "{name}"
+            );
+            tiny += 1;
+        }
+        assert_eq!(tiny, 6);
+        for dtype in DTYPES {
+            let half = dtype != DType::F32;
+            assert_eq!(choose(512, demo[0], dtype), padded(0, 32));
+            assert_eq!(choose(43, demo[0], dtype), padded(21, 32));
+            assert_eq!(choose(1, demo[0], dtype), padded(0, 32));
+            assert_eq!(choose(23, (80, 64), dtype), padded(9, 16));
+            // One query has no kernel of 72 or 80, whatever Candle's check says.
+            assert_eq!(choose(1, (80, 64), dtype), None);
+            assert_eq!(choose(1, (72, 72), dtype), None);
+            // GLM-4.7-Flash: 192 + 64, and values of 256, whose tiles of many queries are too large in F32.
+            assert_eq!(
+                choose(512, (256, 256), dtype),
+                half.then_some(padded(0, 0)).flatten()
+            );
+            assert_eq!(
+                choose(33, (256, 256), dtype),
+                half.then_some(padded(31, 0)).flatten()
+            );
+            assert_eq!(choose(1, (256, 256), dtype), padded(0, 0));
+            for n in [1, 2, 32, 512] {
+                // The tiny models; the demo model's latents, GLM-4.7-Flash's; DeepSeek-V2's 192 and 128.
+                for none in [(48, 32), demo[1], (576, 512), (192, 128)] {
+                    assert_eq!(choose(n, none, dtype), None, "{n}, {none:?}, {dtype:?}");
+                }
+                // Values that are wider than keys cannot be padded.
+                assert_eq!(choose(n, (64, 96), dtype), None);
+            }
+            assert_eq!(choose(0, (64, 64), dtype), None);
+        }
+        assert_eq!(choose(1, (64, 64), DType::F64), None);
     }
 
     /// What the kernel does with tiles, from its source: whether a query that counts sees a key that it must not, or reads

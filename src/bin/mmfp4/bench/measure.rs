@@ -7,8 +7,8 @@ use candle_mmfp4::bandwidth::ReadBandwidth;
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::generation::Options;
 use candle_mmfp4::memory;
-use candle_mmfp4::models::Profile;
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
+use candle_mmfp4::models::{Phase, Profile};
 use candle_mmfp4::nn::TokenCache;
 use std::time::Instant;
 
@@ -74,7 +74,11 @@ impl Run<'_> {
         if profiled {
             // By itself: on a GPU a profile takes time.
             let mut profile = Profile::new(self.model.device());
-            self.pass_through(test.depth, test.tokens, step, Some(&mut profile))?;
+            let phase = match test.kind {
+                Kind::Decode => Phase::Generation,
+                Kind::Prompt | Kind::Latency => Phase::Prompt,
+            };
+            self.pass_through(test.depth, test.tokens, step, Some((&mut profile, phase)))?;
             row.profile = Some(profile.report());
         }
         Ok(row.beside(&rates))
@@ -113,7 +117,7 @@ impl Run<'_> {
         depth: usize,
         tokens: usize,
         step: usize,
-        mut profile: Option<&mut Profile>,
+        mut profile: Option<(&mut Profile, Phase)>,
     ) -> anyhow::Result<f64> {
         let vocabulary = self.model.config().vocab_size as u64;
         let drawn: Vec<u32> = (self.drawn..self.drawn + tokens as u64)
@@ -124,7 +128,7 @@ impl Run<'_> {
         let start = Instant::now();
         for tokens in drawn.chunks(step) {
             let position = self.cache.len();
-            let Some(profile) = &mut profile else {
+            let Some((profile, phase)) = &mut profile else {
                 self.model
                     .forward(tokens, position, &mut self.cache, Logits::Last)?;
                 continue;
@@ -134,8 +138,8 @@ impl Run<'_> {
                 position,
                 cache: Some(&mut self.cache),
             }];
-            profile.begin();
-            let mut observer = |site, _: &Tensor, output: &Tensor| profile.see(site, output);
+            profile.begin(*phase);
+            let mut observer = |site, _: &Tensor, _: &Tensor| profile.see(site);
             self.model
                 .forward_batch(&mut alone, Logits::Last, Some(&mut observer))?;
         }
