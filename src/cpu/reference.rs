@@ -211,7 +211,9 @@ pub fn paged_attention(paged: PagedAttention<'_>) -> Vec<f32> {
                 };
                 let (keys, values) = match layout.kind() {
                     RowKind::Latent { latent, rope } => (view(0, latent + rope), view(0, latent)),
-                    RowKind::Heads { key_dim, value_dim, .. } => (
+                    RowKind::Heads {
+                        key_dim, value_dim, ..
+                    } => (
                         view(head * key_dim, key_dim),
                         view(kv_heads * key_dim + head * value_dim, value_dim),
                     ),

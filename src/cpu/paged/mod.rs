@@ -1,6 +1,6 @@
 //! Attention over a paged cache in its stored format.
 //!
-//! A query's tokens are taken in chunks of 128, counted from position 0. A chunk's tokens are decoded once for all rows
+//! A query's tokens are taken in chunks of 256, counted from position 0. A chunk's tokens are decoded once for all rows
 //! that meet them (for MLA: all heads, whose keys are the latent with the rotary part and whose values are the latent;
 //! else the heads that share a key), and give a part of the output with the largest score and the sum of weights. Parts
 //! are folded in the order of positions. So nothing but a query's position and the stored bytes decides a bit of its
@@ -27,7 +27,10 @@ use std::ops::Range;
 const OP: &str = "paged attention";
 
 /// Tokens of a chunk.
-pub(super) const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 256;
+
+/// Bytes of a line of the processor's caches, or of fewer than it has.
+const LINE: usize = 64;
 
 /// A sequence of a call.
 #[derive(Debug, Clone, Copy)]
@@ -95,9 +98,7 @@ impl<'a> PagedAttention<'a> {
         let parts = self.layout.parts();
         match self.layout.kind() {
             RowKind::Latent { .. } => (parts, None),
-            RowKind::Heads { kv_heads, .. } => {
-                (&parts[kv_head..=kv_head], Some(&parts[kv_heads + kv_head]))
-            }
+            RowKind::Heads { kv_heads, .. } => (&parts[kv_head..=kv_head], Some(&parts[kv_heads + kv_head])),
         }
     }
 
@@ -114,9 +115,8 @@ impl<'a> PagedAttention<'a> {
 
     /// Whether all of it is there.
     pub(crate) fn check(&self) -> Result<()> {
-        let error = |argument, expected: String, found: String| {
-            Err(Error::argument(OP, argument, expected, found))
-        };
+        let error =
+            |argument, expected: String, found: String| Err(Error::argument(OP, argument, expected, found));
         let kv_heads = self.kv_heads();
         if self.heads == 0 || !self.heads.is_multiple_of(kv_heads) {
             let expected = format!("a multiple of the cache's {kv_heads}, at least 1");
@@ -130,7 +130,8 @@ impl<'a> PagedAttention<'a> {
             let expected = format!("a width of {}, as the keys, in all parts", key_width(self.layout));
             return error("queries", expected, width.to_string());
         }
-        let count = (self.sequences.iter()).try_fold(0usize, |sum, sequence| sum.checked_add(sequence.queries));
+        let count =
+            (self.sequences.iter()).try_fold(0usize, |sum, sequence| sum.checked_add(sequence.queries));
         let held = |count: &usize| self.queries.iter().all(|part| part.holds(*count, self.heads));
         let Some(count) = count.filter(|count| *count == 0 || held(count)) else {
             let expected = "a row for each query of the sequences".into();
@@ -143,7 +144,10 @@ impl<'a> PagedAttention<'a> {
         );
         for (index, sequence) in self.sequences.iter().enumerate() {
             if sequence.queries > sequence.len {
-                let expected = format!("at most the {} tokens in the cache of sequence {index}", sequence.len);
+                let expected = format!(
+                    "at most the {} tokens in the cache of sequence {index}",
+                    sequence.len
+                );
                 return error("queries", expected, sequence.queries.to_string());
             }
             if sequence.queries == 0 {
@@ -151,7 +155,10 @@ impl<'a> PagedAttention<'a> {
             }
             let needed = sequence.len.div_ceil(tokens);
             if sequence.table.len() < needed {
-                let expected = format!("{needed} blocks for the {} tokens of sequence {index}", sequence.len);
+                let expected = format!(
+                    "{needed} blocks for the {} tokens of sequence {index}",
+                    sequence.len
+                );
                 return error("tables", expected, sequence.table.len().to_string());
             }
             // What no query sees may have been let go.
@@ -172,10 +179,11 @@ pub(super) struct Chunk<'a> {
     pub queries: &'a [f32],
     /// Elements from one of them to the next.
     pub stride: usize,
-    /// The vectors that a key consists of.
-    pub keys: &'a [Part],
+    /// The vectors that a key consists of: one, or two.
+    keys: [Vector; 2],
+    vectors: usize,
     /// A value's vector; `None`: the first of the key's.
-    pub values: Option<&'a Part>,
+    pub values: Option<Vector>,
     attention: &'a PagedAttention<'a>,
     group: &'a Group,
     /// Rows of a query.
@@ -185,6 +193,29 @@ pub(super) struct Chunk<'a> {
     first: usize,
     /// Of each token the block's first byte and the place in the block.
     places: [(usize, usize); CHUNK],
+    /// Likewise of the next chunk's tokens, if it may be this thread's.
+    places_ahead: [(usize, usize); CHUNK],
+    ahead: usize,
+    /// Bytes of a token that this chunk's heads read.
+    share: usize,
+}
+
+/// A vector of every token, and its sizes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Vector {
+    pub part: Part,
+    code_bytes: usize,
+    scale_bytes: usize,
+}
+
+impl Vector {
+    fn new(part: &Part) -> Self {
+        Self {
+            part: *part,
+            code_bytes: part.code_bytes(),
+            scale_bytes: part.scale_bytes(),
+        }
+    }
 }
 
 impl Chunk<'_> {
@@ -193,14 +224,19 @@ impl Chunk<'_> {
         self.group.rows.len()
     }
 
+    /// The vectors that a key consists of.
+    pub fn keys(&self) -> &[Vector] {
+        &self.keys[..self.vectors]
+    }
+
     /// Elements of a key.
     pub fn key_width(&self) -> usize {
-        self.keys.iter().map(|part| part.width).sum()
+        self.keys().iter().map(|vector| vector.part.width).sum()
     }
 
     /// Elements of a value.
     pub fn value_width(&self) -> usize {
-        self.values.unwrap_or(&self.keys[0]).width
+        self.values.unwrap_or(self.keys[0]).part.width
     }
 
     /// The tokens of this chunk that a row sees.
@@ -235,16 +271,30 @@ impl Chunk<'_> {
         }
     }
 
+    /// Lines of the bytes that the next chunk reads, this part of so many: to be asked for while this one is computed, and
+    /// all the while, as memory answers only so many questions at a time.
+    #[inline(always)]
+    pub fn ahead(&self, part: Range<usize>, parts: usize) -> impl Iterator<Item = *const u8> {
+        // A head's bytes of a block are together, and so are a latent's of a token: of either a token has the same share.
+        let share = self.share;
+        let tokens = self.ahead * part.start / parts..self.ahead * part.end / parts;
+        self.places_ahead[tokens].iter().flat_map(move |(block, place)| {
+            let start = block + self.keys[0].part.codes + place * share;
+            let bytes = &self.attention.pool[start..start + share];
+            bytes.iter().step_by(LINE).map(std::ptr::from_ref)
+        })
+    }
+
     /// The codes and the scales of a token's vector; the token is one of those seen.
     #[inline(always)]
-    pub fn vector(&self, part: &Part, token: usize) -> (&[u8], &[u8]) {
+    pub fn vector(&self, vector: &Vector, token: usize) -> (&[u8], &[u8]) {
         let (block, place) = self.places[token];
-        let codes = block + part.codes + place * part.code_stride;
-        let scales = block + part.scales + place * part.scale_stride;
+        let codes = block + vector.part.codes + place * vector.part.code_stride;
+        let scales = block + vector.part.scales + place * vector.part.scale_stride;
         let pool = self.attention.pool;
         (
-            &pool[codes..codes + part.code_bytes()],
-            &pool[scales..scales + part.scale_bytes()],
+            &pool[codes..codes + vector.code_bytes],
+            &pool[scales..scales + vector.scale_bytes],
         )
     }
 }
@@ -280,6 +330,7 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
     let call = Call {
         executor,
         attention,
+        follows: !plan.split || plan.items >= 4 * executor.threads(),
         count: attention.count(),
         per_query: attention.heads / attention.kv_heads(),
         value: value_width(attention.layout),
@@ -339,6 +390,8 @@ const EMPTY: [f32; 2] = [f32::NEG_INFINITY, 0.0];
 struct Call<'a> {
     executor: &'a Executor,
     attention: &'a PagedAttention<'a>,
+    /// Whether a thread that has computed a chunk goes on with the next one.
+    follows: bool,
     /// Queries.
     count: usize,
     per_query: usize,
@@ -397,17 +450,22 @@ impl Call<'_> {
         let first = chunk * CHUNK;
         let query = (group.head * self.count + group.first_query + group.query) * self.per_query;
         let rows = query + group.rows.start..query + group.rows.end;
+        let layout = self.attention.layout;
         let mut chunk = Chunk {
             queries: &queries[rows.start * self.stride..rows.end * self.stride],
             stride: self.stride,
-            keys,
-            values,
+            keys: [keys[0], keys[keys.len() - 1]].map(|part| Vector::new(&part)),
+            vectors: keys.len(),
+            values: values.map(Vector::new),
             attention: self.attention,
             group,
             per_query: self.per_query,
             position: sequence.len - sequence.queries + group.query,
             first,
             places: [(0, 0); CHUNK],
+            places_ahead: [(0, 0); CHUNK],
+            ahead: 0,
+            share: layout.row_bytes() / self.attention.kv_heads(),
         };
         let seen = chunk.seen();
         // Of a group's queries the earlier ones may end before a chunk that later ones see.
@@ -415,17 +473,12 @@ impl Call<'_> {
             totals.fill(EMPTY);
             return;
         }
-        let (tokens, bytes) = (
-            self.attention.layout.block_tokens(),
-            self.attention.layout.block_bytes(),
-        );
-        let (mut block, mut place) = ((first + seen.start) / tokens, (first + seen.start) % tokens);
-        for to in &mut chunk.places[seen] {
-            *to = (sequence.table[block] as usize * bytes, place);
-            place += 1;
-            if place == tokens {
-                (block, place) = (block + 1, 0);
-            }
+        let end = chunk.position + (group.rows.end - 1) / self.per_query + 1;
+        places(layout, sequence, first + seen.start, &mut chunk.places[seen]);
+        if self.follows && first + CHUNK < end {
+            chunk.ahead = CHUNK.min(end - first - CHUNK);
+            let ahead = &mut chunk.places_ahead[..chunk.ahead];
+            places(layout, sequence, first + CHUNK, ahead);
         }
         // SAFETY: the executor has checked the instructions.
         unsafe { (self.executor.kernels().paged.chunk)(&chunk, out, totals, scratch) };
@@ -474,5 +527,18 @@ impl Call<'_> {
 fn rotate(layout: &RowLayout, vector: &mut [f32], how: fn(&mut [f32], usize) -> Result<()>) {
     if let Some(block) = layout.rotation(vector.len()) {
         how(vector, block).expect("a layout's blocks divide its vectors");
+    }
+}
+
+/// Where the tokens from `position` on are: the block's first byte and the place in the block.
+fn places(layout: &RowLayout, sequence: &PagedSequence<'_>, position: usize, places: &mut [(usize, usize)]) {
+    let (tokens, bytes) = (layout.block_tokens(), layout.block_bytes());
+    let (mut block, mut place) = (position / tokens, position % tokens);
+    for to in places {
+        *to = (sequence.table[block] as usize * bytes, place);
+        place += 1;
+        if place == tokens {
+            (block, place) = (block + 1, 0);
+        }
     }
 }

@@ -28,14 +28,23 @@ struct Case {
 }
 
 impl Case {
-    fn new(format: CacheFormat, kind: RowKind, block: usize, heads: usize, sequences: &[(usize, usize)]) -> Self {
+    fn new(
+        format: CacheFormat,
+        kind: RowKind,
+        block: usize,
+        heads: usize,
+        sequences: &[(usize, usize)],
+    ) -> Self {
         let layout = RowLayout::new(format, kind, block).unwrap();
         let total: usize = sequences.iter().map(|(len, _)| len.div_ceil(block)).sum();
         let blocks = total + 3;
         // What is in no sequence is NaN in every format.
         let mut pool = vec![0xff; layout.pool_bytes(blocks).unwrap()];
         // A step without a common divisor visits all blocks.
-        let step = (blocks / 2..).find(|step| gcd(*step, blocks) == 1).unwrap().max(1);
+        let step = (blocks / 2..)
+            .find(|step| gcd(*step, blocks) == 1)
+            .unwrap()
+            .max(1);
         let mut order = (0..blocks).map(|i| (i * step % blocks) as u32);
         let mut tables = Vec::new();
         let numbers = noise(65536 + layout.width(), 7);
@@ -105,7 +114,11 @@ impl Case {
     fn check(&self) {
         let expected = self.with(reference::paged_attention);
         for executor in executors() {
-            let bound = if executor.isa() == Isa::Avx512Bf16 { 1e-5 } else { 1e-9 };
+            let bound = if executor.isa() == Isa::Avx512Bf16 {
+                1e-5
+            } else {
+                1e-9
+            };
             let what = format!(
                 "{} {:?}, {} heads, {:?}, window {:?}, {:?}",
                 self.layout.format(),
@@ -141,7 +154,12 @@ fn paged_depths_agree_with_the_reference() {
 #[test]
 fn paged_deep_caches_agree_with_the_reference() {
     for depth in [8191, 8192, 8193, 32769] {
-        for format in [CacheFormat::BF16, CacheFormat::F16, CacheFormat::Fp8, CacheFormat::fp4()] {
+        for format in [
+            CacheFormat::BF16,
+            CacheFormat::F16,
+            CacheFormat::Fp8,
+            CacheFormat::fp4(),
+        ] {
             Case::new(format, LATENT, 16, 2, &[(depth, 1)]).check();
         }
         Case::new(CacheFormat::fp4(), HEADS, 32, 2, &[(depth, 1)]).check();
@@ -151,10 +169,22 @@ fn paged_deep_caches_agree_with_the_reference() {
 #[test]
 fn paged_widths_of_the_model_and_odd_ones() {
     let kinds = [
-        (RowKind::Latent { latent: 512, rope: 64 }, 20),
+        (
+            RowKind::Latent {
+                latent: 512,
+                rope: 64,
+            },
+            20,
+        ),
         (RowKind::Latent { latent: 32, rope: 6 }, 3),
         (RowKind::Latent { latent: 96, rope: 0 }, 2),
-        (RowKind::Latent { latent: 544, rope: 16 }, 13),
+        (
+            RowKind::Latent {
+                latent: 544,
+                rope: 16,
+            },
+            13,
+        ),
         (
             RowKind::Heads {
                 kv_heads: 2,
@@ -190,6 +220,7 @@ fn paged_widths_of_the_model_and_odd_ones() {
         for kind in [
             RowKind::Latent { latent: 131, rope: 3 },
             RowKind::Latent { latent: 1, rope: 1 },
+            RowKind::Latent { latent: 33, rope: 32 },
             RowKind::Heads {
                 kv_heads: 2,
                 key_dim: 33,
@@ -205,7 +236,16 @@ fn paged_widths_of_the_model_and_odd_ones() {
 fn paged_batches_of_any_lengths() {
     for format in [CacheFormat::BF16, CacheFormat::fp4()] {
         for kind in [LATENT, HEADS] {
-            let sequences = [(40, 1), (0, 0), (129, 1), (300, 3), (1, 1), (70, 70), (17, 0), (128, 128)];
+            let sequences = [
+                (40, 1),
+                (0, 0),
+                (129, 1),
+                (300, 3),
+                (1, 1),
+                (70, 70),
+                (17, 0),
+                (128, 128),
+            ];
             let mut case = Case::new(format, kind, 16, 6, &sequences);
             case.check();
             for window in [1, 2, 16, 100, 129, 1000] {
@@ -346,7 +386,10 @@ fn gathered_tokens_are_the_codecs_bit_for_bit() {
                         &mut found,
                     )
                     .unwrap();
-                    let same = found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                    let same = found
+                        .iter()
+                        .zip(&expected)
+                        .all(|(a, b)| a.to_bits() == b.to_bits());
                     assert!(same, "{format} {kind:?} {positions:?} {:?}", executor.isa());
                 }
             }
@@ -357,7 +400,12 @@ fn gathered_tokens_are_the_codecs_bit_for_bit() {
 /// All codes with scales of all sizes, as any writer may have them.
 #[test]
 fn all_bytes_decode_as_the_codecs() {
-    for format in [CacheFormat::Fp8, CacheFormat::fp4(), CacheFormat::F16, CacheFormat::BF16] {
+    for format in [
+        CacheFormat::Fp8,
+        CacheFormat::fp4(),
+        CacheFormat::F16,
+        CacheFormat::BF16,
+    ] {
         let layout = RowLayout::new(format, RowKind::Latent { latent: 256, rope: 0 }, 16).unwrap();
         let (part, bytes) = (layout.parts()[0], layout.block_bytes());
         for seed in 0..300u32 {
@@ -400,36 +448,120 @@ fn what_does_not_fit_is_named() {
         for heads in [0, 3] {
             wrong("heads", PagedAttention { heads, ..attention });
         }
-        wrong("window", PagedAttention { window: Some(0), ..attention });
-        wrong("queries", PagedAttention { queries: &[], ..attention });
-        wrong("queries", PagedAttention { queries: &attention.queries[..1], ..attention });
+        wrong(
+            "window",
+            PagedAttention {
+                window: Some(0),
+                ..attention
+            },
+        );
+        wrong(
+            "queries",
+            PagedAttention {
+                queries: &[],
+                ..attention
+            },
+        );
+        wrong(
+            "queries",
+            PagedAttention {
+                queries: &attention.queries[..1],
+                ..attention
+            },
+        );
         fn with(sequence: PagedSequence<'_>) -> [PagedSequence<'_>; 1] {
             [sequence]
         }
-        let many = with(PagedSequence { queries: 41, ..sequence });
-        wrong("queries", PagedAttention { sequences: &many, ..attention });
-        let many = with(PagedSequence { queries: 3, ..sequence });
-        wrong("queries", PagedAttention { sequences: &many, ..attention });
-        let twice = [PagedSequence { queries: usize::MAX, len: usize::MAX, ..sequence }; 2];
-        wrong("queries", PagedAttention { sequences: &twice, ..attention });
-        let short = with(PagedSequence { table: &sequence.table[..2], ..sequence });
-        wrong("tables", PagedAttention { sequences: &short, ..attention });
+        let many = with(PagedSequence {
+            queries: 41,
+            ..sequence
+        });
+        wrong(
+            "queries",
+            PagedAttention {
+                sequences: &many,
+                ..attention
+            },
+        );
+        let many = with(PagedSequence {
+            queries: 3,
+            ..sequence
+        });
+        wrong(
+            "queries",
+            PagedAttention {
+                sequences: &many,
+                ..attention
+            },
+        );
+        let twice = [PagedSequence {
+            queries: usize::MAX,
+            len: usize::MAX,
+            ..sequence
+        }; 2];
+        wrong(
+            "queries",
+            PagedAttention {
+                sequences: &twice,
+                ..attention
+            },
+        );
+        let short = with(PagedSequence {
+            table: &sequence.table[..2],
+            ..sequence
+        });
+        wrong(
+            "tables",
+            PagedAttention {
+                sequences: &short,
+                ..attention
+            },
+        );
         for block in [6, u32::MAX] {
             let mut table = sequence.table.to_vec();
             table[1] = block;
-            let beyond = with(PagedSequence { table: &table, ..sequence });
-            wrong("tables", PagedAttention { sequences: &beyond, ..attention });
+            let beyond = with(PagedSequence {
+                table: &table,
+                ..sequence
+            });
+            wrong(
+                "tables",
+                PagedAttention {
+                    sequences: &beyond,
+                    ..attention
+                },
+            );
             // Whom nobody sees may be anywhere.
             let unseen = [block, table[0], table[2]];
-            let unseen = with(PagedSequence { table: &unseen, ..sequence });
-            let windowed = PagedAttention { sequences: &unseen, window: Some(4), ..attention };
+            let unseen = with(PagedSequence {
+                table: &unseen,
+                ..sequence
+            });
+            let windowed = PagedAttention {
+                sequences: &unseen,
+                window: Some(4),
+                ..attention
+            };
             assert!(attend_paged(executor, windowed, &mut vec![0.0; 2 * 4 * 64]).is_ok());
         }
-        wrong("tables", PagedAttention { pool: &attention.pool[..5], ..attention });
+        wrong(
+            "tables",
+            PagedAttention {
+                pool: &attention.pool[..5],
+                ..attention
+            },
+        );
         assert!(attend_paged(executor, attention, &mut [0.0; 3]).is_err());
     });
     let gathered = |table: &[u32], positions, len| {
-        gather(executor, &case.layout, &case.pool, table, positions, &mut vec![0.0; len])
+        gather(
+            executor,
+            &case.layout,
+            &case.pool,
+            table,
+            positions,
+            &mut vec![0.0; len],
+        )
     };
     let width = case.layout.width();
     assert!(gathered(&[0, 5], 0..32, 32 * width).is_ok());

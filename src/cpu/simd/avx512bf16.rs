@@ -6,13 +6,14 @@
 //! tokens, at positions 2i and 2i + 1: rows of values are interleaved on their way into registers. Products flush numbers
 //! below 2^-126 to zero.
 
-use super::paged::{FP8_GROUP, PagedKernels, e4m3, weights};
+use super::paged::{FP8_GROUP, PagedKernels, e4m3};
 use super::product::aligned;
 use super::{Kernels, Scratch, avx512};
-use crate::cpu::paged::{CHUNK, Chunk, out_stride};
+use crate::cpu::paged::{CHUNK, Chunk, Vector, out_stride};
 use crate::fp4::code;
-use crate::kv::{Encoding, Part};
+use crate::kv::Encoding;
 use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 pub(super) fn available() -> bool {
@@ -32,12 +33,10 @@ pub(super) static KERNELS: Kernels = Kernels {
 
 /// Numbers in a register of BF16.
 const LANES: usize = 32;
-/// Keys that queries meet at a time.
-const KEYS: usize = 4;
+/// Keys that queries meet at a time: two in a register.
+const KEYS: usize = 8;
 /// Rows whose queries stay in the first-level cache while a chunk's keys pass by.
 const BLOCK: usize = 24;
-/// How many tokens ahead a cache that is read where it lies is asked for.
-const AHEAD: usize = 8;
 
 /// Calls `$work` for passes of `$R` rows, from 1 to `$limit`, of nearly equal size.
 macro_rules! passes {
@@ -96,8 +95,8 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
     // Tiles of decoded keys and values. A vector is stored in whole registers, which reach into what is written
     // after it, or past the end of the row before that begins.
     let stride = |width: usize| width.next_multiple_of(LANES) + LANES;
-    let keys_lie = lie(chunk.keys, width);
-    let values_lie = chunk.values.is_some_and(|part| lie(&[*part], value));
+    let keys_lie = lie(chunk.keys(), width);
+    let values_lie = chunk.values.is_some_and(|vector| lie(&[vector], value));
     let of_keys = if keys_lie { 0 } else { CHUNK * stride(width) };
     let of_values = match chunk.values {
         Some(_) if !values_lie => CHUNK * stride(value),
@@ -116,25 +115,13 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
         let mut values = [zero.cast_const(); CHUNK];
         for t in seen.clone() {
             keys[t] = match keys_lie {
-                true => chunk.vector(&chunk.keys[0], t).0.as_ptr().cast(),
-                false => {
-                    let to = tile.add(t * stride(width));
-                    let mut place = 0;
-                    for part in chunk.keys {
-                        decode(chunk, part, t, to.add(place));
-                        place += part.width;
-                    }
-                    to.cast_const()
-                }
+                true => chunk.vector(&chunk.keys()[0], t).0.as_ptr().cast(),
+                false => tile.add(t * stride(width)).cast_const(),
             };
             values[t] = match chunk.values {
                 None => keys[t],
-                Some(part) if values_lie => chunk.vector(part, t).0.as_ptr().cast(),
-                Some(part) => {
-                    let to = value_tile.add(t * stride(value));
-                    decode(chunk, part, t, to);
-                    to.cast_const()
-                }
+                Some(vector) if values_lie => chunk.vector(&vector, t).0.as_ptr().cast(),
+                Some(_) => value_tile.add(t * stride(value)).cast_const(),
             };
         }
         let one = keys[seen.start];
@@ -146,34 +133,42 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
     let scores = aligned(&mut scratch.tile, rows * CHUNK);
     let registers = width.div_ceil(LANES);
     let queries: *const u16 = chunk.queries.as_ptr().cast();
-    for block in 0..rows.div_ceil(BLOCK) {
-        let blocks = rows.div_ceil(BLOCK);
-        let some = block * rows / blocks..(block + 1) * rows / blocks;
-        for first in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
-            if keys_lie && block == 0 && first + AHEAD + KEYS <= CHUNK {
-                for key in &keys[first + AHEAD..][..KEYS] {
-                    for line in 0..width.div_ceil(LANES) {
-                        _mm_prefetch::<_MM_HINT_T0>(key.wrapping_add(line * LANES).cast());
-                    }
+    // Decoded keys meet the queries while the first-level cache holds them: those of few rows beside all queries.
+    let step = if rows <= BLOCK { 2 * KEYS } else { 8 * KEYS };
+    for start in (seen.start / step * step..seen.end).step_by(step) {
+        let these = start.max(seen.start)..(start + step).min(seen.end);
+        if !keys_lie {
+            // SAFETY: the tile has room for these tokens' keys.
+            unsafe { decode_keys(chunk, these.clone(), tile, width, stride(width)) };
+        }
+        for block in 0..rows.div_ceil(BLOCK) {
+            let blocks = rows.div_ceil(BLOCK);
+            let some = block * rows / blocks..(block + 1) * rows / blocks;
+            for first in (these.start / KEYS * KEYS..these.end).step_by(KEYS) {
+                if block == 0 {
+                    ask(chunk, &keys, first, if keys_lie { registers } else { 0 });
                 }
+                let some_keys = keys[first..].first_chunk().expect("a chunk is whole eights");
+                // SAFETY: the instructions are the caller's promise; queries and keys have `registers` registers, each row
+                // of scores eight more.
+                passes!(some.clone(), 6: 1 2 3 4 5 6, |row, R| unsafe {
+                    let queries = queries.add(row * 2 * chunk.stride);
+                    let scores = scores[row * CHUNK + first..].as_mut_ptr();
+                    dots::<R>(queries, 2 * chunk.stride, some_keys, registers, scores);
+                });
             }
-            let four = *keys[first..].first_chunk::<KEYS>().expect("a chunk is whole fours");
-            // SAFETY: the instructions are the caller's promise; queries and keys have `registers` registers, each row of
-            // scores four more.
-            passes!(some.clone(), 6: 1 2 3 4 5 6, |row, R| unsafe {
-                let queries = queries.add(row * 2 * chunk.stride);
-                let scores = scores[row * CHUNK + first..].as_mut_ptr();
-                dots::<R>(queries, 2 * chunk.stride, four, registers, scores);
-            });
         }
     }
 
+    if let Some(vector) = chunk.values.filter(|_| !values_lie) {
+        // SAFETY: the tile has room for the values of a chunk.
+        unsafe { decode(chunk, &vector, seen.clone(), tile.add(of_keys), stride(value)) };
+    }
     let rounded = aligned(&mut scratch.gathered, rows * CHUNK / 2);
-    let scores = scores.as_chunks_mut::<CHUNK>().0.iter_mut();
+    let scores = scores.as_chunks::<CHUNK>().0.iter();
     for (row, (scores, to)) in scores.zip(rounded.chunks_exact_mut(CHUNK / 2)).enumerate() {
-        let largest = weights(scores, chunk.visible(row));
         // SAFETY: the instructions are the caller's promise; `to` has half as many elements of twice the size.
-        totals[row] = [largest, unsafe { round_weights(scores, to.as_mut_ptr().cast()) }];
+        totals[row] = unsafe { weights(scores, chunk.visible(row), to.as_mut_ptr().cast()) };
     }
     let rounded: *const i32 = rounded.as_ptr().cast();
     chunk.runs(|run, visible| {
@@ -184,6 +179,12 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
         let mut column = 0;
         while column < out_stride {
             let wide = run.len() <= 6 && column + 2 * LANES <= out_stride;
+            if run.start == 0 {
+                let (part, half) = (column / LANES, out_stride / LANES);
+                for line in chunk.ahead(half + part..half + part + 1 + usize::from(wide), 2 * half) {
+                    _mm_prefetch::<_MM_HINT_T1>(line.cast());
+                }
+            }
             let out = out.as_mut_ptr();
             // SAFETY: the instructions are the caller's promise; there are weights and values of all pairs, values as
             // outputs in whole pairs of registers.
@@ -206,17 +207,61 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
 }
 
 /// Whether vectors lie in the pool as products read them: BF16, one after the other, whole registers together.
-fn lie(parts: &[Part], width: usize) -> bool {
-    let first = &parts[0];
+fn lie(vectors: &[Vector], width: usize) -> bool {
+    let first = &vectors[0].part;
     let mut end = first.codes;
-    let mut follows = |part: &Part| {
+    let mut follows = |vector: &Vector| {
+        let part = &vector.part;
         let start = std::mem::replace(&mut end, part.codes + part.code_bytes());
         part.encoding == Encoding::BF16 && part.codes == start && part.code_stride == first.code_stride
     };
-    width.is_multiple_of(LANES) && parts.iter().all(&mut follows)
+    width.is_multiple_of(LANES) && vectors.iter().all(&mut follows)
 }
 
-/// Scores of `R` queries and four keys, `registers` registers each; rows of scores are [`CHUNK`] apart.
+/// Asks for what is read next: keys that lie in the pool, `registers` registers each, eight tokens ahead, and half of the
+/// next chunk's bytes (the other half is asked for with the values).
+#[inline(always)]
+fn ask(chunk: &Chunk<'_>, keys: &[*const u16; CHUNK], first: usize, registers: usize) {
+    for key in keys[first..].iter().skip(KEYS).take(KEYS) {
+        for register in 0..registers {
+            // SAFETY: a hint, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(key.wrapping_add(register * LANES).cast()) };
+        }
+    }
+    let part = first / KEYS;
+    for line in chunk.ahead(part..part + 1, 2 * CHUNK / KEYS) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
+}
+
+/// Decodes the keys of some tokens into their rows of a tile.
+///
+/// # Safety
+/// The instructions, and room for `stride` elements of each token of the chunk.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn decode_keys(chunk: &Chunk<'_>, tokens: Range<usize>, tile: *mut u16, width: usize, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let last = width / LANES * LANES;
+        if last < width {
+            // Vectors side by side need not reach as far as their registers do together.
+            for t in tokens.clone() {
+                tile.add(t * stride + last).write_bytes(0, LANES);
+            }
+        }
+        let mut place = 0;
+        for vector in chunk.keys() {
+            decode(chunk, vector, tokens.clone(), tile.add(place), stride);
+            place += vector.part.width;
+        }
+    }
+}
+
+/// Scores of `R` queries and eight keys, `registers` registers each; rows of scores are [`CHUNK`] apart.
+///
+/// A register takes sixteen elements of two keys, so that half as many are to be summed up in the end.
 ///
 /// # Safety
 /// The instructions, and all of that is there.
@@ -225,35 +270,37 @@ fn lie(parts: &[Part], width: usize) -> bool {
 unsafe fn dots<const R: usize>(
     queries: *const u16,
     stride: usize,
-    keys: [*const u16; KEYS],
+    keys: &[*const u16; KEYS],
     registers: usize,
     scores: *mut f32,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[_mm512_setzero_ps(); KEYS]; R];
-        for k in 0..registers {
-            let mut b = [_mm512_setzero_si512(); KEYS];
-            for v in 0..KEYS {
-                b[v] = load(keys[v].add(k * LANES));
+        let half = |from: *const u16| _mm256_loadu_si256(from.cast());
+        let mut sums = [[_mm512_setzero_ps(); KEYS / 2]; R];
+        for k in (0..registers * LANES).step_by(LANES / 2) {
+            let mut b = [_mm512_setzero_si512(); KEYS / 2];
+            for v in 0..KEYS / 2 {
+                let low = _mm512_castsi256_si512(half(keys[v].add(k)));
+                b[v] = _mm512_inserti64x4(low, half(keys[v + KEYS / 2].add(k)), 1);
             }
             for i in 0..R {
-                let a = load(queries.add(i * stride + k * LANES));
-                for v in 0..KEYS {
+                let a = _mm512_broadcast_i64x4(half(queries.add(i * stride + k)));
+                for v in 0..KEYS / 2 {
                     sums[i][v] = dot(sums[i][v], a, b[v]);
                 }
             }
         }
         for i in 0..R {
-            _mm_storeu_ps(scores.add(i * CHUNK), sum(sums[i]));
+            _mm256_storeu_ps(scores.add(i * CHUNK), sum(sums[i]));
         }
     }
 }
 
-/// The sums of the lanes of four registers.
+/// The sums of the lower and of the upper lanes of four registers.
 #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
 #[inline]
-fn sum(of: [__m512; 4]) -> __m128 {
+fn sum(of: [__m512; 4]) -> __m256 {
     let pairs = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     // In each 128 bits: sums of lanes 0 and 2, and of lanes 1 and 3, of the first and the second of two.
     let (ab, cd) = (
@@ -262,30 +309,68 @@ fn sum(of: [__m512; 4]) -> __m128 {
     );
     let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
     let four = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    let two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
-    _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1))
+    // Of the four parts of 128 bits the first two, and the last two.
+    let two = _mm512_add_ps(four, _mm512_shuffle_f32x4(four, four, 0b10_11_00_01));
+    _mm512_castps512_ps256(_mm512_shuffle_f32x4(two, two, 0b10_00))
 }
 
-/// Rounds a row's weights to BF16 and gives the sum of what they become: then rounding moves weight among tokens, and
-/// the weights' sum is still one.
+/// Turns the scores of a row into the softmax's numerators, rounded to BF16, zero for what is not visible. Gives the
+/// largest score and the sum of what they become: then rounding moves weight among tokens, and the weights' sum
+/// is still one.
 ///
 /// # Safety
 /// The instructions, and room for a row.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
 #[inline]
-unsafe fn round_weights(weights: &[f32; CHUNK], to: *mut u16) -> f32 {
-    // SAFETY: the caller's promise.
+unsafe fn weights(scores: &[f32; CHUNK], visible: Range<usize>, to: *mut u16) -> [f32; 2] {
+    let mask = |first: usize| {
+        let bits = |count: usize| (1u32 << count.clamp(first, first + 16).wrapping_sub(first)) - 1;
+        (bits(visible.end) & !bits(visible.start)) as __mmask16
+    };
+    // SAFETY: the caller's promise; a row is whole registers.
     unsafe {
+        let load = |first: usize| _mm512_loadu_ps(scores.as_ptr().add(first));
+        let mut largest = _mm512_set1_ps(f32::NEG_INFINITY);
+        for first in (0..CHUNK).step_by(16) {
+            // What is NaN on the left is passed over, and shows in the sum.
+            largest = _mm512_mask_max_ps(largest, mask(first), load(first), largest);
+        }
+        let largest = _mm512_reduce_max_ps(largest);
+        let exponents = |first: usize| {
+            let below = _mm512_sub_ps(load(first), _mm512_set1_ps(largest));
+            // On the left what is NaN stays.
+            _mm512_max_ps(
+                _mm512_set1_ps(-150.0),
+                _mm512_mul_ps(below, _mm512_set1_ps(LOG2_E)),
+            )
+        };
         let mut sums = [_mm512_setzero_ps(); 2];
-        for (i, weights) in weights.as_chunks::<LANES>().0.iter().enumerate() {
-            let rounded = round(weights);
-            _mm512_storeu_si512(to.add(i * LANES).cast(), rounded);
+        for first in (0..CHUNK).step_by(LANES) {
+            let low = exp2(exponents(first));
+            let low = _mm512_maskz_mov_ps(mask(first), low);
+            let high = exp2(exponents(first + 16));
+            let high = _mm512_maskz_mov_ps(mask(first + 16), high);
+            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(to.add(first).cast(), rounded);
             let odd = _mm512_and_si512(rounded, _mm512_set1_epi32(UPPER));
             sums[0] = _mm512_add_ps(sums[0], _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
             sums[1] = _mm512_add_ps(sums[1], _mm512_castsi512_ps(odd));
         }
-        _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]))
+        [largest, _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]))]
     }
+}
+
+/// 2^x to within 3e-6 of it, which BF16 does not see.
+#[target_feature(enable = "avx512f,fma")]
+#[inline]
+fn exp2(x: __m512) -> __m512 {
+    let whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    let r = _mm512_sub_ps(x, whole);
+    let mut p = _mm512_set1_ps(0.001_333_356);
+    for coefficient in [0.009_618_13, 0.055_504_11, 0.240_226_5, 0.693_147_2, 1.0] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    }
+    _mm512_scalef_ps(p, whole)
 }
 
 /// `B` times 32 columns of the outputs of `R` rows: for each pair of tokens the two weights of a row times the two rows of
@@ -353,38 +438,57 @@ unsafe fn load(from: *const u16) -> __m512i {
 /// The upper half of a lane.
 const UPPER: i32 = 0xffff_0000_u32 as i32;
 
-/// Decodes a token's vector to BF16, in whole registers, zeros behind its end.
+/// Decodes a vector of the tokens seen to BF16, in whole registers, zeros behind its end.
 ///
 /// # Safety
-/// The instructions, and room for whole registers.
+/// The instructions, and room for whole registers of each token, the first one's at `to`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[inline]
-unsafe fn decode(chunk: &Chunk<'_>, part: &Part, token: usize, to: *mut u16) {
-    let (codes, scales) = chunk.vector(part, token);
+unsafe fn decode(chunk: &Chunk<'_>, vector: &Vector, seen: Range<usize>, to: *mut u16, stride: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        match part.encoding {
+        match vector.part.encoding {
             Encoding::BF16 => {
-                for (i, codes) in codes.chunks(2 * LANES).enumerate() {
-                    _mm512_storeu_si512(to.add(i * LANES).cast(), load_bytes(codes));
+                for t in seen {
+                    let (codes, _) = chunk.vector(vector, t);
+                    for (i, codes) in codes.chunks(2 * LANES).enumerate() {
+                        _mm512_storeu_si512(to.add(t * stride + i * LANES).cast(), load_bytes(codes));
+                    }
                 }
             }
             Encoding::F16 => {
-                for (i, codes) in codes.chunks(2 * LANES).enumerate() {
-                    let halves = load_bytes(codes);
-                    let low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-                    let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-                    let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                    _mm512_storeu_si512(to.add(i * LANES).cast(), rounded);
+                for t in seen {
+                    let (codes, _) = chunk.vector(vector, t);
+                    for (i, codes) in codes.chunks(2 * LANES).enumerate() {
+                        let halves = load_bytes(codes);
+                        let low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+                        let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+                        let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                        _mm512_storeu_si512(to.add(t * stride + i * LANES).cast(), rounded);
+                    }
                 }
             }
             Encoding::Fp8 => {
-                let groups = codes.chunks(FP8_GROUP).zip(scales.as_chunks().0);
-                for (i, (codes, scale)) in groups.enumerate() {
-                    decode_fp8(codes, f32::from_le_bytes(*scale), to.add(i * FP8_GROUP));
+                for t in seen {
+                    let (codes, scales) = chunk.vector(vector, t);
+                    let groups = codes.chunks(FP8_GROUP).zip(scales.as_chunks().0);
+                    for (i, (codes, scale)) in groups.enumerate() {
+                        let to = to.add(t * stride + i * FP8_GROUP);
+                        decode_fp8(codes, f32::from_le_bytes(*scale), to);
+                    }
                 }
             }
-            Encoding::Fp4 { group } => decode_fp4(group, codes, scales, to),
+            Encoding::Fp4 { group: 16 } => {
+                for t in seen {
+                    let (codes, scales) = chunk.vector(vector, t);
+                    decode_fp4::<16>(codes, scales, to.add(t * stride));
+                }
+            }
+            Encoding::Fp4 { .. } => {
+                for t in seen {
+                    let (codes, scales) = chunk.vector(vector, t);
+                    decode_fp4::<32>(codes, scales, to.add(t * stride));
+                }
+            }
         }
     }
 }
@@ -427,7 +531,8 @@ unsafe fn decode_fp8(codes: &[u8], scale: f32, to: *mut u16) {
         for i in 0..FP8_GROUP / LANES {
             let bytes = _mm256_loadu_si256(codes.as_ptr().add(i * LANES).cast());
             let words = _mm512_cvtepi8_epi16(bytes);
-            let magnitudes = _mm512_and_si512(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x87f0_u16 as i16));
+            let magnitudes =
+                _mm512_and_si512(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x87f0_u16 as i16));
             let without = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
             let values = _mm512_add_epi16(magnitudes, add);
             // A permutation takes the low five bits of each index.
@@ -475,36 +580,49 @@ unsafe fn decode_any_fp8(codes: &[u8], scale: f32, to: *mut u16) {
 /// As [`decode`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn decode_fp4(group: usize, codes: &[u8], scales: &[u8], to: *mut u16) {
+unsafe fn decode_fp4<const GROUP: usize>(codes: &[u8], scales: &[u8], to: *mut u16) {
     // SAFETY: the caller's promise; masks name the bytes that are there.
     unsafe {
         let table = _mm512_loadu_ps(code::VALUES.as_ptr());
         // The scales of a register: of sixteen lanes, two codes each, eight share one or all do.
-        let (first, step) = match group {
-            16 => (_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), 2),
+        let (first, step) = match GROUP {
+            16 => (
+                _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                2,
+            ),
             _ => (_mm512_setzero_si512(), 1),
         };
         let step = _mm512_set1_epi32(step);
-        for (set, (codes, scales)) in codes.chunks(8 * group).zip(scales.chunks(16)).enumerate() {
-            let scales = _mm_maskz_loadu_epi8(((1u32 << scales.len()) - 1) as u16, scales.as_ptr().cast());
+        let register = |bytes: __m128i, scale: __m512| {
+            let lanes = _mm512_cvtepu8_epi32(bytes);
+            // A permutation takes the low four bits of each index.
+            let even = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, table), scale);
+            let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4), table);
+            let odd = _mm512_castps_si512(_mm512_mul_ps(odd, scale));
+            let even = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+            // odd & UPPER | even
+            _mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(UPPER), even, 0xea)
+        };
+        let (whole, rest) = (codes.len() / 16, codes.len() % 16);
+        let mut at = 0;
+        for scales in scales.chunks(16) {
+            let scales = match scales.len() {
+                16 => _mm_loadu_si128(scales.as_ptr().cast()),
+                len => _mm_maskz_loadu_epi8((1 << len) - 1, scales.as_ptr().cast()),
+            };
             let scales = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(scales), 7));
-            let mut index = first;
-            for (i, codes) in codes.chunks(LANES / 2).enumerate() {
-                let bytes = match codes.len() {
-                    16 => _mm_loadu_si128(codes.as_ptr().cast()),
-                    len => _mm_maskz_loadu_epi8((1 << len) - 1, codes.as_ptr().cast()),
-                };
-                let lanes = _mm512_cvtepu8_epi32(bytes);
+            let (mut index, end) = (first, at + GROUP / 2);
+            for _ in at..whole.min(end) {
                 let scale = _mm512_permutexvar_ps(index, scales);
                 index = _mm512_add_epi32(index, step);
-                // A permutation takes the low four bits of each index.
-                let even = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, table), scale);
-                let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4), table);
-                let odd = _mm512_castps_si512(_mm512_mul_ps(odd, scale));
-                let even = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-                // odd & UPPER | even
-                let values = _mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(UPPER), even, 0xea);
-                _mm512_storeu_si512(to.add(set * 16 * group + i * LANES).cast(), values);
+                let values = register(_mm_loadu_si128(codes.as_ptr().add(16 * at).cast()), scale);
+                _mm512_storeu_si512(to.add(at * LANES).cast(), values);
+                at += 1;
+            }
+            if rest > 0 && at == whole && at < end {
+                let bytes = _mm_maskz_loadu_epi8((1 << rest) - 1, codes.as_ptr().add(16 * at).cast());
+                let values = register(bytes, _mm512_permutexvar_ps(index, scales));
+                _mm512_storeu_si512(to.add(at * LANES).cast(), values);
             }
         }
     }

@@ -63,23 +63,23 @@ pub(super) unsafe fn chunk<S: Simd, const NR: usize, const MR: usize>(
     let (keys, values) = tile.split_at_mut(count * stride);
     for (t, key) in seen.clone().zip(keys.chunks_exact_mut(stride)) {
         let mut rest = key;
-        for part in chunk.keys {
-            let (numbers, tail) = rest.split_at_mut(part.width);
-            let (codes, scales) = chunk.vector(part, t);
+        for vector in chunk.keys() {
+            let (numbers, tail) = rest.split_at_mut(vector.part.width);
+            let (codes, scales) = chunk.vector(vector, t);
             // SAFETY: the instructions are the caller's promise.
-            unsafe { decode::<S>(part.encoding, codes, scales, numbers) };
+            unsafe { decode::<S>(vector.part.encoding, codes, scales, numbers) };
             rest = tail;
         }
         rest.fill(0.0);
     }
     let (values, value_stride) = match chunk.values {
         None => (&*keys, stride),
-        Some(part) => {
+        Some(vector) => {
             for (t, value) in seen.clone().zip(values.chunks_exact_mut(value_stride)) {
-                let (numbers, rest) = value.split_at_mut(part.width);
-                let (codes, scales) = chunk.vector(part, t);
+                let (numbers, rest) = value.split_at_mut(vector.part.width);
+                let (codes, scales) = chunk.vector(&vector, t);
                 // SAFETY: as above.
-                unsafe { decode::<S>(part.encoding, codes, scales, numbers) };
+                unsafe { decode::<S>(vector.part.encoding, codes, scales, numbers) };
                 rest.fill(0.0);
             }
             (&*values, value_stride)
@@ -95,7 +95,10 @@ pub(super) unsafe fn chunk<S: Simd, const NR: usize, const MR: usize>(
         let (place, wanted) = (seen.start + first, (count - first).min(NR));
         // SAFETY: the instructions are the caller's promise; queries and keys are whole registers.
         passes!(rows, MR, |row, R| unsafe {
-            let queries = Rows::of(&chunk.queries[row * chunk.stride..][..R * chunk.stride], chunk.stride);
+            let queries = Rows::of(
+                &chunk.queries[row * chunk.stride..][..R * chunk.stride],
+                chunk.stride,
+            );
             let scores = &mut scores[row * CHUNK + place..];
             dots::<S, NR, R>(queries, some, query_stride(width), scores, wanted);
         });
@@ -155,7 +158,7 @@ unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
 
 /// Turns the scores of a row into the softmax's numerators, zero for what is not visible, and gives the largest score.
 #[inline(always)]
-pub(super) fn weights(scores: &mut [f32; CHUNK], visible: Range<usize>) -> f32 {
+fn weights(scores: &mut [f32; CHUNK], visible: Range<usize>) -> f32 {
     scores[..visible.start].fill(f32::NEG_INFINITY);
     scores[visible.end..].fill(f32::NEG_INFINITY);
     let largest = lanes(scores, f32::NEG_INFINITY, larger);
@@ -267,7 +270,9 @@ const SCALES: usize = 32;
 
 #[inline(always)]
 unsafe fn decode_fp4<S: Simd>(group: usize, codes: &[u8], scales: &[u8], numbers: &mut [f32]) {
-    let parts = numbers.chunks_mut(SCALES * group).zip(codes.chunks(SCALES * group / 2));
+    let parts = numbers
+        .chunks_mut(SCALES * group)
+        .zip(codes.chunks(SCALES * group / 2));
     for ((numbers, codes), scales) in parts.zip(scales.chunks(SCALES)) {
         // As many more are there as `spread` may read.
         let mut decoded = [0f32; SCALES + 8];

@@ -169,7 +169,10 @@ pub(super) struct Input<'a, G> {
 }
 
 /// Holds a tensor.
-pub(super) fn open<'a>(argument: &'static str, tensor: &'a Tensor) -> Input<'a, impl Deref<Target = Storage> + 'a> {
+pub(super) fn open<'a>(
+    argument: &'static str,
+    tensor: &'a Tensor,
+) -> Input<'a, impl Deref<Target = Storage> + 'a> {
     let (storage, layout) = tensor.storage_and_layout();
     Input {
         argument,
