@@ -119,7 +119,7 @@ pub(crate) fn read_part(layout: &RowLayout, part: &Part, pool: &[u8], slot: u32,
     decode_vector(part.encoding, codes, scales, values);
 }
 
-fn encode_vector(encoding: Encoding, values: &[f32], codes: &mut [u8], scales: &mut [u8]) {
+pub(crate) fn encode_vector(encoding: Encoding, values: &[f32], codes: &mut [u8], scales: &mut [u8]) {
     match encoding {
         Encoding::F16 => {
             for (to, x) in codes.as_chunks_mut::<2>().0.iter_mut().zip(values) {

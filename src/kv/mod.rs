@@ -10,7 +10,9 @@ pub mod codec;
 mod format;
 pub mod hadamard;
 mod layout;
+mod slots;
 
 pub use blocks::{BlockCopy, BlockStatistics, Blocks, SequenceId};
 pub use format::{CacheFormat, ScaleGroup};
 pub use layout::{Encoding, Part, RowKind, RowLayout, TOKENS_PER_BLOCK};
+pub use slots::Slots;

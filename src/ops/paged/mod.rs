@@ -1,0 +1,5 @@
+//! Ops over the pools of a paged cache.
+
+mod append;
+
+pub use append::{AppendHeads, AppendLatents};
