@@ -5,8 +5,8 @@
 //!
 //! The measure is the normalised mean-square error of MLA's output against a cache in F32: of the latents that heads mix,
 //! for synthetic rows, and of the heads' values, for a model's. Synthetic latents are 512 wide and normal, in each channel
-//! with a scale of its own, and 8 channels have one 10 or 30 times larger; queries and errors are measured in each
-//! channel's scale, as trained projections on both sides make up for it.
+//! with a scale of its own, and 8 channels have one 10 or 30 times larger. Queries and errors are in each channel's scale,
+//! as if the projections on both sides made up for it fully, or as they are, as if those knew nothing of it; a trained model is between the two.
 
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};
@@ -33,13 +33,20 @@ fn main() -> Result<()> {
         .nth(1)
         .context("usage: kv_formats MODEL_FOLDER")?;
     let mut cases = Vec::new();
-    for factor in [1.0, 10.0, 30.0] {
-        cases.push((
-            format!("synthetic, outliers × {factor}"),
-            vec![synthetic(factor)?],
-        ));
+    for (factor, balanced) in [
+        (1.0, true),
+        (10.0, true),
+        (30.0, true),
+        (10.0, false),
+        (30.0, false),
+    ] {
+        let name = match balanced {
+            true => format!("outliers × {factor}"),
+            false => format!("outliers × {factor}, as they are"),
+        };
+        cases.push((name, vec![synthetic(factor, balanced)?]));
     }
-    cases.push(("model, 128 wide".to_string(), of_model(Path::new(&folder))?));
+    cases.push(("demo model".to_string(), of_model(Path::new(&folder))?));
 
     print!("| format | bytes a token |");
     cases.iter().for_each(|(name, _)| print!(" {name} |"));
@@ -174,7 +181,11 @@ impl Way {
         let Some(latents) = self.round(&layer.latents)? else {
             return Ok(None);
         };
-        let keys = layer.keys.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+        let of_keys = match self {
+            Self::Cache(CacheFormat::F16, _) => DType::F16,
+            _ => DType::BF16,
+        };
+        let keys = layer.keys.to_dtype(of_keys)?.to_dtype(DType::F32)?;
         let exact = layer.output(&rows(&layer.latents)?, &layer.keys)?;
         let rounded = layer.output(&rows(&latents)?, &keys)?;
         let square =
@@ -244,7 +255,8 @@ impl Normal {
     }
 }
 
-fn synthetic(factor: f32) -> Result<Layer> {
+/// Where `balanced`, queries and what is measured are in each channel's scale.
+fn synthetic(factor: f32, balanced: bool) -> Result<Layer> {
     const LATENT: usize = 512;
     const ROPE: usize = 64;
     let mut normal = Normal(1);
@@ -256,7 +268,11 @@ fn synthetic(factor: f32) -> Result<Layer> {
     let latents = (0..TOKENS)
         .map(|_| scales.iter().map(|scale| scale * normal.next()).collect())
         .collect();
-    let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
+    let mean = (scales.iter().map(|scale| scale * scale).sum::<f32>() / LATENT as f32).sqrt();
+    let inverse: Vec<f32> = scales
+        .iter()
+        .map(|scale| 1.0 / if balanced { *scale } else { mean })
+        .collect();
     let inverse = Tensor::from_vec(inverse, LATENT, &Device::Cpu)?;
     // Scores with a standard deviation of 3, some of it from the rotary parts.
     let scale = 3.0 / ((LATENT + ROPE) as f32).sqrt();
