@@ -14,6 +14,7 @@
 
 mod activations;
 mod add;
+mod append;
 mod attention;
 mod executor;
 mod heads;
@@ -30,6 +31,7 @@ mod simd;
 mod tile;
 
 pub use add::add;
+pub use append::{Floats, NewHeads, NewLatents, append_heads, append_latents};
 pub use attention::{Attention, HeadView, attend};
 pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};

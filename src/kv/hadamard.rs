@@ -8,15 +8,16 @@
 
 use crate::{Error, Result};
 
-/// The widest block that a vector is rotated in.
-const WIDEST: usize = 512;
+/// The widest block that a vector is rotated in. Wider ones carry an outlier's error to more channels: docs/kv-cache.md
+/// has their errors.
+const WIDEST: usize = 64;
 
-/// The block that a vector of this width is rotated in: the largest power of two that divides it, up to 512.
+/// The block that a vector of this width is rotated in: the largest power of two that divides it, up to 64.
 ///
 /// ```
 /// use candle_mmfp4::kv::hadamard::block;
 ///
-/// assert_eq!((block(512), block(96), block(1024)), (512, 32, 512));
+/// assert_eq!((block(512), block(96)), (64, 32));
 /// ```
 pub const fn block(width: usize) -> usize {
     match width {

@@ -399,7 +399,7 @@ mod tests {
         }
         assert_eq!(
             RowLayout::latent(FP4[1], 512, 64).unwrap().rotation(512),
-            Some(512)
+            Some(64)
         );
         assert_eq!(RowLayout::latent(FP4[0], 512, 64).unwrap().rotation(512), None);
         // The demo model's, an odd one and one without a rotary key.

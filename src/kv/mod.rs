@@ -5,10 +5,14 @@
 //! attention where the numbers of a token lie in a pool, for who writes and who reads alike; [`codec`] is the plain way
 //! there and back that kernels are compared with, and [`hadamard`] the rotation that some formats store rows in.
 
+mod blocks;
 pub mod codec;
 mod format;
 pub mod hadamard;
 mod layout;
+mod slots;
 
+pub use blocks::{BlockCopy, BlockStatistics, Blocks, SequenceId};
 pub use format::{CacheFormat, ScaleGroup};
 pub use layout::{Encoding, Part, RowKind, RowLayout, TOKENS_PER_BLOCK};
+pub use slots::Slots;
