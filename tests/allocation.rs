@@ -8,9 +8,9 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use candle_mmfp4::cpu::{
-    Arithmetic, Attention, Executor, Expert, Floats, HeadRows, HeadView, Isa, NewHeads, NewLatents, Pairing,
-    Routing, append_heads, append_latents, attend, fused_moe, linear, per_head, per_head_transposed,
-    rms_norm, rope, route,
+    Arithmetic, Attention, Executor, Expert, Floats, HeadRows, HeadView, Isa, NewHeads, NewLatents,
+    PagedAttention, PagedSequence, Pairing, Routing, append_heads, append_latents, attend, attend_paged,
+    fused_moe, linear, per_head, per_head_transposed, rms_norm, rope, route,
 };
 use candle_mmfp4::fp4::{Format, ScaleRule, Weight, quantize};
 use candle_mmfp4::kv::{CacheFormat, RowLayout, Slots};
@@ -212,6 +212,27 @@ fn kernels_allocate_nothing_once_they_have_run() {
                         scale: 0.1,
                     };
                     expect_none("attend", &mut || attend(&executor, attention, &mut turned));
+                }
+                for format in [CacheFormat::BF16, CacheFormat::fp4()] {
+                    let layout = RowLayout::heads(format, heads, 32, 32).unwrap();
+                    let table: Vec<u32> = (0..40).rev().collect();
+                    let pool = vec![0; layout.pool_bytes(table.len()).unwrap()];
+                    let attention = PagedAttention {
+                        layout: &layout,
+                        pool: &pool,
+                        heads,
+                        queries: &[half],
+                        sequences: &[PagedSequence {
+                            table: &table,
+                            len: 600,
+                            queries: m,
+                        }],
+                        window: None,
+                        scale: 0.1,
+                    };
+                    expect_none("attend_paged", &mut || {
+                        attend_paged(&executor, attention, &mut turned).unwrap()
+                    });
                 }
             }
         }
