@@ -1,4 +1,4 @@
-//! AVX-512 with BF16 products: AMD from Zen 4, Intel from Sapphire Rapids (and Cooper Lake). Attention over a paged cache
+//! AVX-512 with BF16 products: AMD from Zen 4, Intel from Sapphire Rapids. Attention over a paged cache
 //! has loops of its own here; all else is [`avx512`]'s.
 //!
 //! A product adds to each lane two products of neighbours. For scores neighbours are two elements of a key, as they lie:
@@ -13,7 +13,7 @@ use crate::cpu::paged::{CHUNK, Chunk, Vector, out_stride};
 use crate::fp4::code;
 use crate::kv::Encoding;
 use std::arch::x86_64::*;
-use std::f32::consts::LOG2_E;
+use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 pub(super) fn available() -> bool {
@@ -367,7 +367,7 @@ fn exp2(x: __m512) -> __m512 {
     let whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     let r = _mm512_sub_ps(x, whole);
     let mut p = _mm512_set1_ps(0.001_333_356);
-    for coefficient in [0.009_618_13, 0.055_504_11, 0.240_226_5, 0.693_147_2, 1.0] {
+    for coefficient in [0.009_618_13, 0.055_504_11, 0.240_226_5, LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
     }
     _mm512_scalef_ps(p, whole)
@@ -424,8 +424,9 @@ unsafe fn mix<const B: usize, const R: usize>(
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 unsafe fn dot(sums: __m512, a: __m512i, b: __m512i) -> __m512 {
-    // SAFETY: the types have the same bits; the instructions are the caller's promise.
-    unsafe { _mm512_dpbf16_ps(sums, std::mem::transmute(a), std::mem::transmute(b)) }
+    // SAFETY: the types have the same bits.
+    let [a, b] = [a, b].map(|numbers| unsafe { std::mem::transmute::<__m512i, __m512bh>(numbers) });
+    _mm512_dpbf16_ps(sums, a, b)
 }
 
 #[target_feature(enable = "avx512f")]
@@ -581,51 +582,53 @@ unsafe fn decode_any_fp8(codes: &[u8], scale: f32, to: *mut u16) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
 unsafe fn decode_fp4<const GROUP: usize>(codes: &[u8], scales: &[u8], to: *mut u16) {
-    // SAFETY: the caller's promise; masks name the bytes that are there.
-    unsafe {
-        let table = _mm512_loadu_ps(code::VALUES.as_ptr());
-        // The scales of a register: of sixteen lanes, two codes each, eight share one or all do.
-        let (first, step) = match GROUP {
-            16 => (
-                _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
-                2,
-            ),
-            _ => (_mm512_setzero_si512(), 1),
-        };
-        let step = _mm512_set1_epi32(step);
-        let register = |bytes: __m128i, scale: __m512| {
-            let lanes = _mm512_cvtepu8_epi32(bytes);
-            // A permutation takes the low four bits of each index.
-            let even = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, table), scale);
-            let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4), table);
-            let odd = _mm512_castps_si512(_mm512_mul_ps(odd, scale));
-            let even = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-            // odd & UPPER | even
-            _mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(UPPER), even, 0xea)
-        };
-        let (whole, rest) = (codes.len() / 16, codes.len() % 16);
-        let mut at = 0;
-        for scales in scales.chunks(16) {
-            let scales = match scales.len() {
+    let per_scales = 16 * GROUP / LANES;
+    let sets = codes.chunks(16 * per_scales).zip(scales.chunks(16));
+    for (set, (codes, scales)) in sets.enumerate() {
+        // SAFETY: the caller's promise; masks name the bytes that are there.
+        unsafe {
+            let to = to.add(set * per_scales * LANES);
+            let bytes = match scales.len() {
                 16 => _mm_loadu_si128(scales.as_ptr().cast()),
                 len => _mm_maskz_loadu_epi8((1 << len) - 1, scales.as_ptr().cast()),
             };
-            let scales = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(scales), 7));
-            let (mut index, end) = (first, at + GROUP / 2);
-            for _ in at..whole.min(end) {
-                let scale = _mm512_permutexvar_ps(index, scales);
-                index = _mm512_add_epi32(index, step);
-                let values = register(_mm_loadu_si128(codes.as_ptr().add(16 * at).cast()), scale);
-                _mm512_storeu_si512(to.add(at * LANES).cast(), values);
-                at += 1;
+            let scales = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+            let (whole, rest) = (codes.len() / 16, codes.len() % 16);
+            for i in 0..whole {
+                let bytes = _mm_loadu_si128(codes.as_ptr().add(16 * i).cast());
+                let values = fp4_register::<GROUP>(bytes, scales, i);
+                _mm512_storeu_si512(to.add(i * LANES).cast(), values);
             }
-            if rest > 0 && at == whole && at < end {
-                let bytes = _mm_maskz_loadu_epi8((1 << rest) - 1, codes.as_ptr().add(16 * at).cast());
-                let values = register(bytes, _mm512_permutexvar_ps(index, scales));
-                _mm512_storeu_si512(to.add(at * LANES).cast(), values);
+            if rest > 0 {
+                let bytes = _mm_maskz_loadu_epi8((1 << rest) - 1, codes.as_ptr().add(16 * whole).cast());
+                let values = fp4_register::<GROUP>(bytes, scales, whole);
+                _mm512_storeu_si512(to.add(whole * LANES).cast(), values);
             }
         }
     }
+}
+
+/// 32 codes, those of register `i` of sixteen scales.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn fp4_register<const GROUP: usize>(codes: __m128i, scales: __m512, i: usize) -> __m512i {
+    // SAFETY: sixteen values are there.
+    let table = unsafe { _mm512_loadu_ps(code::VALUES.as_ptr()) };
+    // Of sixteen lanes, two codes each, eight share a scale or all do.
+    let group = match GROUP {
+        16 => _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1),
+        _ => _mm512_setzero_si512(),
+    };
+    let group = _mm512_add_epi32(group, _mm512_set1_epi32((i * LANES / GROUP) as i32));
+    let scale = _mm512_permutexvar_ps(group, scales);
+    let lanes = _mm512_cvtepu8_epi32(codes);
+    // A permutation takes the low four bits of each index.
+    let even = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, table), scale);
+    let odd = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4), table);
+    let odd = _mm512_castps_si512(_mm512_mul_ps(odd, scale));
+    let even = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    // odd & UPPER | even
+    _mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(UPPER), even, 0xea)
 }
 
 /// `rounds` times sixteen independent products; gives the operations in them.

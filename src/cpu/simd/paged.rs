@@ -21,6 +21,7 @@ pub(in crate::cpu) struct PagedKernels {
     /// The rows of a chunk; see [`chunk`].
     pub chunk: unsafe fn(&Chunk<'_>, &mut [f32], &mut [[f32; 2]], &mut Scratch),
     /// See [`fold`].
+    #[expect(clippy::type_complexity, reason = "used once")]
     pub fold: unsafe fn(&mut [f32], &mut [f32; 2], &[f32], [f32; 2]),
     /// Decodes a vector of a token: codes, scales, numbers. See [`decode`].
     pub decode: unsafe fn(Encoding, &[u8], &[u8], &mut [f32]),
