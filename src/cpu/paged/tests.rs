@@ -14,6 +14,7 @@ const HEADS: RowKind = RowKind::Heads {
 };
 
 /// A pool with sequences whose blocks lie in any order among others', which hold NaN.
+#[derive(Clone)]
 struct Case {
     layout: RowLayout,
     pool: Vec<u8>,
@@ -264,6 +265,9 @@ fn paged_prompts_and_many_heads() {
     Case::new(CacheFormat::Fp8, LATENT, 16, 130, &[(200, 3)]).check();
 }
 
+/// Tokens in three chunks.
+const TOKENS: usize = 520;
+
 /// However a prompt is cut and whoever else is in the call: the same bits.
 #[test]
 fn paged_outputs_depend_on_the_sequence_alone() {
@@ -271,32 +275,52 @@ fn paged_outputs_depend_on_the_sequence_alone() {
         for kind in [LATENT, HEADS] {
             for window in [None, Some(61)] {
                 for executor in executors() {
-                    let mut whole = Case::new(format, kind, 16, 4, &[(300, 300)]);
+                    let mut whole = Case::new(format, kind, 16, 4, &[(TOKENS, TOKENS)]);
                     whole.window = window;
                     let expected = whole.run(executor);
-                    let row = expected.len() / 300;
-                    let query = whole.queries.len() / 300;
-                    for step in [1, 7, 128, 200] {
-                        for start in (0..300).step_by(step) {
-                            let end = (start + step).min(300);
-                            let mut part = Case::new(format, kind, 16, 4, &[(300, 300)]);
-                            part.sequences = vec![(end, end - start)];
-                            part.queries = whole.queries[start * query..end * query].to_vec();
-                            part.window = window;
+                    let (row, query) = (expected.len() / TOKENS, whole.queries.len() / TOKENS);
+                    for (from, step) in [(TOKENS - 3, 1), (500, 7), (0, 128), (0, 200)] {
+                        for start in (from..TOKENS).step_by(step) {
+                            let end = (start + step).min(TOKENS);
+                            let part = Case {
+                                sequences: vec![(end, end - start)],
+                                queries: whole.queries[start * query..end * query].to_vec(),
+                                ..whole.clone()
+                            };
                             let y = part.run(executor);
+                            let mut pairs = y.iter().zip(&expected[start * row..end * row]);
                             assert!(
-                                y.iter()
-                                    .zip(&expected[start * row..end * row])
-                                    .all(|(a, b)| a.to_bits() == b.to_bits()),
+                                pairs.all(|(a, b)| a.to_bits() == b.to_bits()),
                                 "{format} {kind:?} {window:?} {:?}: {start}..{end}",
                                 executor.isa()
                             );
-                            if step == 1 && start > 20 {
-                                break;
-                            }
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// What a thread has kept from other calls is nobody's number.
+#[test]
+fn paged_scratch_is_not_read() {
+    let wide = RowKind::Latent { latent: 128, rope: 0 };
+    let mut before = Case::new(CacheFormat::F16, wide, 16, 3, &[(300, 1)]);
+    before.pool.fill(0xff);
+    for format in [CacheFormat::F16, CacheFormat::BF16, CacheFormat::Fp8] {
+        for kind in [RowKind::Latent { latent: 33, rope: 32 }, HEADS] {
+            let case = Case::new(format, kind, 16, 4, &[(280, 3)]);
+            let expected = case.with(reference::paged_attention);
+            for isa in Isa::available() {
+                let executor = Executor::new(isa, 1).unwrap();
+                assert!(before.run(&executor).iter().all(|v| v.is_nan()));
+                assert_within(
+                    &case.run(&executor),
+                    &expected,
+                    1e-5,
+                    &format!("{format} {kind:?} {isa:?}"),
+                );
             }
         }
     }
@@ -428,6 +452,70 @@ fn all_bytes_decode_as_the_codecs() {
                 for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
                     let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
                     assert!(same, "{format} {seed} {i} {:?}: {a} for {b}", executor.isa());
+                }
+            }
+        }
+    }
+}
+
+/// Of a token alone the output is its value: what the kernels decode, once rounded where they round.
+#[test]
+fn attention_reads_all_bytes_as_the_codecs() {
+    for format in formats() {
+        let kind = RowKind::Heads {
+            kv_heads: 1,
+            key_dim: 32,
+            value_dim: 256,
+        };
+        let layout = RowLayout::new(format, kind, 16).unwrap();
+        let part = layout.parts()[1];
+        for seed in 0..300u32 {
+            let mut random = crate::random::Random::new(u64::from(seed));
+            let mut pool = vec![0; layout.block_bytes()];
+            random.fill(&mut pool[part.codes..]);
+            if format == CacheFormat::Fp8 {
+                for (code, byte) in pool[part.codes..].iter_mut().take(256).zip(0..=255u8) {
+                    *code = byte;
+                }
+                // Powers of two, others, and (without a NaN in its group) the first of both.
+                for scale in pool[part.scales..].as_chunks_mut().0.iter_mut().take(2) {
+                    *scale = ((seed % 255) << 23 | (seed / 255) << 17).to_le_bytes();
+                }
+                for nan in [0x7f, 0xff] {
+                    pool[part.codes + nan] = if seed % 2 == 0 { nan as u8 } else { 0x85 };
+                }
+            }
+            let mut expected = vec![0.0; 32 + 256];
+            codec::read(&layout, &pool, 0, &mut expected).unwrap();
+            let mut expected = expected.split_off(32);
+            rotate(&layout, &mut expected, hadamard::unrotate);
+            for executor in executors() {
+                let mut found = vec![0.0; 256];
+                let attention = PagedAttention {
+                    layout: &layout,
+                    pool: &pool,
+                    heads: 1,
+                    queries: &[HeadView {
+                        data: &[0.0; 32],
+                        row: 32,
+                        head: 32,
+                        width: 32,
+                    }],
+                    sequences: &[PagedSequence {
+                        table: &[0],
+                        len: 1,
+                        queries: 1,
+                    }],
+                    window: None,
+                    scale: 1.0,
+                };
+                attend_paged(executor, attention, &mut found).unwrap();
+                let rounds = executor.isa() == Isa::Avx512Bf16;
+                for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
+                    let rounded = half::bf16::from_f32(b).to_f32();
+                    let tiny = rounds && a == 0.0 && b.abs() < 2.0 * f32::MIN_POSITIVE;
+                    let same = a == b || a.is_nan() && b.is_nan() || rounds && a == rounded || tiny;
+                    assert!(same, "{format} {seed} {i} {:?}: {a:e} for {b:e}", executor.isa());
                 }
             }
         }
