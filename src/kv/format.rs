@@ -15,7 +15,7 @@ pub enum ScaleGroup {
 
 impl ScaleGroup {
     /// The elements.
-    pub const fn len(self) -> usize {
+    pub const fn elements(self) -> usize {
         match self {
             Self::Sixteen => 16,
             Self::ThirtyTwo => 32,

@@ -180,7 +180,7 @@ impl RowLayout {
             CacheFormat::F16 => Encoding::F16,
             CacheFormat::BF16 => Encoding::BF16,
             CacheFormat::Fp8 => Encoding::Fp8,
-            CacheFormat::Fp4 { group, .. } => Encoding::Fp4 { group: group.len() },
+            CacheFormat::Fp4 { group, .. } => Encoding::Fp4 { group: group.elements() },
         };
         let check = |argument, width: usize| {
             let expected = match encoding {
