@@ -3,10 +3,11 @@
 //! `cargo run --release --example kv_formats -- tests/data/demo-model` (a model of GLM-4.7-Flash's architecture with
 //! weights in BF16 or F32; `heldout.json` beside it is the text).
 //!
-//! The measure is the normalised mean-square error of MLA's output against a cache in F32: of the latents that heads mix,
-//! for synthetic rows, and of the heads' values, for a model's. Synthetic latents are 512 wide and normal, in each channel
-//! with a scale of its own, and 8 channels have one 10 or 30 times larger. Queries and errors are in each channel's scale,
-//! as if the projections on both sides made up for it fully, or as they are, as if those knew nothing of it; a trained model is between the two.
+//! The measure is the normalised mean-square error of MLA's output against a cache in F32: of the latents that heads
+//! mix, for synthetic rows, and of the heads' values, for a model's. Synthetic latents are 512 wide and normal, in
+//! each channel with a scale of its own, and 8 channels have one 10 or 30 times larger. Queries and errors are in
+//! each channel's scale, as if the projections on both sides made up for it fully, or as they are, as if those knew
+//! nothing of it; a trained model is between the two.
 
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};

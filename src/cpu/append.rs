@@ -174,8 +174,8 @@ struct Target<'a> {
 impl Target<'_> {
     fn write(&self, part: &Part, values: &[f32]) {
         let (codes, scales) = self.layout.place(part, self.slot);
-        // SAFETY: no byte of a pool belongs to two slots or to two vectors of one (a layout's promise), slots are distinct (that of
-        // `Slots`), and a slot is one task's. Within the pool: `part` checks.
+        // SAFETY: no byte of a pool belongs to two slots or to two vectors of one (a layout's promise), slots are
+        // distinct (that of `Slots`), and a slot is one task's. Within the pool: `part` checks.
         let (codes, scales) = unsafe {
             (
                 self.pool.part(codes..codes + part.code_bytes()),
@@ -292,7 +292,8 @@ mod tests {
                         for (row, slot) in found.chunks_mut(latent + rope).zip(slots.as_slice()) {
                             codec::read(&layout, &pool, *slot, row).unwrap();
                         }
-                        // The order of a sum may tip a number to the other side of a tie, which a coarse format shows.
+                        // The order of a sum may tip a number to the other side of a tie, which a coarse format
+                        // shows.
                         let bound = if format == CacheFormat::F16 { 1e-9 } else { 1e-4 };
                         assert_within(&found, &expected, bound, &format!("{format} {pairing:?}"));
                     }

@@ -4,28 +4,29 @@
 //! on; there is nothing in it to reorder or to fuse.
 //!
 //! - **F16, BF16**: the nearest one.
-//! - **FP8**: 128 elements share a scale, the smallest power of two (an F32, at least 2^-126) with which the largest of
-//!   them is at most 448; codes are the nearest E4M3. A scale that takes the largest to 448 itself would store that one
-//!   without an error, which is worth a tenth of the squared error of ordinary numbers and more where a few channels stand
-//!   out; but with a power of two a decoded number has the four significant bits of its code, a BF16 exactly, that kernels
-//!   make by adding exponents.
-//! - **FP4**: 16 or 32 elements share a scale in **UE5M3**: five exponent bits and three of the mantissa, the upper half
-//!   of an F16 without its sign, so that `f16::from_bits(byte << 7)` decodes it. Codes are the nearest E2M1, ties to the
-//!   even code, magnitudes beyond 6 scales to 6. Where the largest magnitude times 1/6, rounded, is the scale with number
-//!   `s` (a UE5M3's byte), the eight scales from `s - 2` to `s + 5` are tried: the one with the least `Σ (|x| - code · scale)²` is stored, of equal ones the smallest. The sum is that of F32, in the
-//!   elements' order, each operation rounded on its own: a device adds up the same. Beside the scale `s` alone this takes a
+//! - **FP8**: 128 elements share a scale, the smallest power of two (an F32, at least 2^-126) with which the largest
+//!   of them is at most 448; codes are the nearest E4M3. A scale that takes the largest to 448 itself would store
+//!   that one without an error, which is worth a tenth of the squared error of ordinary numbers and more where a few
+//!   channels stand out; but with a power of two a decoded number has the four significant bits of its code, a BF16
+//!   exactly, that kernels make by adding exponents.
+//! - **FP4**: 16 or 32 elements share a scale in **UE5M3**: five exponent bits and three of the mantissa, the upper
+//!   half of an F16 without its sign, so that `f16::from_bits(byte << 7)` decodes it. Codes are the nearest E2M1,
+//!   ties to the even code, magnitudes beyond 6 scales to 6. Where the largest magnitude times 1/6, rounded, is the
+//!   scale with number `s` (a UE5M3's byte), the eight scales from `s - 2` to `s + 5` are tried: the one with the
+//!   least `Σ (|x| - code · scale)²` is stored, of equal ones the smallest. The sum is that of F32, in the elements'
+//!   order, each operation rounded on its own: a device adds up the same. Beside the scale `s` alone this takes a
 //!   quarter off the squared error of normal numbers, for no byte.
 //!
-//!   Why not E4M3, which NVFP4 uses: a scale has no sign, and E4M3 spends a bit on one. What it lacks is range: its full
-//!   precision ends at 2^-6, so that a group whose largest element is below 0.09 would lose bits unless another factor
-//!   came along, a number a tensor that a cache, written token by token, cannot know in advance. UE5M3 holds
-//!   groups from 0.00037 to 360,000 in full and needs no factor. Why not E8M0, a power of two: it costs the same byte.
-//!   A decoded number has at most six significant bits: a BF16 exactly.
+//!   Why not E4M3, which NVFP4 uses: a scale has no sign, and E4M3 spends a bit on one. What it lacks is range: its
+//!   full precision ends at 2^-6, so that a group whose largest element is below 0.09 would lose bits unless another
+//!   factor came along, a number a tensor that a cache, written token by token, cannot know in advance. UE5M3 holds
+//!   groups from 0.00037 to 360,000 in full and needs no factor. Why not E8M0, a power of two: it costs the same
+//!   byte. A decoded number has at most six significant bits: a BF16 exactly.
 //!
-//! NaN and infinity stay visible. F16 and BF16 hold them. An element of FP8 that is not finite is stored as NaN, and its
-//! neighbours as if it were not there. A group of FP4 that has one gets a NaN for its scale: all of it decodes to
-//! NaN. What is too large does not saturate either: F16 holds infinity from 65,520 on, and a group of FP4 with a magnitude from
-//! 380,928 on gets an infinite scale and codes of zero, which decode to NaN.
+//! NaN and infinity stay visible. F16 and BF16 hold them. An element of FP8 that is not finite is stored as NaN, and
+//! its neighbours as if it were not there. A group of FP4 that has one gets a NaN for its scale: all of it decodes to
+//! NaN. What is too large does not saturate either: F16 holds infinity from 65,520 on, and a group of FP4 with a
+//! magnitude from 380,928 on gets an infinite scale and codes of zero, which decode to NaN.
 
 use super::layout::{Encoding, FP8_GROUP, Part, RowLayout};
 use crate::fp4::{ScaleKind, code};
@@ -68,7 +69,7 @@ pub fn write(layout: &RowLayout, values: &[f32], pool: &mut [u8], slot: u32) -> 
 /// The numbers of a token as they are stored: where the layout has a [rotation](RowLayout::rotation), rotated.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn read(layout: &RowLayout, pool: &[u8], slot: u32, values: &mut [f32]) -> Result<()> {
     check(layout, values.len(), pool.len(), slot)?;
     let mut rest = values;
@@ -197,7 +198,8 @@ fn decode_vector(encoding: Encoding, codes: &[u8], scales: &[u8], values: &mut [
     }
 }
 
-/// The exponent of the smallest power of two, at least 2^-126, with which the largest finite magnitude is at most 448.
+/// The exponent of the smallest power of two, at least 2^-126, with which the largest finite magnitude is at most
+/// 448.
 fn fp8_exponent(group: &[f32]) -> i32 {
     let finite = group.iter().map(|x| x.abs()).filter(|x| x.is_finite());
     let largest = finite.fold(0f32, f32::max);
@@ -220,8 +222,8 @@ fn encode_e4m3(x: f32) -> u8 {
     magnitude | u8::from(x.is_sign_negative()) << 7
 }
 
-/// The scale of a group: of the eight from two below to five above the largest magnitude times 1/6 the one with the least
-/// squared error, of equal ones the smallest; NaN where an element is not finite.
+/// The scale of a group: of the eight from two below to five above the largest magnitude times 1/6 the one with the
+/// least squared error, of equal ones the smallest; NaN where an element is not finite.
 fn fp4_scale(group: &[f32]) -> u8 {
     let (mut largest, mut finite) = (0f32, true);
     for x in group {
@@ -471,8 +473,8 @@ mod tests {
         assert_eq!(back, [448.0, -1.0, 0.0, 0.0]);
     }
 
-    /// Tokens do not touch each other's bytes, what was stored is stored again as it is, and errors are what the codes
-    /// explain.
+    /// Tokens do not touch each other's bytes, what was stored is stored again as it is, and errors are what the
+    /// codes explain.
     #[test]
     fn kv_rows_come_back() {
         for layout in layouts() {

@@ -15,7 +15,7 @@ pub enum ScaleGroup {
 
 impl ScaleGroup {
     /// The elements.
-    pub const fn len(self) -> usize {
+    pub const fn elements(self) -> usize {
         match self {
             Self::Sixteen => 16,
             Self::ThirtyTwo => 32,
@@ -108,7 +108,8 @@ impl CacheFormat {
     }
 }
 
-/// `fp4` for [`CacheFormat::fp4`], else `f16`, `bf16`, `fp8`, `fp4-16`, `fp4-16-rotated`, `fp4-32` or `fp4-32-rotated`.
+/// `fp4` for [`CacheFormat::fp4`], else `f16`, `bf16`, `fp8`, `fp4-16`, `fp4-16-rotated`, `fp4-32` or
+/// `fp4-32-rotated`.
 impl fmt::Display for CacheFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(if *self == Self::fp4() { "fp4" } else { self.name() })

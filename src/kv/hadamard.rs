@@ -1,15 +1,15 @@
 //! A fixed rotation of vectors, block by block: it spreads what one channel has over its block, so that the channel's
 //! scale does not drown its neighbours.
 //!
-//! Each block of `b` elements, a power of two, is multiplied by the Hadamard matrix of that order over √b, with elements'
-//! signs turned first by a fixed pattern: without signs a block of equal elements, which real rows have in their
-//! means, would end up in one. The matrix is orthogonal: dot products of two rotated vectors are those of the vectors,
-//! and [`unrotate`] is its transpose.
+//! Each block of `b` elements, a power of two, is multiplied by the Hadamard matrix of that order over √b, with
+//! elements' signs turned first by a fixed pattern: without signs a block of equal elements, which real rows have in
+//! their means, would end up in one. The matrix is orthogonal: dot products of two rotated vectors are those of the
+//! vectors, and [`unrotate`] is its transpose.
 
 use crate::{Error, Result};
 
-/// The widest block that a vector is rotated in. Wider ones carry an outlier's error to more channels: docs/kv-cache.md
-/// has their errors.
+/// The widest block that a vector is rotated in. Wider ones carry an outlier's error to more channels:
+/// docs/kv-cache.md has their errors.
 const WIDEST: usize = 64;
 
 /// The block that a vector of this width is rotated in: the largest power of two that divides it, up to 64.

@@ -111,12 +111,12 @@ impl Part {
 /// `block · block_bytes()` bytes into the pool.
 ///
 /// - **Latent**: a row a token, `slot · row_bytes()` bytes into the pool whatever the block: the latent's codes, its
-///   scales, the rotary key; each of these at a multiple of 4, rows at multiples of 16. All heads read all of a row, in
-///   one go.
-/// - **Heads**: within a block head after head, of each the codes of all keys, the scales of all keys, the codes of all values, the scales of all values.
-///   Attention works by head, a task being a head and a range of blocks: so a task reads one run of bytes
-///   a block, and next to nothing of what other tasks read, which rows `[token][head]` would have
-///   scattered in pieces of 64 to 80 bytes. Codes and scales lie apart because each is then aligned
+///   scales, the rotary key; each of these at a multiple of 4, rows at multiples of 16. All heads read all of a row,
+///   in one go.
+/// - **Heads**: within a block head after head, of each the codes of all keys, the scales of all keys, the codes of
+///   all values, the scales of all values. Attention works by head, a task being a head and a range of blocks: so a
+///   task reads one run of bytes a block, and next to nothing of what other tasks read, which rows `[token][head]`
+///   would have scattered in pieces of 64 to 80 bytes. Codes and scales lie apart because each is then aligned
 ///   without padding: an FP4 key of 128 has 64 bytes of codes and 8 of scales.
 ///
 /// ```
@@ -151,8 +151,8 @@ impl RowLayout {
     /// Keys and values of heads, in blocks of 16 tokens.
     ///
     /// # Errors
-    /// [`Error::Argument`] without heads or widths, for an FP4 width that is no multiple of the group, or sizes beyond
-    /// the machine's.
+    /// [`Error::Argument`] without heads or widths, for an FP4 width that is no multiple of the group, or sizes
+    /// beyond the machine's.
     pub fn heads(format: CacheFormat, kv_heads: usize, key_dim: usize, value_dim: usize) -> Result<Self> {
         let kind = RowKind::Heads {
             kv_heads,
@@ -180,7 +180,9 @@ impl RowLayout {
             CacheFormat::F16 => Encoding::F16,
             CacheFormat::BF16 => Encoding::BF16,
             CacheFormat::Fp8 => Encoding::Fp8,
-            CacheFormat::Fp4 { group, .. } => Encoding::Fp4 { group: group.len() },
+            CacheFormat::Fp4 { group, .. } => Encoding::Fp4 {
+                group: group.elements(),
+            },
         };
         let check = |argument, width: usize| {
             let expected = match encoding {
@@ -254,8 +256,8 @@ impl RowLayout {
         self.parts.iter().map(|part| part.width).sum()
     }
 
-    /// The vectors of a token, in the order of its numbers: the latent and, unless it has no width, the rotary key; or
-    /// the keys of all heads and then the values of all heads.
+    /// The vectors of a token, in the order of its numbers: the latent and, unless it has no width, the rotary key;
+    /// or the keys of all heads and then the values of all heads.
     pub fn parts(&self) -> &[Part] {
         &self.parts
     }

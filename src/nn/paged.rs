@@ -15,11 +15,12 @@ pub enum CacheSize {
     Bytes(u64),
 }
 
-/// What attention has to remember of any number of sequences, in the format of its [layout](RowLayout): all memory is taken
-/// at the start, a pool a layer, and blocks of it are the sequences' ([`Blocks`]).
+/// What attention has to remember of any number of sequences, in the format of its [layout](RowLayout): all memory is
+/// taken at the start, a pool a layer, and blocks of it are the sequences' ([`Blocks`]).
 ///
 /// A forward pass *begins* with the new tokens of one or several sequences, writes their rows in each layer's
-/// [pool](Self::pool) to the pass's [slots](Self::slots), and *commits*. If it fails between, the sequences are as they were.
+/// [pool](Self::pool) to the pass's [slots](Self::slots), and *commits*. If it fails between, the sequences are as
+/// they were.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -68,8 +69,8 @@ impl PagedKvCache {
     /// A cache of `layers` layers for sequences of at most `limit` tokens each.
     ///
     /// # Errors
-    /// [`Error::Argument`] where not even a block fits the size, or the size does not fit the machine's memory or u32 slots;
-    /// those of the device.
+    /// [`Error::Argument`] where not even a block fits the size, or the size does not fit the machine's memory or u32
+    /// slots; those of the device.
     pub fn new(
         layers: usize,
         layout: RowLayout,
@@ -126,8 +127,8 @@ impl PagedKvCache {
         self.blocks.statistics()
     }
 
-    /// A new sequence that is to begin with these tokens; tells how many of them it has already, because another sequence began alike:
-    /// whole blocks, and never the last token, whose output nobody has kept.
+    /// A new sequence that is to begin with these tokens; tells how many of them it has already, because another
+    /// sequence began alike: whole blocks, and never the last token, whose output nobody has kept.
     pub fn start(&mut self, prompt: &[u32]) -> (SequenceId, usize) {
         let all_but_last = prompt.len().saturating_sub(1);
         self.blocks.start(&prompt[..all_but_last])
@@ -176,11 +177,12 @@ impl PagedKvCache {
         Ok(self.len(sequence)? == 0)
     }
 
-    /// Begins a pass that adds tokens to sequences, none of which is there twice. A pass that has not ended is forgotten.
+    /// Begins a pass that adds tokens to sequences, none of which is there twice. A pass that has not ended is
+    /// forgotten.
     ///
     /// # Errors
-    /// [`Error::OutOfBlocks`]; [`Error::ContextLength`] where a sequence would exceed the limit; [`Error::Argument`] for a
-    /// sequence that is not there, or is there twice; those of the device. All sequences are then as they were.
+    /// [`Error::OutOfBlocks`]; [`Error::ContextLength`] where a sequence would exceed the limit; [`Error::Argument`]
+    /// for a sequence that is not there, or is there twice; those of the device. All sequences are then as they were.
     pub fn begin(&mut self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
         self.forget();
         let begun = self.reserve(sequences);

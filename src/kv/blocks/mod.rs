@@ -55,12 +55,12 @@ pub struct BlockStatistics {
 
 /// The blocks of a pool, and the sequences they belong to.
 ///
-/// A sequence holds its tokens in blocks of a fixed size, in the order of its table; all layers of a model
-/// use the same tables. A pass *appends* its tokens, which gives it blocks to write to, and *commits* them, or
-/// [forgets](Self::forget) them. Full blocks are known by their contents from then on, that is by their tokens and all those before: who
-/// [starts](Self::start) with the same tokens shares them. Nobody writes to a block that someone else may
-/// read: a sequence that goes on in such a block is given a copy. What no sequence holds any more stays known until its block is needed, those used
-/// longest ago first.
+/// A sequence holds its tokens in blocks of a fixed size, in the order of its table; all layers of a model use the
+/// same tables. A pass *appends* its tokens, which gives it blocks to write to, and *commits* them, or
+/// [forgets](Self::forget) them. Full blocks are known by their contents from then on, that is by their tokens and
+/// all those before: who [starts](Self::start) with the same tokens shares them. Nobody writes to a block that
+/// someone else may read: a sequence that goes on in such a block is given a copy. What no sequence holds any more
+/// stays known until its block is needed, those used longest ago first.
 ///
 /// ```
 /// use candle_mmfp4::kv::Blocks;
@@ -175,7 +175,8 @@ impl Blocks {
     /// Gives a pass that adds these tokens to a sequence blocks to write to. An unended pass of the sequence is
     /// forgotten.
     ///
-    /// The copy, if there is one, is to be made before the pass writes: the sequence went on in a block that it shares.
+    /// The copy, if there is one, is to be made before the pass writes: the sequence went on in a block that it
+    /// shares.
     ///
     /// # Errors
     /// [`Error::OutOfBlocks`], and [`Error::Argument`] for a sequence that is not there; all is then as it was.
@@ -236,8 +237,8 @@ impl Blocks {
         Ok(copy)
     }
 
-    /// Ends a pass: its tokens are the sequence's. Blocks that it has filled are known by their contents from now on; one
-    /// whose contents another block has already is given up for that, so that tables may change here.
+    /// Ends a pass: its tokens are the sequence's. Blocks that it has filled are known by their contents from now on;
+    /// one whose contents another block has already is given up for that, so that tables may change here.
     ///
     /// # Errors
     /// [`Error::Argument`] for a sequence that is not there.

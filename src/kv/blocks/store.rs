@@ -8,8 +8,9 @@ pub(super) const ROOT: u64 = 0;
 
 /// What a block holds: its own tokens, after certain contents.
 ///
-/// Contents are numbered, each anew and once, so that a number stands for all tokens from the first on; blocks are found by the hash of this
-/// and compared with it, token by token: a collision of hashes cannot make two of them the same.
+/// Contents are numbered, each anew and once, so that a number stands for all tokens from the first on; blocks are
+/// found by the hash of this and compared with it, token by token: a collision of hashes cannot make two of them the
+/// same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Contents {
     parent: u64,
@@ -160,8 +161,8 @@ impl Store {
         }
     }
 
-    /// Makes a full block known; gives the block that holds these contents: this one, or one that did already, which is
-    /// held in its place.
+    /// Makes a full block known; gives the block that holds these contents: this one, or one that did already, which
+    /// is held in its place.
     pub fn publish(&mut self, parent: u64, tokens: &[u32], block: u32) -> u32 {
         if let Some(known) = self.lookup(parent, tokens) {
             if known != block {
