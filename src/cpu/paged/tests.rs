@@ -265,17 +265,17 @@ fn paged_prompts_and_many_heads() {
     Case::new(CacheFormat::Fp8, LATENT, 16, 130, &[(200, 3)]).check();
 }
 
-/// Tokens in three chunks.
+/// Tokens in three chunks, and (with twelve heads) more groups than are taken apart.
 const TOKENS: usize = 520;
 
 /// However a prompt is cut and whoever else is in the call: the same bits.
 #[test]
 fn paged_outputs_depend_on_the_sequence_alone() {
-    for format in [CacheFormat::BF16, CacheFormat::Fp8, CacheFormat::fp4()] {
+    for format in [CacheFormat::BF16, CacheFormat::fp4()] {
         for kind in [LATENT, HEADS] {
             for window in [None, Some(61)] {
                 for executor in executors() {
-                    let mut whole = Case::new(format, kind, 16, 4, &[(TOKENS, TOKENS)]);
+                    let mut whole = Case::new(format, kind, 16, 12, &[(TOKENS, TOKENS)]);
                     whole.window = window;
                     let expected = whole.run(executor);
                     let (row, query) = (expected.len() / TOKENS, whole.queries.len() / TOKENS);
