@@ -110,6 +110,22 @@ pub enum Error {
         limit: usize,
     },
 
+    /// A cache whose blocks do not suffice.
+    #[error(
+        "{needed} blocks of {tokens_per_block} tokens are needed, {free} of the cache's {total} are free; free a sequence, \
+         shorten it, or make the cache larger"
+    )]
+    OutOfBlocks {
+        /// The blocks that the tokens to be held take.
+        needed: usize,
+        /// The blocks that can be had, those with sequences of the past in them among them.
+        free: usize,
+        /// All blocks of the cache.
+        total: usize,
+        /// Tokens of a block.
+        tokens_per_block: usize,
+    },
+
     /// A token id outside the vocabulary.
     #[error(
         "token id {id} at index {index} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"

@@ -39,6 +39,7 @@
 //! | module | what for |
 //! |---|---|
 //! | [`fp4`] | the number format: quantise, decode, measure what it cost |
+//! | [`kv`] | a cache's bytes: formats, where they lie in a pool, blocks |
 //! | [`nn`] | what a Candle user swaps in: [`MmfP4Linear`](nn::MmfP4Linear), [`FusedMoe`](nn::FusedMoe), masks, caches |
 //! | [`ops`] | the custom ops behind them, and their comparison with a plain reference |
 //! | [`cpu`] | the kernels, and that reference |
@@ -63,6 +64,7 @@ pub mod doctor;
 mod error;
 pub mod fp4;
 pub mod generation;
+pub mod kv;
 pub mod memory;
 pub mod metal;
 pub mod models;

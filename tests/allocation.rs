@@ -8,10 +8,12 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use candle_mmfp4::cpu::{
-    Arithmetic, Attention, Executor, Expert, HeadRows, HeadView, Isa, Pairing, Routing, attend, fused_moe,
-    linear, per_head, per_head_transposed, rms_norm, rope, route,
+    Arithmetic, Attention, Executor, Expert, Floats, HeadRows, HeadView, Isa, NewHeads, NewLatents,
+    PagedAttention, PagedSequence, Pairing, Routing, append_heads, append_latents, attend, attend_paged,
+    fused_moe, linear, per_head, per_head_transposed, rms_norm, rope, route,
 };
 use candle_mmfp4::fp4::{Format, ScaleRule, Weight, quantize};
+use candle_mmfp4::kv::{CacheFormat, RowLayout, Slots};
 use candle_mmfp4::models::Site;
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -168,6 +170,33 @@ fn kernels_allocate_nothing_once_they_have_run() {
                         &mut turned,
                     )
                 });
+                let slots = Slots::new((0..m as u32).collect()).unwrap();
+                for format in CacheFormat::ALL {
+                    let layout = RowLayout::latent(format, 224, 32).unwrap();
+                    let mut pool = vec![0; layout.pool_bytes(13).unwrap()];
+                    let new = NewLatents {
+                        rows: Floats::F32(&x),
+                        stride: d,
+                        weight: &norm[..224],
+                        eps: 1e-6,
+                        pairing: Pairing::Interleaved,
+                        cos: &angles,
+                        sin: &angles,
+                    };
+                    expect_none("append_latents", &mut || {
+                        append_latents(&executor, &layout, new, &slots, &mut pool)
+                    });
+                    let layout = RowLayout::heads(format, heads, 64, 64).unwrap();
+                    let mut pool = vec![0; layout.pool_bytes(13).unwrap()];
+                    let new = NewHeads {
+                        rows: Floats::F32(&x),
+                        row: d,
+                        head: 64,
+                    };
+                    expect_none("append_heads", &mut || {
+                        append_heads(&executor, &layout, (new, new), &slots, &mut pool)
+                    });
+                }
                 for shared in [true, false] {
                     let keys = HeadView {
                         head: if shared { 0 } else { d / heads },
@@ -183,6 +212,27 @@ fn kernels_allocate_nothing_once_they_have_run() {
                         scale: 0.1,
                     };
                     expect_none("attend", &mut || attend(&executor, attention, &mut turned));
+                }
+                for format in [CacheFormat::BF16, CacheFormat::fp4()] {
+                    let layout = RowLayout::heads(format, heads, 32, 32).unwrap();
+                    let table: Vec<u32> = (0..40).rev().collect();
+                    let pool = vec![0; layout.pool_bytes(table.len()).unwrap()];
+                    let attention = PagedAttention {
+                        layout: &layout,
+                        pool: &pool,
+                        heads,
+                        queries: &[half],
+                        sequences: &[PagedSequence {
+                            table: &table,
+                            len: 600,
+                            queries: m,
+                        }],
+                        window: None,
+                        scale: 0.1,
+                    };
+                    expect_none("attend_paged", &mut || {
+                        attend_paged(&executor, attention, &mut turned).unwrap()
+                    });
                 }
             }
         }

@@ -7,8 +7,10 @@ use candle_mmfp4::fp4::{Bytes, Weight};
 pub enum Bound {
     /// Reading: bytes a second.
     Bytes,
-    /// Multiplying: operations a second, a product and its sum being two.
+    /// Multiplying bytes: operations a second, a product and its sum being two.
     Operations,
+    /// Multiplying floats, BF16 where there are instructions for it: operations a second.
+    Floats,
 }
 
 /// The same work, done by several.

@@ -19,6 +19,7 @@
 mod case;
 mod inputs;
 mod matrix;
+mod paged;
 mod parts;
 mod rounds;
 mod table;
@@ -34,7 +35,7 @@ use std::time::Duration;
 type Group = fn(&Arc<Executor>) -> Vec<Case>;
 
 /// All cases; a group's weights are let go before the next one's are made.
-const GROUPS: [Group; 8] = [
+const GROUPS: [Group; 10] = [
     |executor| matrix::cases(executor, 2048, 8192, &[1, 16, 128, 512]),
     |executor| matrix::cases(executor, 5120, 2048, &[1]),
     |executor| matrix::cases(executor, 1536, 2048, &[1]),
@@ -43,6 +44,8 @@ const GROUPS: [Group; 8] = [
     |executor| vec![parts::mixture(executor, 512)],
     |executor| vec![matrix::head(executor, 2048, 16384)],
     |executor| vec![parts::prefill(executor, 512), parts::decode(executor, 600)],
+    |executor| vec![paged::latents(executor, 4096)],
+    |executor| vec![paged::grouped(executor, 8192)],
 ];
 
 fn main() -> anyhow::Result<()> {
@@ -87,7 +90,7 @@ fn bench(criterion: &mut Criterion, case: &mut Case) {
     for contender in &mut case.contenders {
         group.throughput(match case.bound {
             Bound::Bytes => Throughput::Bytes(contender.work as u64),
-            Bound::Operations => Throughput::Elements(contender.work as u64),
+            Bound::Operations | Bound::Floats => Throughput::Elements(contender.work as u64),
         });
         group.bench_function(contender.name, |bencher| {
             bencher.iter(&mut contender.ready().call);

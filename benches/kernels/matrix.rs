@@ -56,7 +56,7 @@ pub fn cases(executor: &Arc<Executor>, k: usize, n: usize, rows: &[usize]) -> Ve
         let bound = if m == 1 { Bound::Bytes } else { Bound::Operations };
         let work = |bytes: usize| match bound {
             Bound::Bytes => bytes,
-            Bound::Operations => 2 * m * n * k,
+            Bound::Operations | Bound::Floats => 2 * m * n * k,
         };
         let mut contenders = Vec::new();
         for (name, size, weights) in &ours {
@@ -72,7 +72,7 @@ pub fn cases(executor: &Arc<Executor>, k: usize, n: usize, rows: &[usize]) -> Ve
         }
         let (name, title) = match bound {
             Bound::Bytes => ("vector", format!("Matrix-vector product [{k} → {n}]")),
-            Bound::Operations => ("product", format!("Matrix product [{m} × {k} → {n}]")),
+            Bound::Operations | Bound::Floats => ("product", format!("Matrix product [{m} × {k} → {n}]")),
         };
         Case {
             name: format!("{name}-{m}x{k}x{n}"),

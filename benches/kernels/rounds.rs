@@ -93,6 +93,7 @@ pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outco
             Bound::Bytes if regions.is_empty() => f64::NAN,
             Bound::Bytes => roofline::read_bandwidth(executor, &regions),
             Bound::Operations => roofline::dot_peak(executor),
+            Bound::Floats => roofline::float_peak(executor),
         };
         let turns: Vec<f64> = (contenders.iter_mut())
             .map(|ready| turn(&mut ready.call, effort.turn))

@@ -46,7 +46,8 @@ pub fn print(outcomes: &[Outcome]) {
     eprintln!(
         "\nAll contenders and the limit in turn, round by round; medians (least to most) of {} rounds after the first.\n\
          The limit of a case is the read bandwidth over the weights of its first contender, or the peak of byte\n\
-         products; `exact` and attention multiply in f32, of which a register holds a quarter as many.\n\
+         products; `exact` and attention multiply in f32, of which a register holds a quarter as many. Attention over\n\
+         paged latents: the peak of BF16 products where the processor has them, else of f32.\n\
          Bytes are those of the weights as stored: on x86 Candle repacks Q4K to 6 bits a weight and, for more than\n\
          one row, Q6K to 10; it reads those. Candle refuses Q4K and Q6K where K is no multiple of 256 (kv_b's 192):\n\
          Q4_0 stands there.",
@@ -61,6 +62,7 @@ fn print_case(outcome: &Outcome) {
     let (unit, limit) = match outcome.bound {
         Bound::Bytes => ("GB/s", "read bandwidth"),
         Bound::Operations => ("GOP/s", "byte products"),
+        Bound::Floats => ("GOP/s", "float products"),
     };
     let noisy = (outcome.limit.max() - outcome.limit.min()) / outcome.limit.median() > NOISY;
     eprintln!(

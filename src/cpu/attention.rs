@@ -27,7 +27,7 @@ impl<'a> HeadView<'a> {
     }
 
     /// Whether so many rows of so many heads are there.
-    fn holds(&self, rows: usize, heads: usize) -> bool {
+    pub(super) fn holds(&self, rows: usize, heads: usize) -> bool {
         let last = |count: usize, stride: usize| (count - 1).checked_mul(stride);
         let end = last(rows, self.row)
             .zip(last(heads, self.head))

@@ -17,6 +17,8 @@ pub enum Isa {
     AvxVnni,
     /// x86-64 with AVX-512 (F, BW, VL) and VNNI.
     Avx512,
+    /// The same with BF16 dot products, which attention over a paged cache uses.
+    Avx512Bf16,
     /// AArch64 with NEON and the dot product instructions.
     Neon,
     /// AArch64 with NEON, dot product and 8-bit matrix product instructions.
@@ -25,11 +27,12 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, the better ones of an architecture later.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Reference,
         Self::Avx2,
         Self::AvxVnni,
         Self::Avx512,
+        Self::Avx512Bf16,
         Self::Neon,
         Self::I8mm,
     ];
@@ -41,6 +44,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
             Self::I8mm => "i8mm",
         }

@@ -14,12 +14,14 @@
 
 mod activations;
 mod add;
+mod append;
 mod attention;
 mod executor;
 mod heads;
 mod linear;
 mod moe;
 mod norm;
+mod paged;
 mod pool;
 pub mod reference;
 pub mod roofline;
@@ -29,12 +31,14 @@ mod simd;
 mod tile;
 
 pub use add::add;
+pub use append::{Floats, NewHeads, NewLatents, append_heads, append_latents};
 pub use attention::{Attention, HeadView, attend};
 pub use executor::{Executor, Isa};
 pub use heads::{HeadRows, per_head, per_head_transposed};
 pub use linear::linear;
 pub use moe::{Expert, fused_moe};
 pub use norm::rms_norm;
+pub use paged::{PagedAttention, PagedSequence, attend_paged, gather, key_width, value_width};
 pub use pool::ThreadPool;
 pub use rope::{Pairing, rope};
 pub use router::{Routing, route};

@@ -26,17 +26,21 @@ pub fn rms_norm(executor: &Executor, x: &[f32], stride: usize, weight: &[f32], e
     let row = |i: usize| {
         // SAFETY: row i: no other task's.
         let y = unsafe { y.part(i * d..(i + 1) * d) };
-        let x = &x[i * stride..][..d];
-        let factor = 1.0 / (sum_of_squares(x) / d as f32 + eps).sqrt();
-        for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
-            *y = x * factor * weight;
-        }
+        norm_row(&x[i * stride..][..d], weight, eps, y);
     };
     match len < TOGETHER {
         true => (0..rows).for_each(row),
         false => executor.run(rows.div_ceil(A_TASK), |task| {
             (task * A_TASK..((task + 1) * A_TASK).min(rows)).for_each(row);
         }),
+    }
+}
+
+/// One row: the same bits wherever it is computed.
+pub(super) fn norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let factor = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+    for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+        *y = x * factor * weight;
     }
 }
 

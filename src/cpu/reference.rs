@@ -2,8 +2,9 @@
 //!
 //! Slow and obvious. Every kernel of this crate, on the CPU and on Metal, is compared with these.
 
-use super::{Arithmetic, Attention, Expert, HeadRows, HeadView, Pairing, Routing};
+use super::{Arithmetic, Attention, Expert, HeadRows, HeadView, PagedAttention, Pairing, Routing};
 use crate::fp4::Weight;
+use crate::kv::{RowKind, codec, hadamard};
 use std::borrow::Cow;
 
 fn dequantize(weight: &Weight) -> Vec<f32> {
@@ -167,6 +168,81 @@ pub fn attention(attention: Attention<'_>, n: usize) -> Vec<f32> {
                 y.push(mixed as f32);
             }
         }
+    }
+    y
+}
+
+/// Attention over a paged cache: every token decoded to f32, then the formula; see
+/// [`cpu::attend_paged`](super::attend_paged).
+///
+/// # Panics
+/// Where that gives an error.
+pub fn paged_attention(paged: PagedAttention<'_>) -> Vec<f32> {
+    let (layout, mut y, mut first) = (paged.layout, Vec::new(), 0);
+    for sequence in paged.sequences.iter().filter(|sequence| sequence.queries > 0) {
+        let mut rows = vec![0.0; sequence.len * layout.width()];
+        for (position, row) in rows.chunks_exact_mut(layout.width()).enumerate() {
+            let tokens = layout.block_tokens();
+            let slot = sequence.table[position / tokens] * tokens as u32 + (position % tokens) as u32;
+            codec::read(layout, paged.pool, slot, row).expect("a slot of the pool");
+            let mut rest = row;
+            for (index, part) in layout.parts().iter().enumerate() {
+                let (vector, tail) = rest.split_at_mut(part.width);
+                let rotary = index == 1 && matches!(layout.kind(), RowKind::Latent { .. });
+                if let Some(block) = layout.rotation(part.width).filter(|_| !rotary) {
+                    hadamard::unrotate(vector, block).expect("blocks that divide it");
+                }
+                rest = tail;
+            }
+        }
+        let kv_heads = match layout.kind() {
+            RowKind::Latent { .. } => 1,
+            RowKind::Heads { kv_heads, .. } => kv_heads,
+        };
+        let per_query = paged.heads / kv_heads;
+        // Of each head of keys the formula's output, then in the order of queries.
+        let outputs: Vec<_> = (0..kv_heads)
+            .map(|head| {
+                let view = |start, width| HeadView {
+                    data: &rows[start..],
+                    row: layout.width(),
+                    head: 0,
+                    width,
+                };
+                let (keys, values) = match layout.kind() {
+                    RowKind::Latent { latent, rope } => (view(0, latent + rope), view(0, latent)),
+                    RowKind::Heads {
+                        key_dim, value_dim, ..
+                    } => (
+                        view(head * key_dim, key_dim),
+                        view(kv_heads * key_dim + head * value_dim, value_dim),
+                    ),
+                };
+                let queries: Vec<_> = (paged.queries.iter())
+                    .map(|part| HeadView {
+                        data: &part.data[first * part.row + head * per_query * part.head..],
+                        ..*part
+                    })
+                    .collect();
+                let of_head = Attention {
+                    heads: per_query,
+                    queries: &queries,
+                    keys: &[keys],
+                    values,
+                    position: sequence.len - sequence.queries,
+                    window: paged.window,
+                    scale: paged.scale,
+                };
+                attention(of_head, sequence.queries)
+            })
+            .collect();
+        for query in 0..sequence.queries {
+            for output in &outputs {
+                let len = output.len() / sequence.queries;
+                y.extend_from_slice(&output[query * len..][..len]);
+            }
+        }
+        first += sequence.queries;
     }
     y
 }

@@ -1,5 +1,5 @@
-//! What this machine can do at most, by the same threads and instructions as the kernels: reading memory, and
-//! multiplying bytes.
+//! What this machine can do at most, by the same threads and instructions as the kernels: reading memory,
+//! multiplying bytes, and multiplying floats.
 
 use super::Executor;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,12 +28,22 @@ pub fn read_bandwidth(executor: &Executor, regions: &[&[u8]]) -> f64 {
 /// Multiplies and adds bytes in registers with all threads for some ten milliseconds; gives operations (a product and
 /// a sum are two) a second.
 pub fn dot_peak(executor: &Executor) -> f64 {
+    peak(executor, executor.kernels().dots)
+}
+
+/// Likewise the products that attention over a paged cache is made of: of BF16 where there are instructions for them
+/// ([`Isa::Avx512Bf16`](super::Isa::Avx512Bf16)), else of f32.
+pub fn float_peak(executor: &Executor) -> f64 {
+    peak(executor, executor.kernels().paged.products)
+}
+
+fn peak(executor: &Executor, products: unsafe fn(u32) -> u64) -> f64 {
     const ROUNDS: u32 = 1 << 22;
-    let (dots, operations) = (executor.kernels().dots, AtomicU64::new(0));
+    let operations = AtomicU64::new(0);
     let start = Instant::now();
     executor.run(executor.threads(), |_| {
         // SAFETY: the executor has checked the instructions.
-        let done = unsafe { dots(ROUNDS) };
+        let done = unsafe { products(ROUNDS) };
         operations.fetch_add(done, Ordering::Relaxed);
     });
     operations.into_inner() as f64 / start.elapsed().as_secs_f64()
@@ -45,11 +55,12 @@ mod tests {
     use crate::cpu::testing::executors;
 
     #[test]
-    fn both_measure_something() {
+    fn all_measure_something() {
         let bytes = vec![7; 3 * PIECE + 5];
         for executor in executors() {
             assert!(read_bandwidth(executor, &[&bytes, &[]]) > 1e6);
             assert!(dot_peak(executor) > 1e6);
+            assert!(float_peak(executor) > 1e6);
         }
     }
 }

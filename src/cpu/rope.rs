@@ -58,7 +58,8 @@ pub fn rope(
     }
 }
 
-fn rotate(pairing: Pairing, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
+/// A head of a token: the same bits wherever it is computed.
+pub(super) fn rotate(pairing: Pairing, x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
     let angles = cos.iter().zip(sin);
     match pairing {
         Pairing::Interleaved => {

@@ -19,6 +19,7 @@ mod norm;
 mod normed_linear;
 #[cfg(target_os = "macos")]
 mod on_metal;
+mod paged;
 mod per_head;
 mod planned;
 mod products;
@@ -38,6 +39,7 @@ pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
 pub use norm::{RmsNorm, add_norm};
 pub use normed_linear::NormedLinear;
+pub use paged::{AppendHeads, AppendLatents, PagedAttention, gather_paged};
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;

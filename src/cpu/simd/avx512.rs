@@ -138,3 +138,4 @@ impl Simd for Avx512 {
 }
 
 super::table::kernels!(Avx512, registers: 4, rows: 6, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma");
+pub(super) use kernels::TABLE;

@@ -45,3 +45,21 @@ pub(super) unsafe fn dots<S: Simd>(rounds: u32) -> u64 {
     }
     u64::from(rounds) * 12 * S::LANE_OPERATIONS * S::LANES as u64
 }
+
+/// `rounds` times twelve independent products in f32; gives the operations in them.
+#[inline(always)]
+pub(super) unsafe fn products<S: Simd>(rounds: u32) -> u64 {
+    let (a, b) = std::hint::black_box(([[1f32; 16]; 2], [[1f32; 16]; 12]));
+    // SAFETY: the instructions are the caller's promise; no register has more than sixteen lanes.
+    unsafe {
+        let mut sums = [S::splat(0.0); 12];
+        for round in 0..rounds {
+            let a = S::load(a[round as usize % 2].as_ptr());
+            for i in 0..12 {
+                sums[i] = S::fma(a, S::load(b[i].as_ptr()), sums[i]);
+            }
+        }
+        std::hint::black_box(sums);
+    }
+    u64::from(rounds) * 12 * 2 * S::LANES as u64
+}

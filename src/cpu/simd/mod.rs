@@ -18,6 +18,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512bf16;
+#[cfg(target_arch = "x86_64")]
 mod avxvnni;
 mod blocks;
 mod columns;
@@ -31,6 +33,7 @@ mod int8;
 mod limits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod paged;
 mod portable;
 mod product;
 mod scales;
@@ -39,6 +42,7 @@ mod w4a8;
 
 pub(super) use attention::out_stride;
 pub(super) use columns::COLUMNS;
+pub(super) use product::aligned;
 
 use super::Isa;
 use super::activations::{BLOCK, Block, Rounded};
@@ -173,6 +177,8 @@ pub(super) struct Kernels {
     pub swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// Some rows of attention; see [`attention::attend`].
     pub attend: unsafe fn(&Task<'_>, &mut [f32], &mut Scratch),
+    /// Attention over a paged cache.
+    pub paged: paged::PagedKernels,
     /// Reads bytes, for the sake of it; see [`limits::read`].
     pub read: unsafe fn(&[u8]) -> u8,
     /// Multiplies bytes, for the sake of it; see [`limits::dots`].
@@ -190,6 +196,8 @@ impl Kernels {
             Isa::AvxVnni if avxvnni::available() => Some(&avxvnni::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if avx512::available() => Some(&avx512::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 if avx512bf16::available() => Some(&avx512bf16::KERNELS),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon if neon::available() => Some(&neon::KERNELS),
             #[cfg(target_arch = "aarch64")]

@@ -7,7 +7,7 @@ use super::{Selection, Simd, sized};
 
 /// `len` elements that begin at a multiple of 64 bytes, so that no register is loaded from two cache lines.
 #[inline(always)]
-pub(super) fn aligned(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(in crate::cpu) fn aligned(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
     let all = sized(memory, len + 15);
     let skip = all.as_ptr().align_offset(64).min(15);
     &mut all[skip..][..len]

@@ -6,11 +6,13 @@ macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
             use super::super::{
-                Fp4Rows, Int8Rows, Kernels, Scratch, Selection, attention, columns, elementwise, exact, int8, limits, w4a8,
+                Fp4Rows, Int8Rows, Kernels, Scratch, Selection, attention, columns, elementwise, exact, int8, limits, paged, w4a8,
             };
             use crate::cpu::activations::{Block, Rounded};
             use crate::cpu::attention::Task;
+            use crate::cpu::paged::Chunk;
             use crate::fp4::Weight;
+            use crate::kv::Encoding;
             use std::ops::Range;
 
             $(#[target_feature(enable = $features)])?
@@ -93,7 +95,56 @@ macro_rules! kernels {
                 unsafe { limits::dots::<super::$simd>(rounds) }
             }
 
-            pub static KERNELS: Kernels = Kernels { round, w4a8, int8, exact, columns, swiglu, attend, read, dots };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn prepare(query: &[f32], to: &mut [f32]) {
+                paged::prepare(query, to)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scratch: &mut Scratch) {
+                // SAFETY: as the caller promises.
+                unsafe { paged::chunk::<super::$simd, $registers, $rows>(chunk, out, totals, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn fold(out: &mut [f32], total: &mut [f32; 2], part: &[f32], part_total: [f32; 2]) {
+                paged::fold(out, total, part, part_total)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode(encoding: Encoding, codes: &[u8], scales: &[u8], numbers: &mut [f32]) {
+                // SAFETY: as the caller promises.
+                unsafe { paged::decode::<super::$simd>(encoding, codes, scales, numbers) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn products(rounds: u32) -> u64 {
+                // SAFETY: as the caller promises.
+                unsafe { limits::products::<super::$simd>(rounds) }
+            }
+
+            const PAGED: paged::PagedKernels = paged::PagedKernels {
+                query_stride: paged::query_stride,
+                prepare,
+                chunk,
+                fold,
+                decode,
+                products,
+            };
+
+            pub const TABLE: Kernels = Kernels {
+                round,
+                w4a8,
+                int8,
+                exact,
+                columns,
+                swiglu,
+                attend,
+                paged: PAGED,
+                read,
+                dots,
+            };
+            pub static KERNELS: Kernels = TABLE;
         }
         pub(super) use kernels::KERNELS;
     };

@@ -163,14 +163,17 @@ impl Attention {
 }
 
 /// A tensor, held for reading by a guard.
-struct Input<'a, G> {
+pub(super) struct Input<'a, G> {
     argument: &'static str,
     storage: G,
     layout: &'a Layout,
 }
 
 /// Holds a tensor.
-fn open<'a>(argument: &'static str, tensor: &'a Tensor) -> Input<'a, impl Deref<Target = Storage> + 'a> {
+pub(super) fn open<'a>(
+    argument: &'static str,
+    tensor: &'a Tensor,
+) -> Input<'a, impl Deref<Target = Storage> + 'a> {
     let (storage, layout) = tensor.storage_and_layout();
     Input {
         argument,
@@ -180,7 +183,7 @@ fn open<'a>(argument: &'static str, tensor: &'a Tensor) -> Input<'a, impl Deref<
 }
 
 impl<G: Deref<Target = Storage>> Input<'_, G> {
-    fn part(&self) -> candle_core::Result<Part<'_>> {
+    pub(super) fn part(&self) -> candle_core::Result<Part<'_>> {
         let Storage::Cpu(storage) = &*self.storage else {
             return super::no_metal(OP);
         };
@@ -192,14 +195,14 @@ impl<G: Deref<Target = Storage>> Input<'_, G> {
 }
 
 /// A tensor's elements and shape.
-struct Part<'a> {
+pub(super) struct Part<'a> {
     view: View<'a>,
     dims: &'a [usize],
 }
 
 impl Part<'_> {
     /// As the kernel takes it; all heads share what has two dimensions.
-    fn heads(&self) -> HeadView<'_> {
+    pub(super) fn heads(&self) -> HeadView<'_> {
         let strides = &self.view.strides;
         HeadView {
             data: &self.view.data,

@@ -1,0 +1,274 @@
+//! Attention over a paged cache, in the format in which it is stored.
+
+use crate::cpu::{self, Executor, PagedSequence};
+use crate::kv::RowLayout;
+use crate::ops::attention::{Input, Part, open};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, Device, Storage, Tensor};
+use std::ops::Range;
+
+const OP: &str = "mmfp4-paged-attention";
+
+/// Attention of one sequence or many over the blocks of a pool, without a mask, a score matrix or a decoded copy of the cache.
+///
+/// A query's own token is in the cache already, and it sees the tokens up to its own. For MLA queries are absorbed: a
+/// part as wide as the latent, and the rotary part. What is computed is [`cpu::attend_paged`]'s: a query's output depends on its
+/// position and the stored bytes alone, so that a prompt gives the same bits however it is cut.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_mmfp4::cpu::PagedSequence;
+/// use candle_mmfp4::kv::{CacheFormat, RowLayout, codec};
+/// use candle_mmfp4::ops::PagedAttention;
+///
+/// // One head of keys and values of one element, for two heads of queries; two tokens in block 1.
+/// let layout = RowLayout::heads(CacheFormat::BF16, 1, 1, 1)?;
+/// let mut pool = vec![0; layout.pool_bytes(2)?];
+/// codec::write(&layout, &[7., 1.], &mut pool, 16)?;
+/// codec::write(&layout, &[8., 2.], &mut pool, 17)?;
+/// let pool = Tensor::new(pool, &Device::Cpu)?;
+///
+/// let query = Tensor::ones((1, 2, 1), DType::F32, &Device::Cpu)?;
+/// let sequence = PagedSequence { table: &[1], len: 2, queries: 1 };
+/// let y = PagedAttention::new(layout, 2, 0.0, None)?.forward(&[&query], &pool, &[sequence])?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[1.5], [1.5]]]);
+/// # Ok::<(), candle_mmfp4::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct PagedAttention {
+    layout: RowLayout,
+    heads: usize,
+    scale: f32,
+    window: Option<usize>,
+}
+
+impl PagedAttention {
+    /// Attention of so many heads over pools of this layout; scores are multiplied by `scale`; a query sees the last
+    /// `window` positions, its own included, or (`None`) all before it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for heads that are no multiple of the cache's, or a window of 0.
+    pub fn new(layout: RowLayout, heads: usize, scale: f32, window: Option<usize>) -> Result<Self> {
+        let op = Self {
+            layout,
+            heads,
+            scale,
+            window,
+        };
+        // Without queries nothing but these is looked at.
+        let nothing = cpu::HeadView {
+            data: &[],
+            row: 0,
+            head: 0,
+            width: cpu::key_width(&op.layout),
+        };
+        op.call(&[], &[nothing], &[]).check()?;
+        Ok(op)
+    }
+
+    /// The layout of its pools.
+    pub fn layout(&self) -> &RowLayout {
+        &self.layout
+    }
+
+    /// `queries` are parts `[n, heads, d]`, side by side as wide as a key, the first sequence's queries before the second's;
+    /// F32, F16 or BF16. `pool` is the U8 bytes of whole blocks. Gives `[n, heads, value width]` in the queries' dtype.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit, a sequence has more queries
+    /// than tokens, or a table is too short or names a block beyond the pool.
+    pub fn forward(
+        &self,
+        queries: &[&Tensor],
+        pool: &Tensor,
+        sequences: &[PagedSequence<'_>],
+    ) -> Result<Tensor> {
+        crate::ops::without_kernel(OP);
+        let n = (sequences.iter()).fold(0usize, |sum, sequence| sum.saturating_add(sequence.queries));
+        let fits = |part: &&&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
+        if queries.is_empty() || !queries.iter().all(|part| fits(&part)) {
+            let expected = format!("parts [{n}, {}, d]", self.heads);
+            let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
+            return Err(Error::argument(OP, "queries", expected, format!("{found:?}")));
+        }
+        let value = cpu::value_width(&self.layout);
+        let inputs: Vec<_> = queries.iter().map(|part| open("queries", part)).collect();
+        let parts = inputs
+            .iter()
+            .map(Input::part)
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let views: Vec<_> = parts.iter().map(Part::heads).collect();
+        let mut y = vec![0.0; n * self.heads * value];
+        with_bytes(pool, |pool| {
+            cpu::attend_paged(&*Executor::current()?, self.call(pool, &views, sequences), &mut y)
+        })?;
+        let y = Tensor::from_vec(y, (n, self.heads, value), &Device::Cpu)?;
+        Ok(y.to_dtype(queries[0].dtype())?)
+    }
+
+    fn call<'a>(
+        &'a self,
+        pool: &'a [u8],
+        queries: &'a [cpu::HeadView<'a>],
+        sequences: &'a [PagedSequence<'a>],
+    ) -> cpu::PagedAttention<'a> {
+        cpu::PagedAttention {
+            layout: &self.layout,
+            pool,
+            heads: self.heads,
+            queries,
+            sequences,
+            window: self.window,
+            scale: self.scale,
+        }
+    }
+}
+
+/// The tokens at these positions of a sequence as F32 numbers `[positions, layout.width()]`, for attention that expands
+/// keys and values; see [`cpu::gather`].
+///
+/// # Errors
+/// [`Error::Argument`] where `pool` is no contiguous U8 tensor on the CPU, or `table` is too short or names a block beyond it.
+pub fn gather_paged(
+    layout: &RowLayout,
+    pool: &Tensor,
+    table: &[u32],
+    positions: Range<usize>,
+) -> Result<Tensor> {
+    let shape = (positions.len(), layout.width());
+    // Before memory is asked for: as many positions as the table has.
+    let held = table.len().saturating_mul(layout.block_tokens());
+    if positions.end > held {
+        let expected = format!("blocks for {} tokens", positions.end);
+        return Err(Error::argument(OP, "table", expected, format!("for {held}")));
+    }
+    let mut rows = vec![0.0; shape.0 * shape.1];
+    with_bytes(pool, |pool| {
+        cpu::gather(&*Executor::current()?, layout, pool, table, positions, &mut rows)
+    })?;
+    Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?)
+}
+
+/// Calls `f` with the bytes of a pool.
+fn with_bytes<R>(pool: &Tensor, f: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = pool.storage_and_layout();
+    let error = |found: String| Error::argument(OP, "pool", "contiguous U8 bytes on the CPU", found);
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::U8(bytes)), Some((start, end))) => f(&bytes[start..end]),
+        (_, None) => Err(error(format!("strides {:?}", layout.stride()))),
+        _ => Err(error(format!("{:?} on {:?}", pool.dtype(), pool.device()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::reference;
+    use crate::cpu::testing::{assert_within, noise};
+    use crate::kv::{CacheFormat, codec};
+    use candle_core::DType;
+
+    /// Two sequences of 40 and 5 tokens with 3 and 1 queries, GLM's kind of rows.
+    fn case() -> (RowLayout, Tensor, Vec<Vec<u32>>, Tensor) {
+        let layout = RowLayout::latent(CacheFormat::Fp8, 64, 16).unwrap();
+        let tables = vec![vec![3, 0, 2], vec![1]];
+        let mut pool = vec![0; layout.pool_bytes(4).unwrap()];
+        for (table, len) in tables.iter().zip([40, 5]) {
+            for position in 0..len {
+                let slot = table[position / 16] * 16 + (position % 16) as u32;
+                let row = noise(80, slot.into());
+                codec::write(&layout, &row, &mut pool, slot).unwrap();
+            }
+        }
+        let pool = Tensor::new(pool, &Device::Cpu).unwrap();
+        let queries = Tensor::from_vec(noise(4 * 2 * 80, 77), (4, 2, 80), &Device::Cpu).unwrap();
+        (layout, pool, tables, queries)
+    }
+
+    fn sequences(tables: &[Vec<u32>]) -> [PagedSequence<'_>; 2] {
+        [(0, 40, 3), (1, 5, 1)].map(|(index, len, queries)| PagedSequence {
+            table: &tables[index],
+            len,
+            queries,
+        })
+    }
+
+    #[test]
+    fn tensors_of_any_strides_and_dtypes_agree_with_the_reference() {
+        let (layout, pool, tables, queries) = case();
+        let op = PagedAttention::new(layout.clone(), 2, 0.2, Some(30)).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let queries = queries.to_dtype(dtype).unwrap();
+            let parts = [(0, 64), (64, 16)].map(|(start, len)| queries.narrow(2, start, len).unwrap());
+            let y = op
+                .forward(&[&parts[0], &parts[1]], &pool, &sequences(&tables))
+                .unwrap();
+            assert_eq!((y.dims(), y.dtype()), ([4, 2, 64].as_slice(), dtype));
+            let flat = |t: &Tensor| {
+                let t = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+                t.to_vec1::<f32>().unwrap()
+            };
+            let values = flat(&queries);
+            let view = cpu::HeadView {
+                data: &values,
+                row: 160,
+                head: 80,
+                width: 80,
+            };
+            let bytes = pool.to_vec1::<u8>().unwrap();
+            let expected = reference::paged_attention(op.call(&bytes, &[view], &sequences(&tables)));
+            assert_within(&flat(&y), &expected, 2e-5, &format!("{dtype:?}"));
+        }
+    }
+
+    #[test]
+    fn gathered_rows_are_the_codecs() {
+        let (layout, pool, tables, _) = case();
+        let rows = gather_paged(&layout, &pool, &tables[0], 10..37).unwrap();
+        let rows = rows.to_vec2::<f32>().unwrap();
+        let bytes = pool.to_vec1::<u8>().unwrap();
+        for (position, row) in (10..).zip(&rows) {
+            let mut expected = [0.0; 80];
+            let slot = tables[0][position / 16] * 16 + (position % 16) as u32;
+            codec::read(&layout, &bytes, slot, &mut expected).unwrap();
+            assert_eq!(row, &expected);
+        }
+        assert_eq!(rows.len(), 27);
+        assert!(gather_paged(&layout, &pool, &tables[0], 0..49).is_err());
+        assert!(gather_paged(&layout, &pool, &[4], 0..16).is_err());
+        assert!(gather_paged(&layout, &pool, &tables[0], 0..usize::MAX).is_err());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let (layout, pool, tables, queries) = case();
+        let op = PagedAttention::new(layout.clone(), 2, 0.2, None).unwrap();
+        let wrong = |argument: &str, queries: &[&Tensor], pool: &Tensor, sequences: &[PagedSequence<'_>]| {
+            let error = op.forward(queries, pool, sequences).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{argument}`")), "{argument}: {error}");
+        };
+        let all = sequences(&tables);
+        assert!(op.forward(&[&queries], &pool, &all).is_ok());
+        wrong("queries", &[], &pool, &all);
+        wrong("queries", &[&queries.narrow(0, 0, 3).unwrap()], &pool, &all);
+        wrong("queries", &[&queries.narrow(2, 0, 79).unwrap()], &pool, &all);
+        wrong("queries", &[&queries.flatten_all().unwrap()], &pool, &all);
+        wrong("queries", &[&queries.to_dtype(DType::U32).unwrap()], &pool, &all);
+        wrong("pool", &[&queries], &pool.to_dtype(DType::U32).unwrap(), &all);
+        let strided = pool.reshape((2, ())).unwrap().t().unwrap();
+        wrong("pool", &[&queries], &strided, &all);
+        let short = pool.narrow(0, 0, layout.pool_bytes(3).unwrap()).unwrap();
+        wrong("tables", &[&queries], &short, &all);
+        let many = [PagedSequence { len: 2, ..all[0] }, all[1]];
+        wrong("queries", &[&queries], &pool, &many);
+        let long = [PagedSequence { len: 49, ..all[0] }, all[1]];
+        wrong("tables", &[&queries], &pool, &long);
+        // An empty batch is no error.
+        let none = queries.narrow(0, 0, 0).unwrap();
+        assert_eq!(op.forward(&[&none], &pool, &[]).unwrap().dims(), [0, 2, 64]);
+        assert!(PagedAttention::new(layout.clone(), 0, 1.0, None).is_err());
+        assert!(PagedAttention::new(layout, 2, 1.0, Some(0)).is_err());
+        let layout = RowLayout::heads(CacheFormat::F16, 2, 8, 8).unwrap();
+        assert!(PagedAttention::new(layout, 3, 1.0, None).is_err());
+    }
+}
