@@ -6,7 +6,7 @@
 //
 // | kernel             | threadgroup                                   | grid (x, y, z)                       |
 // |--------------------|-----------------------------------------------|--------------------------------------|
-// | moe_gate_up_<type> | 2 simdgroups, 2 rows of gate and of up each   | rows of h, slots of a token, tokens  |
+// | moe_gate_up_<type> | 2 simdgroups, 4 rows of gate and of up each   | rows of h, slots of a token, tokens  |
 // | moe_down_<type>    | 8 simdgroups on the same 4 rows of y          | rows of y, tokens                    |
 //
 // Many tokens, slots sorted by expert:
@@ -69,7 +69,7 @@ static inline float swiglu(float gate, float up) { return gate / (1.0f + exp(-ga
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gate, up and what joins them, for a slot. The lanes of a simdgroup take chunks of its rows in turn, 32 codes (WIDE) or 8. In
-// registers: the chunk of two rows of gate and of two of up, eight activations, four sums, and two of each chunk.
+// registers: the chunk of four rows, first of gate and then of up, eight activations, four sums, and two of each chunk.
 //
 // | buffer | what                                  |       |
 // |--------|---------------------------------------|-------|
@@ -94,7 +94,7 @@ template <typename T>
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]
 ) {
-    constexpr ushort SIMDGROUPS = 2, ROWS = 2;
+    constexpr ushort SIMDGROUPS = 2, ROWS = 4;
     const uint slot = group.y, token = group.z;
     const bool routed = slot < args.top_k;
     uint expert = args.experts + slot - args.top_k;
@@ -109,44 +109,43 @@ template <typename T>
 
     const uint d = rows::known_length(args.d);
     device const MoePlace& place = places[known ? expert : 0];
-    // Of gate, then of up.
-    rows::Rows<2 * ROWS> weights;
-    UNROLL
-    for (ushort r = 0; r < 2 * ROWS; r++) {
-        const bool is_up = r >= ROWS;
-        const ulong row = rows::within(first + r % ROWS, width);
-        weights.codes[r] = (device const uint*)(codes + (is_up ? place.up_codes : place.gate_codes)) + row * (d / 8);
-        weights.scales[r] =
-            scales + (is_up ? place.up_scales : place.gate_scales) + row * (d / fp4::GROUP) * rows::scale_size();
-    }
     const rows::Activations<T> activations = {x + ulong(token) * args.x_row};
-
-    float sums[2 * ROWS];
+    // Of gate, then of up.
+    float sums[2];
     UNROLL
-    for (ushort r = 0; r < 2 * ROWS; r++) {
-        sums[r] = 0.0f;
-    }
-    // Nothing for a simdgroup beyond the rows of this expert (another one may be wider), or without an expert.
-    if (known && first < width) {
-        constexpr ushort WORDS = rows::words_of<T>();
-        const uint chunk = fp4::WIDE ? 8 * WORDS : 8;
-        for (uint at = lane * chunk; at < d; at += 32 * chunk) {
-            if (fp4::WIDE) {
-                rows::add<WORDS>(weights, activations, at, sums);
-            } else {
-                rows::add<1>(weights, activations, at, sums);
+    for (ushort part = 0; part < 2; part++) {
+        const bool is_up = part == 1;
+        rows::Rows<ROWS> weights;
+        float four[ROWS];
+        UNROLL
+        for (ushort r = 0; r < ROWS; r++) {
+            const ulong row = rows::within(first + r, width);
+            weights.codes[r] = (device const uint*)(codes + (is_up ? place.up_codes : place.gate_codes)) + row * (d / 8);
+            weights.scales[r] =
+                scales + (is_up ? place.up_scales : place.gate_scales) + row * (d / fp4::GROUP) * rows::scale_size();
+            four[r] = 0.0f;
+        }
+        // Nothing for a simdgroup beyond the rows of this expert (another one may be wider), or without an expert.
+        if (known && first < width) {
+            constexpr ushort WORDS = rows::words_of<T>();
+            const uint chunk = fp4::WIDE ? 8 * WORDS : 8;
+            for (uint at = lane * chunk; at < d; at += 32 * chunk) {
+                if (fp4::WIDE) {
+                    rows::add<WORDS>(weights, activations, at, four);
+                } else {
+                    rows::add<1>(weights, activations, at, four);
+                }
             }
         }
+        const float factor = fp4::UNIT * fp4::of_scales(is_up ? place.up_factor : place.gate_factor);
+        sums[part] = rows::shared_out<ROWS, 32>(four, lane) * factor;
     }
 
-    // Eight lanes a row: the lower half have gate's, the upper half up's.
-    const float factor = fp4::of_scales(lane < 16 ? place.gate_factor : place.up_factor);
-    const float sum = rows::shared_out<2 * ROWS, 32>(sums, lane) * fp4::UNIT * factor;
-    const float up = simd_shuffle_xor(sum, 16);
+    // Eight lanes a row.
     const uint row = first + lane / 8;
-    if (lane % 8 == 0 && lane < 16 && row < width) {
+    if (lane % 8 == 0 && row < width) {
         const ulong to = (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row;
-        h[to + moe::place_of(row, width)] = moe::or_nan(known, moe::swiglu(sum, up));
+        h[to + moe::place_of(row, width)] = moe::or_nan(known, moe::swiglu(sums[0], sums[1]));
     }
 }
 

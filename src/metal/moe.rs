@@ -322,7 +322,7 @@ impl Mixture<'_> {
     }
 
     fn gate_up(&self, kind: &str) -> Result<Launch> {
-        let rows_of_threadgroup = 4;
+        let rows_of_threadgroup = 8;
         Ok(Launch {
             kernel: format!("moe_gate_up_{kind}"),
             constants: self.with_routed(self.stack.gate_up.constants(self.stack.d, self.wide())),
