@@ -240,6 +240,16 @@ fn few() -> Vec<(Case, Orientation)> {
             factor: Factor::Mul(0.37),
             ..plain
         },
+        // Chunks of two groups each, taken by the lanes of four simdgroups, and what is left of K.
+        Case {
+            n: 6,
+            k: 4640,
+            group: 16,
+            kind: KINDS[3],
+            factor: Factor::Div(3.0),
+            dtype: DType::BF16,
+            ..plain
+        },
         // K longer than what a simdgroup, or the lanes of a transposed product, take at once.
         Case {
             n: 5,
