@@ -1,7 +1,7 @@
 //! Plans of products with weights in floating point: `metal/dense.metal`.
 
 use super::args::DenseArgs;
-use super::checked::{narrow, suffix};
+use super::checked::{aligned, narrow, suffix};
 use super::linear::Direction;
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use super::rows::known;
@@ -157,8 +157,8 @@ impl Product<'_> {
             let expected = "one of the same K and kind, no bias, and few rows of activations";
             return Err(Error::argument(OP, "second weight", expected, "another"));
         }
-        aligned(self.weight)?;
-        beside.map_or(Ok(()), |beside| aligned(beside.weight))?;
+        loadable(self.weight)?;
+        beside.map_or(Ok(()), |beside| loadable(beside.weight))?;
         let (_, k) = self.weight.shape();
         let HeadRows {
             heads,
@@ -347,13 +347,8 @@ impl Shares {
 }
 
 /// Refuses a weight that kernels cannot load.
-fn aligned(weight: &DenseTensor) -> Result<()> {
-    let (element, offset) = (weight.kind().size(), weight.bytes().offset());
-    if offset.is_multiple_of(element) {
-        return Ok(());
-    }
-    let expected = format!("a multiple of {element} bytes from the start of the file");
-    Err(Error::argument(OP, "weight", expected, offset.to_string()))
+fn loadable(weight: &DenseTensor) -> Result<()> {
+    aligned(OP, "weight", weight.bytes().offset(), weight.kind().size())
 }
 
 #[cfg(test)]

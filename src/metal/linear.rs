@@ -1,11 +1,11 @@
 //! Plans of products with FP4 weights: `metal/linear.metal`.
 
 use super::args::LinearArgs;
-use super::checked::{narrow, suffix};
+use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
-use super::rows::{known, wide};
+use super::rows::{Stored, factor_constant, wide};
 use crate::cpu::HeadRows;
-use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind};
+use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts};
 use crate::{Error, Result};
 use candle_core::DType;
 
@@ -230,8 +230,8 @@ impl Product<'_> {
             let expected = format!("at most {FEW} rows of activations");
             return Err(Error::argument(OP, "x", expected, self.m.to_string()));
         }
-        aligned(self.weight)?;
-        beside.map_or(Ok(()), |beside| aligned(beside.weight))?;
+        loadable(self.weight)?;
+        beside.map_or(Ok(()), |beside| loadable(beside.weight))?;
         let (_, k) = self.weight.shape();
         let HeadRows {
             heads,
@@ -366,29 +366,16 @@ impl Product<'_> {
 
     /// The constants of `metal/fp4.h` and `metal/rows.h`.
     fn constants(&self, beside: Option<Beside<'_>>) -> Vec<(u16, Constant)> {
-        let kind = match self.weight.scale_kind() {
-            ScaleKind::F16 => 0,
-            ScaleKind::BF16 => 1,
-            ScaleKind::E8M0 => 2,
-            ScaleKind::E4M3 => 3,
-        };
-        let factor = match self.weight.factor() {
-            Factor::None => 0,
-            Factor::Mul(_) => 1,
-            Factor::Div(_) => 2,
-        };
-        let group = self.weight.group() as u16;
         let length = match self.direction {
             Direction::Rows => self.weight.shape().1,
             Direction::Columns => self.rows.len,
         };
-        vec![
-            (0, Constant::U16(kind)),
-            (1, Constant::U16(group)),
-            (2, Constant::U16(factor)),
-            (3, Constant::Bool(self.wide(beside))),
-            (11, known(length)),
-        ]
+        Stored {
+            kind: self.weight.scale_kind(),
+            group: self.weight.group(),
+            factor: factor_constant(self.weight.factor()),
+        }
+        .constants(self.wide(beside), length)
     }
 
     /// Whether loads of 16 bytes of codes and of activations are aligned. (Buffers begin at pages.)
@@ -452,22 +439,9 @@ fn factor_of(weight: &Fp4Tensor) -> f32 {
 }
 
 /// Refuses codes and scales that kernels cannot load.
-fn aligned(weight: &Fp4Tensor) -> Result<()> {
-    for (argument, bytes, alignment) in [
-        ("codes", weight.codes(), 4),
-        ("scales", weight.scales(), weight.scale_kind().size()),
-    ] {
-        if !bytes.offset().is_multiple_of(alignment) {
-            let expected = format!("a multiple of {alignment} bytes from the start of the file");
-            return Err(Error::argument(
-                OP,
-                argument,
-                expected,
-                bytes.offset().to_string(),
-            ));
-        }
-    }
-    Ok(())
+fn loadable(weight: &Fp4Tensor) -> Result<()> {
+    aligned(OP, "codes", weight.codes().offset(), 4)?;
+    aligned(OP, "scales", weight.scales().offset(), weight.scale_kind().size())
 }
 
 #[cfg(test)]

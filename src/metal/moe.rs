@@ -3,7 +3,7 @@
 use super::args::{MOE_TILE, MoeArgs, MoePlace};
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
-use super::rows::known;
+use super::rows;
 use crate::Result;
 use crate::cpu::Expert;
 use crate::fp4::{Bytes, Factor, Format, Fp4Tensor, ScaleKind, ScaleRule, Weight, gather, quantize};
@@ -42,7 +42,7 @@ struct Stored {
     factor: u16,
     /// The first codes, and the first scales, that do not begin at a multiple of 4 bytes, or of a scale's size.
     misaligned: Option<(&'static str, usize)>,
-    /// Whether all can be [loaded wide](super::rows::wide).
+    /// Whether all can be [loaded wide](rows::wide).
     wide: bool,
 }
 
@@ -51,11 +51,7 @@ impl Stored {
     fn of<'a>(tensors: impl Iterator<Item = &'a Fp4Tensor>) -> Option<Self> {
         let mut all: Option<Self> = None;
         for tensor in tensors {
-            let factor = match tensor.factor() {
-                Factor::None => 0,
-                Factor::Mul(_) => 1,
-                Factor::Div(_) => 2,
-            };
+            let factor = rows::factor_constant(tensor.factor());
             let (kind, group) = (tensor.scale_kind(), tensor.group());
             let parts = [
                 ("codes", tensor.codes().offset(), 4),
@@ -65,7 +61,7 @@ impl Stored {
                 .into_iter()
                 .find(|(_, offset, to)| !offset.is_multiple_of(*to))
                 .map(|(argument, offset, _)| (argument, offset));
-            let wide = super::rows::wide(tensor);
+            let wide = rows::wide(tensor);
             let all = all.get_or_insert(Self {
                 kind,
                 group,
@@ -86,19 +82,12 @@ impl Stored {
 
     /// The constants of `metal/fp4.h` and `metal/rows.h`, for rows of `k` elements.
     fn constants(&self, k: usize, wide: bool) -> Vec<(u16, Constant)> {
-        let kind = match self.kind {
-            ScaleKind::F16 => 0,
-            ScaleKind::BF16 => 1,
-            ScaleKind::E8M0 => 2,
-            ScaleKind::E4M3 => 3,
+        let stored = rows::Stored {
+            kind: self.kind,
+            group: self.group,
+            factor: self.factor,
         };
-        vec![
-            (0, Constant::U16(kind)),
-            (1, Constant::U16(self.group as u16)),
-            (2, Constant::U16(self.factor)),
-            (3, Constant::Bool(self.wide && wide)),
-            (11, known(k)),
-        ]
+        stored.constants(self.wide && wide, k)
     }
 
     /// Refuses what no kernel can load.

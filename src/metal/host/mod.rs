@@ -319,7 +319,7 @@ mod tests {
             host.install(|| Linear::new(weight, None).unwrap().forward(&x).unwrap());
             (host.launched(), host.without_kernel())
         };
-        let launched = BTreeMap::from([("dense_rows_f32_m1".to_string(), 1)]);
+        let launched = BTreeMap::from([("dense_rows_f32_thin".to_string(), 1)]);
         assert_eq!(run(Weight::Dense(dense)), (launched.clone(), Vec::new()));
         assert_eq!(run(Weight::Int8(int8)), (launched, vec!["mmfp4-linear"]));
     }
