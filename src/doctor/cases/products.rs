@@ -62,6 +62,19 @@ pub(super) fn dense(bench: &mut Bench<'_>) -> Result<()> {
             );
         }
     }
+    if bench.runner.is_cpu() {
+        return Ok(());
+    }
+    // More rows than those that are shared out thinly.
+    let (n, k) = (2056, 256);
+    for kind in FLOATS {
+        let op = Linear::new(bench.dense(n, k, kind)?, None)?;
+        for dtype in DTYPES {
+            let comparison = validate_kernel_output(&op, &bench.tensor(&[1, k], dtype)?)?;
+            let case = format!("1 row, {dtype:?}, a weight of [{n}, {k}] in {kind:?}");
+            bench.see(case, bound_of(dtype), comparison);
+        }
+    }
     Ok(())
 }
 
