@@ -1,6 +1,8 @@
 //! A cache of many sequences in blocks of one pool a layer.
 
-use crate::kv::{BlockCopy, BlockStatistics, Blocks, RowLayout, SequenceId, Slots};
+use crate::cpu::PagedSequence;
+use crate::kv::{BlockCopy, BlockStatistics, Blocks, RowLayout, SequenceId};
+use crate::ops::PagedBatch;
 use crate::{Error, Result, memory};
 use candle_core::{DType, Device, Tensor};
 
@@ -19,7 +21,7 @@ pub enum CacheSize {
 /// taken at the start, a pool a layer, and blocks of it are the sequences' ([`Blocks`]).
 ///
 /// A forward pass *begins* with the new tokens of one or several sequences, writes their rows in each layer's
-/// [pool](Self::pool) to the pass's [slots](Self::slots), and *commits*. If it fails between, the sequences are as
+/// [pool](Self::pool) as its [batch](Self::batch) says, and *commits*. If it fails between, the sequences are as
 /// they were.
 ///
 /// ```
@@ -34,7 +36,7 @@ pub enum CacheSize {
 /// let (sequence, cached) = cache.start(&prompt);
 /// cache.begin(&[(sequence, &prompt[cached..])])?;
 /// let rows = Tensor::ones((20, 2, 64), DType::F32, &Device::Cpu)?; // keys and values of a model
-/// append.forward(cache.pool(0)?, &rows, &rows, cache.slots())?;
+/// append.forward(cache.pool(0)?, &rows, &rows, cache.batch())?;
 /// cache.commit();
 ///
 /// // Whoever starts alike finds the prompt's whole blocks there, but for its last token, which is to be computed.
@@ -49,7 +51,8 @@ pub struct PagedKvCache {
     limit: usize,
     /// The sequences of a pass that has not ended, and where each of them begins it.
     pass: Vec<(SequenceId, usize)>,
-    slots: Slots,
+    batch: PagedBatch,
+    device: Device,
 }
 
 /// A sequence of a pass, as attention reads it.
@@ -103,7 +106,8 @@ impl PagedKvCache {
             layout,
             limit,
             pass: Vec::new(),
-            slots: Slots::default(),
+            batch: PagedBatch::default(),
+            device: device.clone(),
         })
     }
 
@@ -194,7 +198,6 @@ impl PagedKvCache {
 
     fn reserve(&mut self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
         let mut copies = Vec::new();
-        let mut slots = Vec::new();
         for (id, tokens) in sequences {
             let position = self.blocks.len(*id)?;
             let total = position.saturating_add(tokens.len());
@@ -210,9 +213,16 @@ impl PagedKvCache {
             }
             self.pass.push((*id, position));
             copies.extend(self.blocks.append(*id, tokens)?);
-            slots.extend(self.blocks.slots(*id)?);
         }
-        self.slots = Slots::new(slots)?;
+        let mut pass = Vec::with_capacity(sequences.len());
+        for ((id, position), (_, tokens)) in self.pass.iter().zip(sequences) {
+            pass.push(PagedSequence {
+                table: self.blocks.table(*id)?,
+                len: position + tokens.len(),
+                queries: tokens.len(),
+            });
+        }
+        self.batch = PagedBatch::new(&pass, self.layout.block_tokens(), &self.device)?;
         for copy in copies {
             self.copy(copy)?;
         }
@@ -241,9 +251,9 @@ impl PagedKvCache {
         })
     }
 
-    /// The slots of the pass's tokens, sequence after sequence.
-    pub fn slots(&self) -> &Slots {
-        &self.slots
+    /// The pass's tokens, as ops over the pools take them.
+    pub fn batch(&self) -> &PagedBatch {
+        &self.batch
     }
 
     /// A layer's bytes: of the pass's tokens, once it has written them, as of those before.
@@ -263,7 +273,7 @@ impl PagedKvCache {
             // The pass began with it, and a sequence cannot be freed without ending the pass.
             _ = self.blocks.commit(id);
         }
-        self.slots = Slots::default();
+        self.batch = PagedBatch::default();
     }
 
     /// Forgets a pass that has not ended: its sequences are as they were before.
@@ -272,7 +282,7 @@ impl PagedKvCache {
             // As above.
             _ = self.blocks.forget(id);
         }
-        self.slots = Slots::default();
+        self.batch = PagedBatch::default();
     }
 }
 
@@ -337,7 +347,7 @@ mod tests {
             let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             let pool = self.cache.pool(layer).unwrap();
             self.op
-                .forward(pool, &tensor(keys), &tensor(values), self.cache.slots())
+                .forward(pool, &tensor(keys), &tensor(values), self.cache.batch())
                 .unwrap();
         }
 
@@ -406,7 +416,7 @@ mod tests {
         ];
         for failure in failures {
             assert!(tested.cache.begin(failure).is_err());
-            assert!(tested.cache.slots().is_empty() && tested.cache.pass().next().is_none());
+            assert!(tested.cache.batch().slots().is_empty() && tested.cache.pass().next().is_none());
             assert_eq!(tested.cache.statistics().used, before.used);
         }
         // One that fails between the layers.

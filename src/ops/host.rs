@@ -77,6 +77,7 @@ fn contents(storage: &CpuStorage) -> Result<&[u8]> {
         CpuStorage::F16(values) => Ok(bytes_of(values)),
         CpuStorage::BF16(values) => Ok(bytes_of(values)),
         CpuStorage::U32(values) => Ok(bytes_of(values)),
+        CpuStorage::U8(values) => Ok(values),
         _ => Err(no_kernel()),
     }
 }
@@ -92,7 +93,7 @@ fn contents_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
 }
 
 fn no_kernel() -> Error {
-    Error::argument("msl-host", "inputs", "F32, F16, BF16 or U32", "another dtype")
+    Error::argument("msl-host", "inputs", "F32, F16, BF16, U32 or U8", "another dtype")
 }
 
 /// A number all of whose bytes are initialised, and of which any bytes are a value.

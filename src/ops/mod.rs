@@ -39,7 +39,7 @@ pub use mlp::GatedMlp;
 pub use moe::FusedMoe;
 pub use norm::{RmsNorm, add_norm};
 pub use normed_linear::NormedLinear;
-pub use paged::{AppendHeads, AppendLatents, PagedAttention, gather_paged};
+pub use paged::{AppendHeads, AppendLatents, PagedAttention, PagedBatch, gather_paged};
 pub use per_head::{Orientation, PerHead};
 pub use rope::Rope;
 pub use route::Route;

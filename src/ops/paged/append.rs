@@ -1,5 +1,6 @@
 //! New tokens into a pool.
 
+use super::PagedBatch;
 use crate::cpu::{self, Executor, Floats, NewHeads, NewLatents, Pairing};
 use crate::kv::{RowKind, RowLayout, Slots};
 use crate::ops::activations::to_f32;
@@ -17,9 +18,10 @@ const HEADS: &str = "mmfp4-append-heads";
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_mmfp4::kv::{CacheFormat, RowLayout, Slots, codec};
+/// use candle_mmfp4::cpu::PagedSequence;
+/// use candle_mmfp4::kv::{CacheFormat, RowLayout, codec};
 /// use candle_mmfp4::nn::{Pairing, RmsNorm};
-/// use candle_mmfp4::ops::AppendLatents;
+/// use candle_mmfp4::ops::{AppendLatents, PagedBatch};
 ///
 /// // A latent of two elements and a key of one pair, which a quarter of a turn takes from (1, 0) to (0, 1).
 /// let layout = RowLayout::latent(CacheFormat::BF16, 2, 2)?;
@@ -27,7 +29,9 @@ const HEADS: &str = "mmfp4-append-heads";
 /// let append = AppendLatents::new(RmsNorm::new(vec![1., 1.], 0.0)?, Pairing::Interleaved, layout.clone())?;
 /// let kv = Tensor::new(&[[5f32, 5., 1., 0.]], &Device::Cpu)?;
 /// let (cos, sin) = (Tensor::new(&[[0f32]], &Device::Cpu)?, Tensor::new(&[[1f32]], &Device::Cpu)?);
-/// append.forward(&pool, &kv, &cos, &sin, &Slots::new(vec![3])?)?;
+/// // The fourth token of a sequence.
+/// let batch = PagedBatch::new(&[PagedSequence { table: &[0], len: 4, queries: 1 }], layout.block_tokens(), &Device::Cpu)?;
+/// append.forward(&pool, &kv, &cos, &sin, &batch)?;
 ///
 /// let mut row = [0f32; 4];
 /// codec::read(&layout, &pool.to_vec1::<u8>()?, 3, &mut row)?;
@@ -70,7 +74,7 @@ impl AppendLatents {
         &self.layout
     }
 
-    /// Stores rows `[tokens, latent + d]` of `kv`, F32, F16 or BF16, by cosines and sines `[tokens, d/2]`, in these
+    /// Stores rows `[tokens, latent + d]` of `kv`, F32, F16 or BF16, by cosines and sines `[tokens, d/2]`, in the batch's
     /// slots of `pool`, the U8 bytes of whole blocks.
     ///
     /// # Errors
@@ -82,9 +86,10 @@ impl AppendLatents {
         kv: &Tensor,
         cos: &Tensor,
         sin: &Tensor,
-        slots: &Slots,
+        batch: &PagedBatch,
     ) -> candle_core::Result<()> {
-        check_pool(LATENTS, &self.layout, pool, slots)?;
+        let slots = batch.slots();
+        check_pool(LATENTS, &self.layout, pool, batch)?;
         check_rows(LATENTS, "kv", kv, &[slots.len(), self.latent + self.rope])?;
         rope::check_angles(LATENTS, [slots.len(), self.rope / 2], cos.layout(), sin.layout())?;
         if slots.is_empty() {
@@ -99,6 +104,25 @@ impl AppendLatents {
             slots,
         };
         pool.inplace_op2(&kv, &call)
+    }
+
+    /// The same, and the rotary parts of the tokens' queries `[tokens, heads, d]`, of kv's dtype, turned by the same angles;
+    /// in one dispatch where kernels run.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with_queries(
+        &self,
+        pool: &Tensor,
+        kv: &Tensor,
+        queries: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        batch: &PagedBatch,
+    ) -> candle_core::Result<Tensor> {
+        let turned = rope::Rope::new(self.pairing).forward(queries, cos, sin)?;
+        self.forward(pool, kv, cos, sin, batch)?;
+        Ok(turned)
     }
 }
 
@@ -156,13 +180,16 @@ impl InplaceOp2 for LatentCall<'_> {
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_mmfp4::kv::{CacheFormat, RowLayout, Slots, codec};
-/// use candle_mmfp4::ops::AppendHeads;
+/// use candle_mmfp4::cpu::PagedSequence;
+/// use candle_mmfp4::kv::{CacheFormat, RowLayout, codec};
+/// use candle_mmfp4::ops::{AppendHeads, PagedBatch};
 ///
 /// let layout = RowLayout::heads(CacheFormat::F16, 2, 1, 1)?;
 /// let pool = Tensor::zeros(layout.pool_bytes(1)?, DType::U8, &Device::Cpu)?;
 /// let (keys, values) = (Tensor::new(&[[[1f32], [2.]]], &Device::Cpu)?, Tensor::new(&[[[3f32], [4.]]], &Device::Cpu)?);
-/// AppendHeads::new(layout.clone())?.forward(&pool, &keys, &values, &Slots::new(vec![7])?)?;
+/// // The eighth token of a sequence.
+/// let batch = PagedBatch::new(&[PagedSequence { table: &[0], len: 8, queries: 1 }], layout.block_tokens(), &Device::Cpu)?;
+/// AppendHeads::new(layout.clone())?.forward(&pool, &keys, &values, &batch)?;
 ///
 /// let mut row = [0f32; 4];
 /// codec::read(&layout, &pool.to_vec1::<u8>()?, 7, &mut row)?;
@@ -208,8 +235,8 @@ impl AppendHeads {
         &self.layout
     }
 
-    /// Stores keys `[tokens, heads, key_dim]` and values `[tokens, heads, value_dim]`, each F32, F16 or BF16, in these
-    /// slots of `pool`, the U8 bytes of whole blocks.
+    /// Stores keys `[tokens, heads, key_dim]` and values `[tokens, heads, value_dim]`, each F32, F16 or BF16, in the
+    /// batch's slots of `pool`, the U8 bytes of whole blocks.
     ///
     /// # Errors
     /// Names the argument at fault where shape, dtype or device do not fit; a slot beyond the pool. The pool is then as
@@ -219,9 +246,10 @@ impl AppendHeads {
         pool: &Tensor,
         keys: &Tensor,
         values: &Tensor,
-        slots: &Slots,
+        batch: &PagedBatch,
     ) -> candle_core::Result<()> {
-        check_pool(HEADS, &self.layout, pool, slots)?;
+        let slots = batch.slots();
+        check_pool(HEADS, &self.layout, pool, batch)?;
         check_rows(HEADS, "keys", keys, &[slots.len(), self.kv_heads, self.key_dim])?;
         check_rows(
             HEADS,
@@ -280,9 +308,18 @@ impl InplaceOp3 for HeadsCall<'_> {
     }
 }
 
-/// Checks that a pool has these slots.
-fn check_pool(op: &'static str, layout: &RowLayout, pool: &Tensor, slots: &Slots) -> Result<()> {
-    let block = layout.block_bytes();
+/// Checks that a pool has a batch's slots.
+fn check_pool(op: &'static str, layout: &RowLayout, pool: &Tensor, batch: &PagedBatch) -> Result<()> {
+    let (block, slots) = (layout.block_bytes(), batch.slots());
+    if !slots.is_empty() && batch.block_tokens() != layout.block_tokens() {
+        let expected = format!("blocks of {} tokens", layout.block_tokens());
+        return Err(Error::argument(
+            op,
+            "batch",
+            expected,
+            format!("of {}", batch.block_tokens()),
+        ));
+    }
     let whole = matches!(pool.dims(), [bytes] if bytes % block == 0) && pool.is_contiguous();
     if !whole || pool.dtype() != DType::U8 {
         let expected = format!("[n · {block}] in U8, whole blocks");
@@ -378,6 +415,7 @@ fn bytes<'a>(op: &'static str, storage: &'a mut CpuStorage, layout: &Layout) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::PagedSequence;
     use crate::kv::{CacheFormat, codec};
     use candle_core::{Device, IndexOp};
 
@@ -395,8 +433,15 @@ mod tests {
         Tensor::zeros(layout.pool_bytes(blocks).unwrap(), DType::U8, &Device::Cpu).unwrap()
     }
 
-    fn slots(range: std::ops::Range<u32>) -> Slots {
-        Slots::new(range.collect()).unwrap()
+    /// Tokens that are written to these slots.
+    fn batch(range: std::ops::Range<u32>) -> PagedBatch {
+        let table: Vec<u32> = (0..range.end.div_ceil(16)).collect();
+        let sequence = PagedSequence {
+            table: &table,
+            len: range.end as usize,
+            queries: range.len(),
+        };
+        PagedBatch::new(&[sequence], 16, &Device::Cpu).unwrap()
     }
 
     /// What the cache without formats keeps is what this keeps, in the formats that are its dtypes.
@@ -409,7 +454,7 @@ mod tests {
             let (cos, sin) = (noise((5, 2)), noise((5, 2)));
             let expected = rows.forward(&kv, &cos, &sin).unwrap();
             let pool = pool(op.layout(), 1);
-            op.forward(&pool, &kv, &cos, &sin, &slots(4..9)).unwrap();
+            op.forward(&pool, &kv, &cos, &sin, &batch(4..9)).unwrap();
             let bytes = pool.to_vec1::<u8>().unwrap();
             for (i, expected) in expected
                 .to_dtype(DType::F32)
@@ -433,7 +478,7 @@ mod tests {
         let (kv, cos) = (wide.t().unwrap(), cos.t().unwrap());
         let run = |kv: &Tensor, cos: &Tensor| {
             let pool = pool(op.layout(), 2);
-            op.forward(&pool, kv, cos, &sin, &slots(12..18)).unwrap();
+            op.forward(&pool, kv, cos, &sin, &batch(12..18)).unwrap();
             pool.to_vec1::<u8>().unwrap()
         };
         let expected = run(&kv.contiguous().unwrap(), &cos.contiguous().unwrap());
@@ -445,7 +490,7 @@ mod tests {
         let values = values.transpose(0, 1).unwrap().narrow(2, 4, 16).unwrap();
         let run = |keys: &Tensor, values: &Tensor| {
             let pool = pool(heads.layout(), 2);
-            heads.forward(&pool, keys, values, &slots(12..18)).unwrap();
+            heads.forward(&pool, keys, values, &batch(12..18)).unwrap();
             pool.to_vec1::<u8>().unwrap()
         };
         let expected = run(&keys.contiguous().unwrap(), &values.contiguous().unwrap());
@@ -456,55 +501,61 @@ mod tests {
     fn kv_append_names_what_does_not_fit() {
         let op = append(CacheFormat::fp4());
         let (good, kv, angles) = (pool(op.layout(), 2), noise((3, 36)), noise((3, 2)));
-        let wrong = |argument: &str, pool: &Tensor, kv: &Tensor, cos: &Tensor, slots: &Slots| {
+        fn last(table: &[u32]) -> PagedSequence<'_> {
+            PagedSequence {
+                table,
+                len: 3,
+                queries: 1,
+            }
+        }
+        let of = |tables: &[&[u32]]| {
+            let sequences: Vec<_> = tables.iter().map(|table| last(table)).collect();
+            PagedBatch::new(&sequences, 16, &Device::Cpu)
+        };
+        let wrong = |argument: &str, pool: &Tensor, kv: &Tensor, cos: &Tensor, batch: &PagedBatch| {
             let before = pool.flatten_all().unwrap().to_dtype(DType::U8).unwrap();
             let before = before.to_vec1::<u8>().unwrap();
-            let error = op.forward(pool, kv, cos, &angles, slots).unwrap_err().to_string();
+            let error = op.forward(pool, kv, cos, &angles, batch).unwrap_err().to_string();
             assert!(error.contains(&format!("`{argument}`")), "{argument}: {error}");
             let after = pool.flatten_all().unwrap().to_dtype(DType::U8).unwrap();
             assert!(after.to_vec1::<u8>().unwrap() == before);
         };
-        op.forward(&good, &kv, &angles, &angles, &slots(29..32)).unwrap();
-        wrong("slots", &good, &kv, &angles, &slots(30..33));
-        wrong(
-            "slots",
-            &good,
-            &kv,
-            &angles,
-            &Slots::new(vec![0, u32::MAX, 1]).unwrap(),
-        );
-        wrong("kv", &good, &kv, &angles, &slots(0..2));
-        wrong("kv", &good, &noise((3, 35)), &angles, &slots(0..3));
+        op.forward(&good, &kv, &angles, &angles, &batch(29..32)).unwrap();
+        wrong("slots", &good, &kv, &angles, &batch(30..33));
+        wrong("slots", &good, &kv, &angles, &of(&[&[u32::MAX / 16]]).unwrap());
+        let wide = PagedBatch::new(&[last(&[0])], 32, &Device::Cpu).unwrap();
+        wrong("batch", &good, &kv, &angles, &wide);
+        wrong("kv", &good, &kv, &angles, &batch(0..2));
+        wrong("kv", &good, &noise((3, 35)), &angles, &batch(0..3));
         wrong(
             "kv",
             &good,
             &kv.to_dtype(DType::F64).unwrap(),
             &angles,
-            &slots(0..3),
+            &batch(0..3),
         );
-        wrong("cos", &good, &kv, &noise((3, 1)), &slots(0..3));
+        wrong("cos", &good, &kv, &noise((3, 1)), &batch(0..3));
         let cut = good.narrow(0, 0, good.elem_count() - 1).unwrap();
-        wrong("pool", &cut, &kv, &angles, &slots(0..3));
+        wrong("pool", &cut, &kv, &angles, &batch(0..3));
         wrong(
             "pool",
             &good.to_dtype(DType::U32).unwrap(),
             &kv,
             &angles,
-            &slots(0..3),
+            &batch(0..3),
         );
-        wrong("pool", &good.unsqueeze(0).unwrap(), &kv, &angles, &slots(0..3));
+        wrong("pool", &good.unsqueeze(0).unwrap(), &kv, &angles, &batch(0..3));
+        let error = |tables: &[&[u32]]| of(tables).unwrap_err().to_string();
+        assert!(error(&[&[1], &[2], &[1]]).contains("slot 18 twice"));
         assert!(
-            Slots::new(vec![1, 2, 1])
-                .unwrap_err()
-                .to_string()
-                .contains("slot 1 twice")
+            error(&[&[u32::MAX]]).contains("below 2³²") && error(&[&[]]).contains("blocks for the 3 tokens")
         );
         op.forward(
             &good,
             &kv.i(0..0).unwrap(),
             &angles.i(0..0).unwrap(),
             &angles.i(0..0).unwrap(),
-            &slots(0..0),
+            &batch(0..0),
         )
         .unwrap();
 
@@ -514,14 +565,14 @@ mod tests {
         assert!(AppendHeads::new(layout).is_err());
         let heads = AppendHeads::new(RowLayout::heads(CacheFormat::F16, 2, 4, 4).unwrap()).unwrap();
         let (pool, keys) = (pool(heads.layout(), 1), noise((3, 2, 4)));
-        let wrong = |keys: &Tensor, values: &Tensor, slots: Slots| {
+        let wrong = |keys: &Tensor, values: &Tensor, batch: PagedBatch| {
             heads
-                .forward(&pool, keys, values, &slots)
+                .forward(&pool, keys, values, &batch)
                 .unwrap_err()
                 .to_string()
         };
-        assert!(wrong(&noise((3, 1, 4)), &keys, slots(0..3)).contains("`keys`"));
-        assert!(wrong(&keys, &noise((3, 2, 5)), slots(0..3)).contains("`values`"));
-        assert!(wrong(&keys, &keys, slots(14..17)).contains("`slots`"));
+        assert!(wrong(&noise((3, 1, 4)), &keys, batch(0..3)).contains("`keys`"));
+        assert!(wrong(&keys, &noise((3, 2, 5)), batch(0..3)).contains("`values`"));
+        assert!(wrong(&keys, &keys, batch(14..17)).contains("`slots`"));
     }
 }

@@ -1,13 +1,16 @@
 //! Attention over a paged cache, in the format in which it is stored.
 
+use super::PagedBatch;
 use crate::cpu::{self, Executor, PagedSequence};
 use crate::kv::RowLayout;
+use crate::ops::PerHead;
 use crate::ops::attention::{Input, Part, open};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use std::ops::Range;
 
 const OP: &str = "mmfp4-paged-attention";
+const GATHER: &str = "mmfp4-gather-paged";
 
 /// Attention of one sequence or many over the blocks of a pool, without a mask, a score matrix or a decoded copy of the cache.
 ///
@@ -19,7 +22,7 @@ const OP: &str = "mmfp4-paged-attention";
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_mmfp4::cpu::PagedSequence;
 /// use candle_mmfp4::kv::{CacheFormat, RowLayout, codec};
-/// use candle_mmfp4::ops::PagedAttention;
+/// use candle_mmfp4::ops::{PagedAttention, PagedBatch};
 ///
 /// // One head of keys and values of one element, for two heads of queries; two tokens in block 1.
 /// let layout = RowLayout::heads(CacheFormat::BF16, 1, 1, 1)?;
@@ -30,7 +33,8 @@ const OP: &str = "mmfp4-paged-attention";
 ///
 /// let query = Tensor::ones((1, 2, 1), DType::F32, &Device::Cpu)?;
 /// let sequence = PagedSequence { table: &[1], len: 2, queries: 1 };
-/// let y = PagedAttention::new(layout, 2, 0.0, None)?.forward(&[&query], &pool, &[sequence])?;
+/// let batch = PagedBatch::new(&[sequence], layout.block_tokens(), &Device::Cpu)?;
+/// let y = PagedAttention::new(layout, 2, 0.0, None)?.forward(&[&query], &pool, &batch)?;
 /// assert_eq!(y.to_vec3::<f32>()?, [[[1.5], [1.5]]]);
 /// # Ok::<(), candle_mmfp4::Error>(())
 /// ```
@@ -71,20 +75,14 @@ impl PagedAttention {
         &self.layout
     }
 
-    /// `queries` are parts `[n, heads, d]`, side by side as wide as a key, the first sequence's queries before the second's;
-    /// F32, F16 or BF16. `pool` is the U8 bytes of whole blocks. Gives `[n, heads, value width]` in the queries' dtype.
+    /// `queries` of the batch's tokens are parts `[n, heads, d]`, side by side as wide as a key; F32, F16 or BF16. `pool` is the U8 bytes of whole blocks. Gives `[n, heads, value width]` in the queries' dtype.
     ///
     /// # Errors
-    /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit, a sequence has more queries
-    /// than tokens, or a table is too short or names a block beyond the pool.
-    pub fn forward(
-        &self,
-        queries: &[&Tensor],
-        pool: &Tensor,
-        sequences: &[PagedSequence<'_>],
-    ) -> Result<Tensor> {
+    /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit, or a table names a block
+    /// beyond the pool.
+    pub fn forward(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Tensor> {
         crate::ops::without_kernel(OP);
-        let n = (sequences.iter()).fold(0usize, |sum, sequence| sum.saturating_add(sequence.queries));
+        let (n, sequences) = (batch.tokens(), batch.sequences().collect::<Vec<_>>());
         let fits = |part: &&&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
         if queries.is_empty() || !queries.iter().all(|part| fits(&part)) {
             let expected = format!("parts [{n}, {}, d]", self.heads);
@@ -100,10 +98,29 @@ impl PagedAttention {
         let views: Vec<_> = parts.iter().map(Part::heads).collect();
         let mut y = vec![0.0; n * self.heads * value];
         with_bytes(pool, |pool| {
-            cpu::attend_paged(&*Executor::current()?, self.call(pool, &views, sequences), &mut y)
+            cpu::attend_paged(
+                &*Executor::current()?,
+                self.call(pool, &views, &sequences),
+                &mut y,
+            )
         })?;
         let y = Tensor::from_vec(y, (n, self.heads, value), &Device::Cpu)?;
         Ok(y.to_dtype(queries[0].dtype())?)
+    }
+
+    /// MLA's attention with its values expanded from the latents: the output of [`forward`](Self::forward) by
+    /// `values`, `[n, heads, value width]`; where kernels run, parts of the output are merged as the product reads them.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward) and of [`PerHead::forward`].
+    pub fn forward_expanded(
+        &self,
+        queries: &[&Tensor],
+        pool: &Tensor,
+        batch: &PagedBatch,
+        values: &PerHead,
+    ) -> Result<Tensor> {
+        Ok(values.forward(&self.forward(queries, pool, batch)?)?)
     }
 
     fn call<'a>(
@@ -124,29 +141,42 @@ impl PagedAttention {
     }
 }
 
-/// The tokens at these positions of a sequence as F32 numbers `[positions, layout.width()]`, for attention that expands
-/// keys and values; see [`cpu::gather`].
+/// The tokens at these positions of a batch's sequence as numbers `[positions, layout.width()]` of a dtype, for attention
+/// that expands keys and values; see [`cpu::gather`].
 ///
 /// # Errors
-/// [`Error::Argument`] where `pool` is no contiguous U8 tensor on the CPU, or `table` is too short or names a block beyond it.
+/// [`Error::Argument`] where `pool` is no contiguous U8 tensor on the CPU, the batch has no such sequence, or its table is
+/// too short or names a block beyond the pool.
 pub fn gather_paged(
     layout: &RowLayout,
     pool: &Tensor,
-    table: &[u32],
+    batch: &PagedBatch,
+    sequence: usize,
     positions: Range<usize>,
+    dtype: DType,
 ) -> Result<Tensor> {
+    crate::ops::without_kernel(GATHER);
+    let Some(PagedSequence { table, .. }) = batch.sequences().nth(sequence) else {
+        let expected = format!("below {}, the batch's", batch.sequences().count());
+        return Err(Error::argument(
+            GATHER,
+            "sequence",
+            expected,
+            sequence.to_string(),
+        ));
+    };
     let shape = (positions.len(), layout.width());
     // Before memory is asked for: as many positions as the table has.
     let held = table.len().saturating_mul(layout.block_tokens());
     if positions.end > held {
         let expected = format!("blocks for {} tokens", positions.end);
-        return Err(Error::argument(OP, "table", expected, format!("for {held}")));
+        return Err(Error::argument(GATHER, "table", expected, format!("for {held}")));
     }
     let mut rows = vec![0.0; shape.0 * shape.1];
     with_bytes(pool, |pool| {
         cpu::gather(&*Executor::current()?, layout, pool, table, positions, &mut rows)
     })?;
-    Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?)
+    Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?.to_dtype(dtype)?)
 }
 
 /// Calls `f` with the bytes of a pool.
@@ -166,8 +196,6 @@ mod tests {
     use crate::cpu::reference;
     use crate::cpu::testing::{assert_within, noise};
     use crate::kv::{CacheFormat, codec};
-    use candle_core::DType;
-
     /// Two sequences of 40 and 5 tokens with 3 and 1 queries, GLM's kind of rows.
     fn case() -> (RowLayout, Tensor, Vec<Vec<u32>>, Tensor) {
         let layout = RowLayout::latent(CacheFormat::Fp8, 64, 16).unwrap();
@@ -183,6 +211,10 @@ mod tests {
         let pool = Tensor::new(pool, &Device::Cpu).unwrap();
         let queries = Tensor::from_vec(noise(4 * 2 * 80, 77), (4, 2, 80), &Device::Cpu).unwrap();
         (layout, pool, tables, queries)
+    }
+
+    fn batch(sequences: &[PagedSequence<'_>]) -> PagedBatch {
+        PagedBatch::new(sequences, 16, &Device::Cpu).unwrap()
     }
 
     fn sequences(tables: &[Vec<u32>]) -> [PagedSequence<'_>; 2] {
@@ -201,7 +233,7 @@ mod tests {
             let queries = queries.to_dtype(dtype).unwrap();
             let parts = [(0, 64), (64, 16)].map(|(start, len)| queries.narrow(2, start, len).unwrap());
             let y = op
-                .forward(&[&parts[0], &parts[1]], &pool, &sequences(&tables))
+                .forward(&[&parts[0], &parts[1]], &pool, &batch(&sequences(&tables)))
                 .unwrap();
             assert_eq!((y.dims(), y.dtype()), ([4, 2, 64].as_slice(), dtype));
             let flat = |t: &Tensor| {
@@ -224,7 +256,10 @@ mod tests {
     #[test]
     fn gathered_rows_are_the_codecs() {
         let (layout, pool, tables, _) = case();
-        let rows = gather_paged(&layout, &pool, &tables[0], 10..37).unwrap();
+        let batch = batch(&sequences(&tables));
+        let gather =
+            |pool: &Tensor, sequence, range| gather_paged(&layout, pool, &batch, sequence, range, DType::F32);
+        let rows = gather(&pool, 0, 10..37).unwrap();
         let rows = rows.to_vec2::<f32>().unwrap();
         let bytes = pool.to_vec1::<u8>().unwrap();
         for (position, row) in (10..).zip(&rows) {
@@ -234,20 +269,21 @@ mod tests {
             assert_eq!(row, &expected);
         }
         assert_eq!(rows.len(), 27);
-        assert!(gather_paged(&layout, &pool, &tables[0], 0..49).is_err());
-        assert!(gather_paged(&layout, &pool, &[4], 0..16).is_err());
-        assert!(gather_paged(&layout, &pool, &tables[0], 0..usize::MAX).is_err());
+        assert!(gather(&pool, 0, 0..49).is_err() && gather(&pool, 0, 0..usize::MAX).is_err());
+        assert!(gather(&pool, 2, 0..1).is_err());
+        let short = pool.narrow(0, 0, layout.pool_bytes(1).unwrap()).unwrap();
+        assert!(gather(&short, 0, 0..16).is_err());
     }
 
     #[test]
     fn what_does_not_fit_is_named() {
         let (layout, pool, tables, queries) = case();
         let op = PagedAttention::new(layout.clone(), 2, 0.2, None).unwrap();
-        let wrong = |argument: &str, queries: &[&Tensor], pool: &Tensor, sequences: &[PagedSequence<'_>]| {
-            let error = op.forward(queries, pool, sequences).unwrap_err().to_string();
+        let wrong = |argument: &str, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch| {
+            let error = op.forward(queries, pool, batch).unwrap_err().to_string();
             assert!(error.contains(&format!("`{argument}`")), "{argument}: {error}");
         };
-        let all = sequences(&tables);
+        let all = batch(&sequences(&tables));
         assert!(op.forward(&[&queries], &pool, &all).is_ok());
         wrong("queries", &[], &pool, &all);
         wrong("queries", &[&queries.narrow(0, 0, 3).unwrap()], &pool, &all);
@@ -259,13 +295,20 @@ mod tests {
         wrong("pool", &[&queries], &strided, &all);
         let short = pool.narrow(0, 0, layout.pool_bytes(3).unwrap()).unwrap();
         wrong("tables", &[&queries], &short, &all);
-        let many = [PagedSequence { len: 2, ..all[0] }, all[1]];
-        wrong("queries", &[&queries], &pool, &many);
-        let long = [PagedSequence { len: 49, ..all[0] }, all[1]];
-        wrong("tables", &[&queries], &pool, &long);
+        let refused = |len, argument: &str| {
+            let [first, second] = sequences(&tables);
+            let long = [PagedSequence { len, ..first }, second];
+            let error = PagedBatch::new(&long, 16, &Device::Cpu).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{argument}`")), "{error}");
+        };
+        refused(2, "queries");
+        refused(49, "tables");
         // An empty batch is no error.
         let none = queries.narrow(0, 0, 0).unwrap();
-        assert_eq!(op.forward(&[&none], &pool, &[]).unwrap().dims(), [0, 2, 64]);
+        assert_eq!(
+            op.forward(&[&none], &pool, &batch(&[])).unwrap().dims(),
+            [0, 2, 64]
+        );
         assert!(PagedAttention::new(layout.clone(), 0, 1.0, None).is_err());
         assert!(PagedAttention::new(layout, 2, 1.0, Some(0)).is_err());
         let layout = RowLayout::heads(CacheFormat::F16, 2, 8, 8).unwrap();

@@ -2,6 +2,8 @@
 
 mod append;
 mod attend;
+mod batch;
 
 pub use append::{AppendHeads, AppendLatents};
 pub use attend::{PagedAttention, gather_paged};
+pub use batch::PagedBatch;
