@@ -7,7 +7,9 @@ use candle_core::Device;
 use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::cpu::Arithmetic;
-use candle_mmfp4::generation::{Cancel, Event, FinishReason, Options, Output, Pipeline, Session, Windows};
+use candle_mmfp4::generation::{
+    Cancel, Event, FinishReason, Message, Options, Output, Pipeline, RenderOptions, Session, Windows,
+};
 use candle_mmfp4::kv::{BlockStatistics, CacheFormat, CacheKind};
 use candle_mmfp4::nn::CacheSize;
 use common::mmfp4_demo;
@@ -50,7 +52,7 @@ fn words(pipeline: &Pipeline, text: &str) -> Vec<u32> {
 fn prompts(pipeline: &Pipeline) -> [Vec<u32>; 3] {
     let begin = "The standard library is documented in detail. Each function has a description, an example and, where it may \
                  fail, a section that says when. A vector is a contiguous growable array type; a string is a vector of bytes \
-                 that are known to be text. An iterator yields one element after the other until there is none. ";
+                 that are known to be text. An iterator yields one element after the other until there is none, and may be asked again. ";
     let begin = words(pipeline, begin);
     assert!(begin.len() > 5 * BLOCK, "{}", begin.len());
     ["A function", "An option is", "The"].map(|end| [&begin[..5 * BLOCK], &words(pipeline, end)].concat())
@@ -72,39 +74,84 @@ fn in_session(pipeline: &Pipeline, session: &mut Session, prompt: &[u32], tokens
     said
 }
 
+/// Conversations that begin with the same turns, and how many tokens each finds of those before it.
+fn conversations(pipeline: &Pipeline) -> ([Vec<u32>; 3], [usize; 3]) {
+    let no_thinking = RenderOptions {
+        enable_thinking: Some(false),
+        ..RenderOptions::default()
+    };
+    let questions = [
+        "What does `Option::insert` do?",
+        "What does `Ordering::is_eq` do?",
+        "What does `Vec::push` do?",
+    ];
+    let prompts = questions.map(|question| {
+        let turns = [
+            ("user", "What does `Ordering::is_eq` do?"),
+            ("assistant", "Returns true if the ordering is the Equal variant."),
+            ("user", "What does `Option::take` do?"),
+            (
+                "assistant",
+                "Takes the value out of the option, leaving a None in its place.",
+            ),
+            ("user", question),
+        ];
+        let turns = turns.map(|(role, text)| Message::new(role, text));
+        pipeline.chat_prompt(&turns, &no_thinking).unwrap()
+    });
+    let common = |a: usize, b: usize| {
+        prompts[a]
+            .iter()
+            .zip(&prompts[b])
+            .take_while(|(a, b)| a == b)
+            .count()
+    };
+    let whole = |tokens: usize| tokens / BLOCK * BLOCK;
+    let shared = [0, whole(common(0, 1)), whole(common(0, 2).max(common(1, 2)))];
+    assert!(shared[1] >= 2 * BLOCK, "{shared:?}");
+    (prompts, shared)
+}
+
 #[test]
 fn what_begins_alike_is_computed_once_and_says_the_same() {
-    for format in CacheFormat::ALL {
-        let pipeline = load(format, 2048);
-        let prompts = prompts(&pipeline);
-        let options = endless(&pipeline, 12);
-        let fresh: Vec<_> = prompts
-            .iter()
-            .map(|prompt| alone(&load(format, 2048), prompt, &options))
-            .collect();
-        assert!(fresh.iter().all(|output| output.statistics.cached_tokens == 0));
-        // One after the other.
-        for (index, (prompt, fresh)) in prompts.iter().zip(&fresh).enumerate() {
-            let found = alone(&pipeline, prompt, &options);
-            assert_eq!(found.tokens, fresh.tokens, "{format}, prompt {index}");
-            let shared = if index == 0 { 0 } else { 5 * BLOCK };
-            assert_eq!(found.statistics.cached_tokens, shared);
-        }
-        // Together, where nobody was before: the others wait for what the first one computes, in chunks of any size.
+    for format in [
+        CacheFormat::F16,
+        CacheFormat::BF16,
+        CacheFormat::Fp8,
+        CacheFormat::fp4(),
+    ] {
+        let (prompts, shared) = conversations(&load(format, 16));
         for prefill_chunk in [512, 30, 1] {
-            let pipeline = load(format, 2048);
             let options = Options {
                 prefill_chunk,
-                ..options.clone()
+                max_tokens: Some(40),
+                ..Options::default()
             };
+            let fresh: Vec<_> = prompts
+                .iter()
+                .map(|prompt| alone(&load(format, 2048), prompt, &options))
+                .collect();
+            let check = |found: &[Output], what: &str| {
+                for (index, (found, fresh)) in found.iter().zip(&fresh).enumerate() {
+                    let what = format!("{format}, chunks of {prefill_chunk}, {what}, prompt {index}");
+                    assert_eq!(found.tokens, fresh.tokens, "{what}");
+                    assert_eq!(found.statistics.cached_tokens, shared[index], "{what}");
+                }
+            };
+            assert!(fresh.iter().all(|output| output.statistics.cached_tokens == 0));
+            let pipeline = load(format, 2048);
+            let found: Vec<_> = prompts
+                .iter()
+                .map(|prompt| alone(&pipeline, prompt, &options))
+                .collect();
+            check(&found, "one after the other");
+            // Where nobody was before: the others wait for what the first one computes.
+            let pipeline = load(format, 2048);
             let all: Vec<_> = prompts.iter().map(Vec::as_slice).collect();
-            let found = pipeline.generate_batch(&all, &options, |_, _| {}).unwrap();
-            for (index, (found, fresh)) in found.iter().zip(&fresh).enumerate() {
-                let what = format!("{format}, chunks of {prefill_chunk}, prompt {index}");
-                assert_eq!(found.tokens, fresh.tokens, "{what}");
-                let shared = if index == 0 { 0 } else { 5 * BLOCK };
-                assert_eq!(found.statistics.cached_tokens, shared, "{what}");
-            }
+            check(
+                &pipeline.generate_batch(&all, &options, |_, _| {}).unwrap(),
+                "together",
+            );
         }
     }
 }
