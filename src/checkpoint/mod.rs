@@ -17,6 +17,7 @@ mod write;
 
 pub use files::ModelFiles;
 pub use layouts::Layout;
+pub(crate) use layouts::check_config;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};

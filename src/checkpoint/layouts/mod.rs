@@ -4,11 +4,14 @@
 //! What is there decides, not a configuration: names beside the weight, dtypes and shapes.
 
 mod compressed;
+mod config;
 mod marlin;
 mod mlx;
 mod modelopt;
 mod refused;
 mod siblings;
+
+pub(crate) use config::check as check_config;
 
 use super::safetensors::{Checkpoint, StoredTensor};
 use crate::fp4::{Fp4Tensor, Parts};
