@@ -1,6 +1,7 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
 use crate::checkpoint::ModelFiles;
+use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
@@ -156,6 +157,14 @@ impl Config {
     /// Numbers a token takes in a layer's cache: latent and rotary key.
     pub fn cache_width(&self) -> usize {
         self.kv_lora_rank + self.qk_rope_head_dim
+    }
+
+    /// Where those numbers lie in a paged cache of this format.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn cache_layout(&self, format: CacheFormat) -> Result<RowLayout> {
+        RowLayout::latent(format, self.kv_lora_rank, self.qk_rope_head_dim)
     }
 
     fn check(&self, fields: &Fields<'_>) -> Result<()> {
