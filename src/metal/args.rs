@@ -311,6 +311,44 @@ impl MoePlace {
     }
 }
 
+/// Where a vector of each token lies in a pool.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CachePart {
+    pub block_bytes: u32,
+    pub block_tokens: u32,
+    pub width: u32,
+    pub codes: u32,
+    pub code_stride: u32,
+    pub scales: u32,
+    pub scale_stride: u32,
+    pub head_bytes: u32,
+}
+
+const _: () = {
+    assert!(size_of::<CachePart>() == 32);
+    assert!(offset_of!(CachePart, width) == 8);
+    assert!(offset_of!(CachePart, code_stride) == 16);
+    assert!(offset_of!(CachePart, scale_stride) == 24);
+    assert!(offset_of!(CachePart, head_bytes) == 28);
+};
+
+impl CachePart {
+    /// As a kernel reads it, a part of other structs. Every field is four bytes: there are no gaps.
+    pub fn words(&self) -> [u32; 8] {
+        [
+            self.block_bytes,
+            self.block_tokens,
+            self.width,
+            self.codes,
+            self.code_stride,
+            self.scales,
+            self.scale_stride,
+            self.head_bytes,
+        ]
+    }
+}
+
 /// Bytes of a `MoeTile`, which kernels write and read.
 pub(super) const MOE_TILE: usize = 12;
 
@@ -361,6 +399,8 @@ mod tests {
             assert_eq!(add.bytes(), words(1..=3));
             let dense = std::mem::transmute::<[u32; 10], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
             assert_eq!(dense.bytes(), words(1..=10));
+            let part = std::mem::transmute::<[u32; 8], CachePart>([1, 2, 3, 4, 5, 6, 7, 8]);
+            assert_eq!(part.words(), [1, 2, 3, 4, 5, 6, 7, 8]);
         }
     }
 

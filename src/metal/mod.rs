@@ -15,6 +15,7 @@
 //! Nothing in here has run on an Apple GPU yet.
 
 mod args;
+mod cache;
 mod checked;
 pub mod dense;
 #[cfg(target_os = "macos")]

@@ -16,7 +16,7 @@ macro_rules! files {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h");
+pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h", "cache.h");
 
 /// The kernels, a family of ops a file.
 pub const KERNELS: &[File] = files!(
