@@ -154,3 +154,47 @@ struct MoeTile {
     uint count; // 0 where there is no such tile
 };
 static_assert(sizeof(MoeTile) == 12, "as in src/metal/args.rs");
+
+// Where a vector of each token lies in a pool: a latent, a rotary key, heads' keys or values. All are bytes, but for the width and
+// tokens. The pool is whole blocks; within one, the codes of the token at `offset` begin at
+// codes + head · head_bytes + offset · code_stride, and its scales likewise.
+struct CachePart {
+    uint block_bytes;
+    uint block_tokens;
+    uint width;        // elements of the vector; 0 where there is no such part
+    uint codes;
+    uint code_stride;
+    uint scales;
+    uint scale_stride;
+    uint head_bytes;   // from one head's vectors to the next's; 0 where there are no heads
+};
+static_assert(sizeof(CachePart) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, width) == 8, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, code_stride) == 16, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, scale_stride) == 24, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, head_bytes) == 28, "as in src/metal/args.rs");
+
+// What MLA keeps of a token, in a pool, and its queries. The latent is as wide as the pool's, the rotary key as `rows` says.
+struct AppendLatentsArgs {
+    CachePart latent;
+    CachePart key;
+    LatentArgs rows;
+};
+static_assert(sizeof(AppendLatentsArgs) == 100, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, key) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, rows) == 64, "as in src/metal/args.rs");
+
+// Keys and values of heads, in a pool.
+struct AppendHeadsArgs {
+    CachePart keys;
+    CachePart values;
+    uint heads;
+    uint key_token; // elements from one token to the next
+    uint key_head;  // elements from one head to the next
+    uint value_token;
+    uint value_head;
+};
+static_assert(sizeof(AppendHeadsArgs) == 84, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, values) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, heads) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, value_head) == 80, "as in src/metal/args.rs");
