@@ -20,6 +20,7 @@ mod speed;
 pub use report::{Check, Gpu, Machine, Number, Report, Status};
 
 use crate::cpu::{Executor, Isa};
+use crate::kv::CacheKind;
 use crate::{Place, Result};
 use requirements::Needs;
 use runner::Runner;
@@ -33,6 +34,8 @@ pub struct Options {
     pub model: Option<Needs>,
     /// Tokens that its cache is to hold.
     pub context: usize,
+    /// Which cache.
+    pub kv_cache: CacheKind,
 }
 
 impl Default for Options {
@@ -41,6 +44,7 @@ impl Default for Options {
             place: Place::Auto,
             model: None,
             context: requirements::CONTEXTS[0],
+            kv_cache: CacheKind::default(),
         }
     }
 }
