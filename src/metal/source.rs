@@ -16,12 +16,13 @@ macro_rules! files {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h");
+pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h", "dense.h", "merge.h");
 
 /// The kernels, a family of ops a file.
 pub const KERNELS: &[File] = files!(
     "linear.metal",
     "dense.metal",
+    "merged.metal",
     "norm_rope.metal",
     "router.metal",
     "moe.metal"

@@ -57,6 +57,11 @@ impl PerHead {
         Self { arithmetic, ..self }
     }
 
+    /// The weight.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// Applies the op to `x` `[…, heads, K]` ([`Orientation::Ordinary`]) or `[…, heads, len]`
     /// ([`Orientation::Transposed`]) in F32, F16 or BF16.
     ///
