@@ -8,6 +8,7 @@
 //! | [`dense`] | plans of products with weights in floating point | everywhere |
 //! | [`norm_rope`] | plans of norms, rotary position embedding and sums | everywhere |
 //! | [`router`], [`moe`] | plans of a mixture of experts | everywhere |
+//! | [`paged_attention`] | plans of attention over a paged cache | everywhere |
 //! | [`memory`] | whether a model fits | everywhere |
 //! | `host` | runs plans on Linux against the compiled kernels | feature `msl-host` |
 //! | `device` | runs plans on Apple GPUs, through Candle's Metal backend | macOS |
@@ -26,6 +27,7 @@ pub mod linear;
 pub mod memory;
 pub mod moe;
 pub mod norm_rope;
+pub mod paged_attention;
 pub mod plan;
 pub mod router;
 mod rows;
@@ -55,5 +57,6 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
     }
     plans.extend(router::every_kernel(dtype)?);
     plans.extend(moe::every_kernel(format, dtype)?);
+    plans.extend(paged_attention::every_kernel(dtype)?);
     Ok(plans)
 }
