@@ -87,4 +87,20 @@ static inline float4 four_of(device const uchar* codes, device const uchar* scal
     return values;
 }
 
+// The scale of a group of FP4, a UE5M3: the upper half of a half, without the sign.
+static inline float fp4_scale(uint byte) { return float(as_type<half>(ushort(byte << 7))); }
+
+// The block in which vectors of this width are rotated: the largest power of two that divides it, up to 64.
+static inline uint rotation_block(uint width) { return min(width & (0u - width), 64u); }
+
+// What the transform of a block is multiplied by: 1 / √block as src/kv/hadamard.rs rounds it, for blocks up to 64.
+static inline float rotation_factor(uint block) {
+    const uint power = 31 - clz(block);
+    const float whole = as_type<float>((127 - power / 2) << 23);
+    return power % 2 == 0 ? whole : whole * 0.70710683f;
+}
+
+// Whether element i of a block changes its sign before the transform.
+static inline bool turns(uint i) { return (i * 0x9e3779b1u) >> 31 != 0; }
+
 } // namespace cache

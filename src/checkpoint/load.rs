@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to weights and layers.
 
 use super::keep::Keep;
-use super::marlin;
+use super::layouts;
 use super::quality::Survey;
 use super::report::{Kept, LoadReport, RoundedHead};
 use super::safetensors::Checkpoint;
@@ -238,22 +238,15 @@ impl<'a> Loader<'a> {
     }
 
     fn stored_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
+        if let Some(packed) = layouts::find(self.checkpoint, module, (n, k))? {
+            packed.used.into_iter().for_each(|name| self.mark_used(name));
+            self.report.borrow_mut().layouts.insert(packed.layout);
+            return Ok(packed.tensor.into());
+        }
         let name = format!("{module}.weight");
-        let stored = self.checkpoint.get(&name)?;
-        let weight = if marlin::is_packed(stored) {
-            let weight = marlin::read(self.checkpoint, module, n, k)?;
-            for beside in marlin::scale_names(module) {
-                self.mark_used(beside);
-            }
-            for beside in [format!("{module}.group_size"), format!("{name}.group_size")] {
-                self.mark_used(beside);
-            }
-            weight.into()
-        } else {
-            stored.matrix(&name, n, k)?.into()
-        };
+        let weight = self.checkpoint.get(&name)?.matrix(&name, n, k)?;
         self.mark_used(name);
-        Ok(weight)
+        Ok(weight.into())
     }
 
     fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {

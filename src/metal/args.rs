@@ -473,6 +473,67 @@ impl GatherArgs {
     }
 }
 
+/// What MLA keeps of a token, in a pool, and its queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct AppendLatentsArgs {
+    pub latent: CachePart,
+    pub key: CachePart,
+    pub rows: LatentArgs,
+}
+
+/// Keys and values of heads, in a pool.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AppendHeadsArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub heads: u32,
+    pub key_token: u32,
+    pub key_head: u32,
+    pub value_token: u32,
+    pub value_head: u32,
+}
+
+const _: () = {
+    assert!(size_of::<AppendLatentsArgs>() == 100);
+    assert!(offset_of!(AppendLatentsArgs, key) == 32);
+    assert!(offset_of!(AppendLatentsArgs, rows) == 64);
+    assert!(size_of::<AppendHeadsArgs>() == 84);
+    assert!(offset_of!(AppendHeadsArgs, values) == 32);
+    assert!(offset_of!(AppendHeadsArgs, heads) == 64);
+    assert!(offset_of!(AppendHeadsArgs, value_head) == 80);
+};
+
+impl AppendLatentsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = words(self.latent.words().into_iter().chain(self.key.words()));
+        bytes.extend(self.rows.bytes());
+        bytes
+    }
+}
+
+impl AppendHeadsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let rest = [
+            self.heads,
+            self.key_token,
+            self.key_head,
+            self.value_token,
+            self.value_head,
+        ];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(rest),
+        )
+    }
+}
+
 /// Bytes of a `MoeTile`, which kernels write and read.
 pub(super) const MOE_TILE: usize = 12;
 
@@ -534,6 +595,16 @@ mod tests {
             assert_eq!(gather.bytes(), words(0..20));
             let merge = std::mem::transmute::<[u32; 2], MergeArgs>([1, 2]);
             assert_eq!(merge.bytes(), words(1..=2));
+            let all: [u32; 25] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 25], AppendLatentsArgs>(all).bytes(),
+                words(all)
+            );
+            let all: [u32; 21] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 21], AppendHeadsArgs>(all).bytes(),
+                words(all)
+            );
         }
     }
 

@@ -16,7 +16,16 @@ macro_rules! files {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h", "dense.h", "merge.h", "cache.h", "paged.h");
+pub const HEADERS: &[File] = files!(
+    "args.h",
+    "fp4.h",
+    "rows.h",
+    "dense.h",
+    "merge.h",
+    "cache.h",
+    "norm_rope.h",
+    "paged.h"
+);
 
 /// The kernels, a family of ops a file.
 pub const KERNELS: &[File] = files!(
@@ -24,6 +33,7 @@ pub const KERNELS: &[File] = files!(
     "dense.metal",
     "merged.metal",
     "norm_rope.metal",
+    "append.metal",
     "router.metal",
     "moe.metal",
     "paged_latents.metal",

@@ -60,6 +60,11 @@ impl AttentionPath {
     }
 }
 
+/// What scores are multiplied by.
+pub(super) fn scale(config: &Config) -> f32 {
+    1.0 / ((config.qk_nope_head_dim + config.qk_rope_head_dim) as f32).sqrt()
+}
+
 /// Bytes of a norm's weight.
 pub(super) fn norm_bytes(norm: &RmsNorm) -> usize {
     size_of_val(norm.weight())
@@ -78,23 +83,31 @@ pub(super) struct Segment {
     pub path: AttentionPath,
 }
 
+/// What attention makes of its input before it looks at what is cached.
+pub(super) struct Projected {
+    /// `[N, H, nope + rope]`, not rotated.
+    pub query: Tensor,
+    /// `[N, latent + rope]`, neither normalised nor rotated.
+    pub kv: Tensor,
+}
+
 #[derive(Debug)]
 pub(super) struct Attention {
     /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
     input: JoinedLinear,
     /// `q_a_layernorm` and `q_b_proj`.
     low_rank: Option<NormedLinear>,
-    rows: LatentRows,
+    pub(super) rows: LatentRows,
     kv_b: MmfP4Linear,
-    absorb_query: PerHead,
-    expand_value: PerHead,
+    pub(super) absorb_query: PerHead,
+    pub(super) expand_value: PerHead,
     attend: ops::Attention,
     output: MmfP4Linear,
-    heads: usize,
-    nope: usize,
-    rope: usize,
+    pub(super) heads: usize,
+    pub(super) nope: usize,
+    pub(super) rope: usize,
     latent: usize,
-    value: usize,
+    pub(super) value: usize,
 }
 
 impl Attention {
@@ -147,7 +160,7 @@ impl Attention {
             expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
                 .with_arithmetic(loader.arithmetic()),
             kv_b,
-            attend: ops::Attention::new(heads, 1.0 / ((nope + rope) as f32).sqrt(), None)?,
+            attend: ops::Attention::new(heads, scale(config), None)?,
             output: loader.linear(&name("o_proj"), hidden, heads * value, bias)?,
             heads,
             nope,
@@ -186,29 +199,9 @@ impl Attention {
         mut cached: impl FnMut(usize, &Tensor) -> Result<Tensor>,
         trace: &mut Trace<'_, '_>,
     ) -> Result<Tensor> {
-        let tokens = x.dim(0)?;
-        let both = self.input.forward(x)?;
-        let kv_width = self.latent + self.rope;
-        let query_width = both.dim(1)? - kv_width;
-        let query = both.narrow(1, 0, query_width)?;
-        let query = match &self.low_rank {
-            None => trace.see("q_proj", x, query)?,
-            Some(normed) => {
-                let low = trace.see("q_a_proj", x, query)?;
-                if normed.is_fused(&low) {
-                    // What is observed is what runs: the norm is a part of the product.
-                    trace.see("q_b_proj", &low, normed.forward(&low)?)?
-                } else {
-                    let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
-                    trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
-                }
-            }
-        };
-        let query = query.reshape((tokens, self.heads, self.nope + self.rope))?;
+        let Projected { query, kv } = self.project(x, trace)?;
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;
         let query_rope = query.narrow(D::Minus1, self.nope, self.rope)?;
-
-        let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
         let (rows, query_rope) =
             self.rows
                 .forward_with_queries(&kv, &query_rope, angles.cos(), angles.sin())?;
@@ -230,8 +223,43 @@ impl Attention {
                 }
             });
         }
-        let attended = Tensor::cat(&outputs, 0)?;
-        let attended = trace.see("attention", &query, attended)?;
+        self.project_out(&query, Tensor::cat(&outputs, 0)?, trace)
+    }
+
+    /// From `[N, hidden]` to queries, and to what is cached of the tokens, before its norm and rotation.
+    pub(super) fn project(&self, x: &Tensor, trace: &mut Trace<'_, '_>) -> Result<Projected> {
+        let both = self.input.forward(x)?;
+        let kv_width = self.latent + self.rope;
+        let query_width = both.dim(1)? - kv_width;
+        let query = both.narrow(1, 0, query_width)?;
+        let query = match &self.low_rank {
+            None => trace.see("q_proj", x, query)?,
+            Some(normed) => {
+                let low = trace.see("q_a_proj", x, query)?;
+                if normed.is_fused(&low) {
+                    // What is observed is what runs: the norm is a part of the product.
+                    trace.see("q_b_proj", &low, normed.forward(&low)?)?
+                } else {
+                    let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
+                    trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
+                }
+            }
+        };
+        let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
+        Ok(Projected {
+            query: query.reshape((x.dim(0)?, self.heads, self.nope + self.rope))?,
+            kv,
+        })
+    }
+
+    /// From the heads' values `[N, H · value]` to `[N, hidden]`.
+    pub(super) fn project_out(
+        &self,
+        query: &Tensor,
+        attended: Tensor,
+        trace: &mut Trace<'_, '_>,
+    ) -> Result<Tensor> {
+        let attended = trace.see("attention", query, attended)?;
         trace.see("o_proj", &attended, self.output.forward(&attended)?)
     }
 
@@ -246,7 +274,13 @@ impl Attention {
     }
 
     /// Attends over expanded keys and values; shapes as in [`absorbed`](Self::absorbed).
-    fn materialised(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
+    pub(super) fn materialised(
+        &self,
+        nope: &Tensor,
+        rope: &Tensor,
+        all: &Tensor,
+        position: usize,
+    ) -> Result<Tensor> {
         let expanded = self.kv_b.forward(&all.narrow(1, 0, self.latent)?)?;
         let expanded = expanded.reshape((all.dim(0)?, self.heads, self.nope + self.value))?;
         let (keys, values) = (

@@ -1,45 +1,25 @@
 //! The decoder: embeddings, layers, head.
 
-use super::attention::{Attention, AttentionPath, Segment, norm_bytes};
+use super::attention::{Attention, AttentionPath, norm_bytes};
 use super::config::Config;
 use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
-use crate::models::observe::{Observer, Trace};
-use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
+use crate::kv::CacheFormat;
+use crate::nn::{CacheSize, Embedding, MmfP4Linear, PagedKvCache, RmsNorm, RotaryEmbedding, TokenCache};
 use crate::{Error, Result, ops};
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{DType, Device};
 
 /// Tokens of cache that a GPU must have room for where [`LoadOptions::context`] says nothing.
 const CONTEXT: usize = 8192;
 
-/// For which tokens logits are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Logits {
-    /// Each sequence's last: `[sequences, vocabulary]`.
-    Last,
-    /// All: `[tokens of all sequences, vocabulary]`.
-    All,
-}
-
-/// One sequence's share of a forward pass.
 #[derive(Debug)]
-pub struct Sequence<'a> {
-    /// The new tokens, at least one.
-    pub tokens: &'a [u32],
-    /// Where the first of them stands: 0 for a new sequence, or the number of tokens cached.
-    pub position: usize,
-    /// What earlier passes left; `None` computes from the tokens alone, which must then begin at 0.
-    pub cache: Option<&'a mut TokenCache>,
-}
-
-#[derive(Debug)]
-struct DecoderLayer {
-    input_norm: RmsNorm,
-    attention: Attention,
-    post_attention_norm: RmsNorm,
-    feed_forward: FeedForward,
+pub(super) struct DecoderLayer {
+    pub(super) input_norm: RmsNorm,
+    pub(super) attention: Attention,
+    pub(super) post_attention_norm: RmsNorm,
+    pub(super) feed_forward: FeedForward,
 }
 
 /// GLM-4.7-Flash, ready to run. Activations and cache are of [`LoadOptions::activations`], logits F32.
@@ -56,15 +36,15 @@ struct DecoderLayer {
 /// ```
 #[derive(Debug)]
 pub struct Model {
-    config: Config,
-    embedding: Embedding,
-    layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
-    head: MmfP4Linear,
-    rotary: RotaryEmbedding,
-    path: AttentionPath,
-    dtype: DType,
-    device: Device,
+    pub(super) config: Config,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) norm: RmsNorm,
+    pub(super) head: MmfP4Linear,
+    pub(super) rotary: RotaryEmbedding,
+    pub(super) path: AttentionPath,
+    pub(super) dtype: DType,
+    pub(super) device: Device,
 }
 
 impl Model {
@@ -208,7 +188,18 @@ impl Model {
         cache_bytes(&self.config, self.dtype, 1)
     }
 
-    /// An empty cache for one sequence, up to the model's context.
+    /// An empty cache for any number of sequences, each up to the model's context, whose memory is taken now. On Linux the
+    /// system gives memory of the CPU's when it is written to, not before.
+    ///
+    /// # Errors
+    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn new_paged_cache(&self, format: CacheFormat, size: CacheSize) -> Result<PagedKvCache> {
+        let limit = self.config.max_position_embeddings;
+        let layout = self.config.cache_layout(format)?;
+        PagedKvCache::new(self.config.layers.len(), layout, size, limit, &self.device)
+    }
+
+    /// An empty contiguous cache for one sequence, up to the model's context.
     pub fn new_cache(&self) -> TokenCache {
         let config = &self.config;
         let limit = config.max_position_embeddings;
@@ -219,139 +210,6 @@ impl Model {
             self.dtype,
             &self.device,
         )
-    }
-
-    /// Runs `tokens` of one sequence from `position` on and adds them to `cache`; gives logits
-    /// `[1 or tokens, vocabulary]`, F32.
-    ///
-    /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::TokenId`], [`Error::Position`], [`Error::ContextLength`]; the cache is
-    /// then as it was.
-    pub fn forward(
-        &self,
-        tokens: &[u32],
-        position: usize,
-        cache: &mut TokenCache,
-        logits: Logits,
-    ) -> Result<Tensor> {
-        self.forward_batch(
-            &mut [Sequence {
-                tokens,
-                position,
-                cache: Some(cache),
-            }],
-            logits,
-            None,
-        )
-    }
-
-    /// Runs several sequences in one pass, each at its own position and with its own cache: weights are read
-    /// once for all. There is no padding. An `observer` sees every op's result.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward); all caches are then as they were.
-    pub fn forward_batch(
-        &self,
-        sequences: &mut [Sequence<'_>],
-        logits: Logits,
-        observer: Option<&mut Observer<'_>>,
-    ) -> Result<Tensor> {
-        let limit = self.config.max_position_embeddings;
-        if sequences.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        for sequence in sequences.iter() {
-            if sequence.tokens.is_empty() {
-                return Err(Error::EmptyPrompt);
-            }
-            if sequence.cache.is_none() && sequence.position != 0 {
-                return Err(Error::Position {
-                    position: sequence.position,
-                    cached: 0,
-                });
-            }
-            let total = sequence.position.saturating_add(sequence.tokens.len());
-            if total > limit {
-                return Err(Error::ContextLength { tokens: total, limit });
-            }
-            if let Some(cache) = &sequence.cache {
-                // Before any cache begins, which at position 0 forgets what it holds.
-                cache.check(sequence.position, sequence.tokens.len())?;
-            }
-            tokens.extend_from_slice(sequence.tokens);
-            positions.extend(sequence.position..total);
-        }
-        let mut trace = Trace::new(observer);
-        let embedded = self
-            .embedding
-            .forward(&tokens, &self.device)?
-            .to_dtype(self.dtype)?;
-        let mut x = trace.see("embed_tokens", &embedded, embedded.clone())?;
-        for sequence in sequences.iter_mut() {
-            if let Some(cache) = &mut sequence.cache {
-                cache.begin(sequence.position, sequence.tokens.len())?;
-            }
-        }
-
-        let mut segments = Vec::with_capacity(sequences.len());
-        let mut start = 0;
-        for sequence in sequences.iter() {
-            let n = sequence.tokens.len();
-            let path = self.path.decide(&self.config, n, sequence.position + n);
-            segments.push(Segment {
-                start,
-                n,
-                position: sequence.position,
-                path,
-            });
-            start += n;
-        }
-        let angles = self.rotary.angles(&positions, &self.device)?;
-
-        // Each sum of the residual stream is made with the norm that follows it: one pass over it, and one dispatch.
-        let first = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
-        let mut normed = first.forward(&x)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            trace.enter(Some(index));
-            let input = x;
-            let attention_input = trace.see("input_layernorm", &input, normed)?;
-            let cached = |segment: usize, rows: &Tensor| match &mut sequences[segment].cache {
-                Some(cache) => cache.append(index, rows),
-                None => Ok(rows.contiguous()?),
-            };
-            let attended =
-                layer
-                    .attention
-                    .forward(&attention_input, &angles, &segments, cached, &mut trace)?;
-            let (middle, experts_input) = ops::add_norm(&input, &attended, &layer.post_attention_norm)?;
-            let experts_input = trace.see("post_attention_layernorm", &middle, experts_input)?;
-            let mixed = layer.feed_forward.forward(&experts_input, &mut trace)?;
-            let next = self
-                .layers
-                .get(index + 1)
-                .map_or(&self.norm, |layer| &layer.input_norm);
-            let (output, next_normed) = ops::add_norm(&middle, &mixed, next)?;
-            x = trace.see("layer", &input, output)?;
-            normed = next_normed;
-        }
-        trace.enter(None);
-
-        if logits == Logits::Last {
-            let last: Vec<_> = segments.iter().map(|s| (s.start + s.n - 1) as u32).collect();
-            let last = Tensor::new(last, &self.device)?;
-            (x, normed) = (x.index_select(&last, 0)?, normed.index_select(&last, 0)?);
-        }
-        let normed = trace.see("norm", &x, normed)?;
-        let logits = self.head.forward(&normed)?.to_dtype(DType::F32)?;
-        let logits = trace.see("lm_head", &normed, logits)?;
-        for sequence in sequences.iter_mut() {
-            if let Some(cache) = &mut sequence.cache {
-                cache.commit();
-            }
-        }
-        Ok(logits)
     }
 }
 

@@ -9,8 +9,11 @@ pub mod attention;
 mod config;
 mod decoder;
 pub mod experts;
+mod forward;
+mod paged;
 
 pub use attention::AttentionPath;
 pub use config::{Config, Layer};
-pub use decoder::{Logits, Model, Sequence};
+pub use decoder::Model;
 pub(crate) use decoder::{cache_width, weights_stored};
+pub use forward::{Logits, Sequence};

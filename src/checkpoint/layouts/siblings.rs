@@ -1,0 +1,130 @@
+//! The tensors of one linear layer.
+
+use crate::checkpoint::safetensors::{Checkpoint, StoredTensor};
+use crate::{Error, Result};
+use safetensors::Dtype;
+use std::cell::RefCell;
+
+/// A linear layer's tensors: those under its own name or, of an expert, its share of those of all experts.
+#[derive(Debug)]
+pub(super) struct Siblings<'a> {
+    checkpoint: &'a Checkpoint,
+    /// What their names begin with.
+    module: String,
+    /// Which of a stack.
+    index: Option<usize>,
+    used: RefCell<Vec<String>>,
+}
+
+/// A tensor and its name.
+#[derive(Debug)]
+pub(super) struct Named {
+    pub name: String,
+    pub tensor: StoredTensor,
+}
+
+impl Named {
+    pub fn problem(&self, problem: impl Into<String>) -> Error {
+        self.tensor.problem(&self.name, problem)
+    }
+
+    pub fn expect_shape(&self, expected: &[usize]) -> Result<()> {
+        self.tensor.expect_shape(&self.name, expected)
+    }
+
+    /// The one number that it is, a tensor's factor.
+    pub fn factor(&self) -> Result<f32> {
+        let one = StoredTensor {
+            shape: vec![self.tensor.shape.iter().product()],
+            ..self.tensor.clone()
+        };
+        let factor = one.vector(&self.name, 1)?[0];
+        match factor.is_normal() && factor > 0.0 {
+            true => Ok(factor),
+            false => Err(self.problem(format!("it is {factor}; expected a number above 0"))),
+        }
+    }
+}
+
+impl<'a> Siblings<'a> {
+    /// Of a module that is there.
+    pub fn of(checkpoint: &'a Checkpoint, module: &str) -> Option<Self> {
+        let own = (module.to_string(), None);
+        let candidates = [Some(own), of_switch(module)].into_iter().flatten();
+        let mut all = candidates.map(|(module, index)| Self {
+            checkpoint,
+            module,
+            index,
+            used: RefCell::default(),
+        });
+        all.find(|siblings| {
+            let prefix = format!("{}.", siblings.module);
+            checkpoint.tensors_with_prefix(&prefix).next().is_some()
+        })
+    }
+
+    /// What messages call the layer.
+    pub fn name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.module)
+    }
+
+    pub fn has(&self, suffix: &str) -> bool {
+        self.checkpoint.find(&self.name(suffix)).is_some()
+    }
+
+    /// Whether one is there and has one of these dtypes.
+    pub fn is(&self, suffix: &str, dtypes: &[Dtype]) -> bool {
+        (self.checkpoint.find(&self.name(suffix))).is_some_and(|tensor| dtypes.contains(&tensor.dtype))
+    }
+
+    /// A tensor that has to be there.
+    pub fn get(&self, suffix: &str) -> Result<Named> {
+        let name = self.name(suffix);
+        let tensor = self.checkpoint.get(&name)?;
+        self.see(suffix);
+        let tensor = match self.index {
+            None => tensor.clone(),
+            Some(index) => slice(&name, tensor, index)?,
+        };
+        Ok(Named { name, tensor })
+    }
+
+    /// Counts a tensor as used, if it is there.
+    pub fn see(&self, suffix: &str) {
+        if self.has(suffix) {
+            self.used.borrow_mut().push(self.name(suffix));
+        }
+    }
+
+    pub fn used(self) -> Vec<String> {
+        self.used.into_inner()
+    }
+}
+
+/// Where MLX keeps an expert: `….experts.3.up_proj` is the fourth of `….switch_mlp.up_proj`.
+fn of_switch(module: &str) -> Option<(String, Option<usize>)> {
+    let (layer, expert) = module.split_once(".experts.")?;
+    let (index, projection) = expert.split_once('.')?;
+    Some((
+        format!("{layer}.switch_mlp.{projection}"),
+        Some(index.parse().ok()?),
+    ))
+}
+
+/// One of a stack of tensors.
+fn slice(name: &str, stack: &StoredTensor, index: usize) -> Result<StoredTensor> {
+    let of = stack.shape.first().copied().unwrap_or(0);
+    if index >= of {
+        let problem = format!("shape {:?}; expected more than {index} experts", stack.shape);
+        return Err(stack.problem(name, problem));
+    }
+    let size = stack.bytes.len() / of;
+    let bytes = stack.bytes.slice(index * size..(index + 1) * size);
+    let bytes = bytes.ok_or_else(|| stack.problem(name, "its data lies outside the file"))?;
+    Ok(StoredTensor {
+        dtype: stack.dtype,
+        shape: stack.shape[1..].to_vec(),
+        bytes,
+        file: stack.file.clone(),
+    })
+}
