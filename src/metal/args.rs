@@ -454,7 +454,13 @@ impl PagedArgs {
             self.rotary_head,
             self.scale.to_bits(),
         ];
-        words(self.keys.words().into_iter().chain(self.values.words()).chain(own))
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
     }
 }
 
@@ -469,7 +475,13 @@ impl GatherArgs {
     /// As a kernel reads them.
     pub fn bytes(&self) -> Vec<u8> {
         let own = [self.heads, self.table, self.first, self.positions];
-        words(self.keys.words().into_iter().chain(self.values.words()).chain(own))
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
     }
 }
 

@@ -132,7 +132,15 @@ impl Attention<'_> {
     /// Bytes of parts, F32 `[tokens, heads, splits, width]`, and of stats, F32 `[tokens, heads, splits, 2]`, of so many tokens.
     pub fn scratch(&self, tokens: usize) -> [usize; 2] {
         let parts = tokens * self.queries.count * self.splits();
-        [parts * self.width() * size_of::<f32>(), parts * 2 * size_of::<f32>()]
+        [
+            parts * self.width() * size_of::<f32>(),
+            parts * 2 * size_of::<f32>(),
+        ]
+    }
+
+    /// How many tokens have parts at a time.
+    pub fn at_once(&self) -> usize {
+        (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens.max(1))
     }
 
     /// The launch that writes all tokens' parts and stats: of each split that a query sees something of `Σ 2^(s − m) · v`, and the
@@ -157,7 +165,7 @@ impl Attention<'_> {
             let launch = self.launch(0..self.tokens, Output::Whole(y))?;
             return Ok((vec![launch], Vec::new()));
         }
-        let at_once = (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens);
+        let at_once = self.at_once();
         let mut launches = Vec::new();
         for first in (0..self.tokens).step_by(at_once) {
             let tokens = first..(first + at_once).min(self.tokens);

@@ -3,6 +3,7 @@
 use super::per_head::{Orientation, PerHead};
 use super::planned::{self, Planned};
 use crate::cpu::{self, Executor, reference};
+use crate::fp4::Bytes;
 use crate::metal::merged::{Operand, Product, takes};
 use crate::metal::plan::Launch;
 use crate::{Error, Result};
@@ -101,13 +102,15 @@ impl PerHead {
         Ok((n, splits))
     }
 
-    /// Whether a device merges parts of so many tokens where it multiplies them.
-    pub(super) fn merges(&self, n: usize) -> bool {
-        self.orientation == Orientation::Ordinary && takes(&self.weight, n)
+    /// Whether a device merges parts of so many tokens and heads, so wide, where it multiplies them.
+    pub(super) fn takes_parts(&self, n: usize, heads: usize, width: usize) -> bool {
+        self.orientation == Orientation::Ordinary
+            && (self.rows.heads, self.weight.shape().1) == (heads, width)
+            && takes(&self.weight, n)
     }
 
-    /// The launch that merges parts of `n` tokens, `splits` of each head, and multiplies them; `None` where it does not
-    /// [merge](Self::merges) so many.
+    /// The launch that merges parts of `n` tokens, `splits` of each head, and multiplies them; `None` where no kernel takes so
+    /// many, or the weight.
     ///
     /// # Errors
     /// Those of [`Product::launch`].
@@ -117,7 +120,8 @@ impl PerHead {
         (n, splits): (usize, usize),
         dtype: DType,
     ) -> Result<Option<Launch>> {
-        let Some(weight) = Operand::from(&self.weight, operands.weight).filter(|_| self.merges(n)) else {
+        let Some(weight) = Operand::from(&self.weight, operands.weight).filter(|_| takes(&self.weight, n))
+        else {
             return Ok(None);
         };
         let product = Product {
@@ -133,13 +137,19 @@ impl PerHead {
         product.launch().map(Some)
     }
 
-    fn merged_shape(&self, n: usize) -> Shape {
+    /// The weight's bytes, as a plan's operands.
+    pub(super) fn regions(&self) -> Vec<&Bytes> {
+        self.weight.regions().collect()
+    }
+
+    /// `[n, heads, len]`.
+    pub(super) fn merged_shape(&self, n: usize) -> Shape {
         (n, self.rows.heads, self.rows.len).into()
     }
 
     /// What a device runs of [`forward_merged`](Self::forward_merged).
     fn planned_merged(&self, (n, splits): (usize, usize), dtype: DType) -> Result<Option<Planned<'_, 1>>> {
-        let bytes: Vec<_> = self.weight.regions().collect();
+        let bytes = self.regions();
         let inputs = bytes.len();
         let operands = Merge {
             weight: 0,

@@ -9,10 +9,13 @@ pub mod plan_faults;
 pub mod works;
 
 use crate::backend::Backend;
-use crate::values;
+use crate::{bound, nmse, noise, values};
 use candle_core::{DType, Device, Tensor};
+use candle_mmfp4::cpu::{Arithmetic, HeadView, PagedAttention as Call, PagedSequence, reference};
 use candle_mmfp4::fp4::FloatKind;
+use candle_mmfp4::kv::{CacheFormat, RowLayout, codec};
 use candle_mmfp4::metal::merged::{Operand, Product, takes};
+use candle_mmfp4::ops::{PagedAttention, PagedBatch};
 use cases::{Case, Stored, rows};
 
 #[test]
@@ -127,4 +130,151 @@ fn what_no_kernel_takes_is_refused() {
     let weight = plain.op().weight().clone();
     assert!(takes(&weight, 1) && takes(&weight, 8));
     assert!(!takes(&weight, 0) && !takes(&weight, 9) && !takes(wide.op().weight(), 1));
+}
+
+/// Tokens of sequences, in blocks of 16.
+const LENGTHS: [usize; 4] = [300, 1, 256, 530];
+const LATENT: usize = 64;
+const ROPE: usize = 16;
+const HEADS: usize = 3;
+const SCALE: f32 = 0.3;
+
+/// A cache of these sequences, in blocks that do not follow each other.
+struct Cache {
+    layout: RowLayout,
+    pool: Vec<u8>,
+    tables: Vec<Vec<u32>>,
+}
+
+impl Cache {
+    fn new(format: CacheFormat) -> Self {
+        let layout = RowLayout::latent(format, LATENT, ROPE).unwrap();
+        let blocks: usize = LENGTHS.iter().map(|len| len.div_ceil(16)).sum();
+        let mut pool = vec![0; layout.pool_bytes(blocks).unwrap()];
+        let (mut tables, mut next) = (Vec::new(), blocks as u32);
+        for len in LENGTHS {
+            let count = len.div_ceil(16) as u32;
+            next -= count;
+            let table: Vec<_> = (next..next + count).rev().collect();
+            for position in 0..len {
+                let slot = table[position / 16] * 16 + (position % 16) as u32;
+                codec::write(&layout, &noise(LATENT + ROPE, slot.into()), &mut pool, slot).unwrap();
+            }
+            tables.push(table);
+        }
+        Self { layout, pool, tables }
+    }
+
+    /// Its sequences from one on, each with so many queries, or as many as it has tokens.
+    fn sequences(&self, from: usize, queries: usize) -> Vec<PagedSequence<'_>> {
+        let all = self.tables.iter().zip(LENGTHS).skip(from);
+        all.map(|(table, len)| PagedSequence {
+            table,
+            len,
+            queries: queries.min(len),
+        })
+        .collect()
+    }
+}
+
+/// MLA's decoding: attention over sequences of one split, of whole ones and of more, and its values.
+#[test]
+fn attention_leaves_its_parts_to_the_product_behind_it() {
+    let Some(backend) = Backend::start() else { return };
+    let case = Case {
+        rows: rows(HEADS, 40, 8, 31),
+        k: LATENT,
+        ..Case::default()
+    };
+    let values_of = case.op();
+    for format in [
+        CacheFormat::BF16,
+        CacheFormat::Fp8,
+        "fp4-16-rotated".parse().unwrap(),
+    ] {
+        let cache = Cache::new(format);
+        let op = PagedAttention::new(cache.layout.clone(), HEADS, SCALE, None).unwrap();
+        // Of four sequences a token, of the last one, of the last two three: few; and of all of them more than few.
+        for (from, queries, dtype) in [
+            (0, 1, DType::F32),
+            (3, 1, DType::BF16),
+            (2, 3, DType::F16),
+            (0, 5, DType::F32),
+        ] {
+            let sequences = cache.sequences(from, queries);
+            let n: usize = sequences.iter().map(|sequence| sequence.queries).sum();
+            let queries = Tensor::from_vec(
+                noise(n * HEADS * (LATENT + ROPE), 5),
+                (n, HEADS, LATENT + ROPE),
+                &Device::Cpu,
+            );
+            let queries = queries.and_then(|queries| queries.to_dtype(dtype)).unwrap();
+            let y = backend.run(|device| {
+                let batch = PagedBatch::new(&sequences, 16, device)?;
+                let pool = Tensor::new(cache.pool.as_slice(), device)?;
+                let [latent, rope] = [(0, LATENT), (LATENT, ROPE)]
+                    .map(|(start, len)| queries.narrow(2, start, len)?.to_device(device));
+                Ok(op.forward_expanded(&[&latent?, &rope?], &pool, &batch, &values_of)?)
+            });
+            let rows = values(&queries);
+            let view = HeadView {
+                data: &rows,
+                row: HEADS * (LATENT + ROPE),
+                head: LATENT + ROPE,
+                width: LATENT + ROPE,
+            };
+            let attended = reference::paged_attention(Call {
+                layout: &cache.layout,
+                pool: &cache.pool,
+                heads: HEADS,
+                queries: &[view],
+                sequences: &sequences,
+                window: None,
+                scale: SCALE,
+            });
+            let weight = values_of.weight();
+            let expected = reference::per_head(weight, case.rows, &attended, n, Arithmetic::Exact);
+            let error = nmse(&values(&y.unwrap()), &expected);
+            // Beyond eight tokens attention is rounded before it is multiplied.
+            let bound = bound(dtype) * if n > 8 { 2.0 } else { 1.0 };
+            assert!(error <= bound, "{format}, {n} tokens, {dtype:?}: {error:e}");
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn few_tokens_take_two_launches() {
+    use candle_mmfp4::metal::host::Host;
+    let case = Case {
+        rows: rows(HEADS, 40, 8, 31),
+        k: LATENT,
+        ..Case::default()
+    };
+    let (cache, values_of) = (Cache::new(CacheFormat::Fp8), case.op());
+    let op = PagedAttention::new(cache.layout.clone(), HEADS, SCALE, None).unwrap();
+    let launched = |from, queries| {
+        let host = std::sync::Arc::new(Host::recorder(false));
+        let sequences = cache.sequences(from, queries);
+        host.install(|| {
+            let batch = PagedBatch::new(&sequences, 16, &Device::Cpu)?;
+            let pool = Tensor::new(cache.pool.as_slice(), &Device::Cpu)?;
+            let queries = [LATENT, ROPE]
+                .map(|width| Tensor::zeros((batch.tokens(), HEADS, width), DType::BF16, &Device::Cpu));
+            let [latent, rope] = queries;
+            op.forward_expanded(&[&latent?, &rope?], &pool, &batch, &values_of)
+        })
+        .unwrap();
+        assert!(host.without_kernel().is_empty());
+        let launches = host.recorded().into_iter().flat_map(|run| run.plan.launches);
+        launches.map(|launch| launch.kernel).collect::<Vec<_>>()
+    };
+    let fused = ["paged_latents_bf16_w128", "merged_fp4_bf16_m1"];
+    assert_eq!(launched(3, 1), fused);
+    assert_eq!(launched(0, 1), [fused[0], "merged_fp4_bf16_m4"]);
+    // Beyond eight tokens each is a launch, and so is what puts parts together.
+    assert_eq!(
+        launched(0, 5),
+        [fused[0], "merge_parts_bf16", "linear_tiles_bf16"]
+    );
 }
