@@ -189,14 +189,14 @@ struct PagedArgs {
     uint q_head;
     uint rotary_token;   // the same of rotary parts
     uint rotary_head;
-    float scale;         // of scores in base 2
+    float score_factor;  // what products become scores in base 2 by
 };
 static_assert(sizeof(PagedArgs) == 112, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(PagedArgs, values) == 32, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(PagedArgs, tokens) == 64, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(PagedArgs, splits) == 80, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(PagedArgs, q_token) == 92, "as in src/metal/args.rs");
-static_assert(__builtin_offsetof(PagedArgs, scale) == 108, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, score_factor) == 108, "as in src/metal/args.rs");
 
 // Parts of attention that are merged.
 struct MergeArgs {

@@ -366,7 +366,7 @@ pub(super) struct PagedArgs {
     pub q_head: u32,
     pub rotary_token: u32,
     pub rotary_head: u32,
-    pub scale: f32,
+    pub score_factor: f32,
 }
 
 /// Parts of attention that are merged.
@@ -395,7 +395,7 @@ const _: () = {
     assert!(offset_of!(PagedArgs, tokens) == 64);
     assert!(offset_of!(PagedArgs, splits) == 80);
     assert!(offset_of!(PagedArgs, q_token) == 92);
-    assert!(offset_of!(PagedArgs, scale) == 108);
+    assert!(offset_of!(PagedArgs, score_factor) == 108);
     assert!(size_of::<MergeArgs>() == 8);
     assert!(size_of::<GatherArgs>() == 80);
     assert!(offset_of!(GatherArgs, heads) == 64);
@@ -416,7 +416,7 @@ impl PagedArgs {
             self.q_head,
             self.rotary_token,
             self.rotary_head,
-            self.scale.to_bits(),
+            self.score_factor.to_bits(),
         ];
         words(self.keys.words().into_iter().chain(self.values.words()).chain(own))
     }
