@@ -14,7 +14,7 @@ enum : ushort { F16 = 0, BF16 = 1, FP8 = 2, FP4 = 3 };
 
 constant ushort ENCODING [[function_constant(32)]];
 // Elements that share a scale: 128 of FP8, 16 or 32 of FP4, 0 where there are no scales.
-constant ushort GROUP [[function_constant(33)]];
+constant ushort SHARING [[function_constant(33)]];
 // Vectors, but for rotary keys, are stored rotated: src/kv/hadamard.rs.
 constant bool ROTATED [[function_constant(34)]];
 
