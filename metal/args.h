@@ -174,6 +174,31 @@ static_assert(__builtin_offsetof(CachePart, code_stride) == 16, "as in src/metal
 static_assert(__builtin_offsetof(CachePart, scale_stride) == 24, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(CachePart, head_bytes) == 28, "as in src/metal/args.rs");
 
+// What MLA keeps of a token, in a pool, and its queries. The latent is as wide as the pool's, the rotary key as `rows` says.
+struct AppendLatentsArgs {
+    CachePart latent;
+    CachePart key;
+    LatentArgs rows;
+};
+static_assert(sizeof(AppendLatentsArgs) == 100, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, key) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, rows) == 64, "as in src/metal/args.rs");
+
+// Keys and values of heads, in a pool.
+struct AppendHeadsArgs {
+    CachePart keys;
+    CachePart values;
+    uint heads;
+    uint key_token; // elements from one token to the next
+    uint key_head;  // elements from one head to the next
+    uint value_token;
+    uint value_head;
+};
+static_assert(sizeof(AppendHeadsArgs) == 84, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, values) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, heads) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, value_head) == 80, "as in src/metal/args.rs");
+
 // Attention over a paged cache.
 struct PagedArgs {
     CachePart keys;      // MLA: the latent, which is the value too

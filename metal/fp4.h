@@ -1,5 +1,6 @@
 // FP4 as it lies in a checkpoint: E2M1 codes, two to a byte, the first in the low nibble, and a scale for each group of
-// 16, 32, 64 or 128 along K. The only place in MSL that knows a code's value or a scale's bits.
+// 16, 32, 64 or 128 along K; and what a cache's numbers become. The only place in MSL that knows a code's value or a weight's
+// scale's bits.
 //
 // A code becomes a half by moving bits: its three bits of magnitude to the half's lowest exponent bits and highest
 // mantissa bit, its sign to the sign. That is the value times 2^-14, the code 0.5 being a subnormal half; UNIT takes it
@@ -92,5 +93,16 @@ static inline float of_scales(float factor) {
     const float all = SCALE_KIND == E4M3 ? 256.0f : 1.0f;
     return FACTOR == MULTIPLIED ? all * factor : FACTOR == DIVIDED ? all / factor : all;
 }
+
+// The code of the magnitude nearest to `a`, a number without a sign, over `scale`: of two as near the even one; beyond 6 that of 6.
+// A border between codes has three significant bits at most: its product with a scale of few is exact. An infinite scale, or
+// NaN, has code 0.
+static inline uint encode(float a, float scale) {
+    return uint(a > 0.25f * scale) + uint(a >= 0.75f * scale) + uint(a > 1.25f * scale) + uint(a >= 1.75f * scale)
+        + uint(a > 2.5f * scale) + uint(a >= 3.5f * scale) + uint(a > 5.0f * scale);
+}
+
+// The value of a code without its sign.
+static inline float magnitude(uint code) { return UNIT * float(as_type<half>(ushort(code << 9))); }
 
 } // namespace fp4

@@ -349,6 +349,67 @@ impl CachePart {
     }
 }
 
+/// What MLA keeps of a token, in a pool, and its queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct AppendLatentsArgs {
+    pub latent: CachePart,
+    pub key: CachePart,
+    pub rows: LatentArgs,
+}
+
+/// Keys and values of heads, in a pool.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AppendHeadsArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub heads: u32,
+    pub key_token: u32,
+    pub key_head: u32,
+    pub value_token: u32,
+    pub value_head: u32,
+}
+
+const _: () = {
+    assert!(size_of::<AppendLatentsArgs>() == 100);
+    assert!(offset_of!(AppendLatentsArgs, key) == 32);
+    assert!(offset_of!(AppendLatentsArgs, rows) == 64);
+    assert!(size_of::<AppendHeadsArgs>() == 84);
+    assert!(offset_of!(AppendHeadsArgs, values) == 32);
+    assert!(offset_of!(AppendHeadsArgs, heads) == 64);
+    assert!(offset_of!(AppendHeadsArgs, value_head) == 80);
+};
+
+impl AppendLatentsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = words(self.latent.words().into_iter().chain(self.key.words()));
+        bytes.extend(self.rows.bytes());
+        bytes
+    }
+}
+
+impl AppendHeadsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let rest = [
+            self.heads,
+            self.key_token,
+            self.key_head,
+            self.value_token,
+            self.value_head,
+        ];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(rest),
+        )
+    }
+}
+
 /// Attention over a paged cache.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -418,7 +479,13 @@ impl PagedArgs {
             self.rotary_head,
             self.score_factor.to_bits(),
         ];
-        words(self.keys.words().into_iter().chain(self.values.words()).chain(own))
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
     }
 }
 
@@ -433,7 +500,13 @@ impl GatherArgs {
     /// As a kernel reads them.
     pub fn bytes(&self) -> Vec<u8> {
         let own = [self.heads, self.table, self.first, self.positions];
-        words(self.keys.words().into_iter().chain(self.values.words()).chain(own))
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
     }
 }
 
@@ -489,6 +562,16 @@ mod tests {
             assert_eq!(dense.bytes(), words(1..=10));
             let part = std::mem::transmute::<[u32; 8], CachePart>([1, 2, 3, 4, 5, 6, 7, 8]);
             assert_eq!(part.words(), [1, 2, 3, 4, 5, 6, 7, 8]);
+            let all: [u32; 25] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 25], AppendLatentsArgs>(all).bytes(),
+                words(all)
+            );
+            let all: [u32; 21] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 21], AppendHeadsArgs>(all).bytes(),
+                words(all)
+            );
             let numbered: [u32; 28] = std::array::from_fn(|i| i as u32);
             let paged = std::mem::transmute::<[u32; 28], PagedArgs>(numbered);
             assert_eq!(paged.bytes(), words(0..28));

@@ -7,6 +7,7 @@
 //! | [`linear`] | plans of products with FP4 weights | everywhere |
 //! | [`dense`] | plans of products with weights in floating point | everywhere |
 //! | [`norm_rope`] | plans of norms, rotary position embedding and sums | everywhere |
+//! | [`append`] | plans of what stores new tokens in a paged cache | everywhere |
 //! | [`router`], [`moe`] | plans of a mixture of experts | everywhere |
 //! | [`paged_attention`] | plans of attention over a paged cache | everywhere |
 //! | [`memory`] | whether a model fits | everywhere |
@@ -15,6 +16,7 @@
 //!
 //! Nothing in here has run on an Apple GPU yet.
 
+pub mod append;
 mod args;
 mod cache;
 mod checked;
@@ -42,7 +44,7 @@ use candle_core::DType;
 use plan::Plan;
 
 /// Plans that between them launch every kernel on weights of a format, or in floating point of any kind, and activations
-/// of a dtype, for both ways to pair: what can be compiled ahead of the first token.
+/// of a dtype, for both ways to pair and every format of a cache: what can be compiled ahead of the first token.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) for a dtype that no kernel has; [`Error::Tensor`](crate::Error::Tensor) for a
@@ -54,6 +56,7 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
     }
     for pairing in [Pairing::Interleaved, Pairing::Halves] {
         plans.extend(norm_rope::every_kernel(dtype, pairing)?);
+        plans.extend(append::every_kernel(dtype, pairing)?);
     }
     plans.extend(router::every_kernel(dtype)?);
     plans.extend(moe::every_kernel(format, dtype)?);

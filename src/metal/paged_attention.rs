@@ -132,7 +132,10 @@ impl Attention<'_> {
     /// Bytes of parts, F32 `[tokens, heads, splits, width]`, and of stats, F32 `[tokens, heads, splits, 2]`, of so many tokens.
     pub fn scratch(&self, tokens: usize) -> [usize; 2] {
         let parts = tokens * self.queries.count * self.splits();
-        [parts * self.width() * size_of::<f32>(), parts * 2 * size_of::<f32>()]
+        [
+            parts * self.width() * size_of::<f32>(),
+            parts * 2 * size_of::<f32>(),
+        ]
     }
 
     /// The launch that writes all tokens' parts and stats: of each split that a query sees something of `Σ 2^(s − m) · v`, and the

@@ -9,6 +9,7 @@
 //!
 //! Without clang 17 or newer it says that it is skipped; with `MMFP4_MSL_REQUIRED=1` that is a failure.
 
+mod append;
 mod backend;
 #[cfg(target_os = "linux")]
 mod checks;

@@ -3,8 +3,8 @@
 use super::PagedBatch;
 use crate::cpu::{self, Executor, PagedSequence};
 use crate::kv::{RowKind, RowLayout};
-use crate::ops::PerHead;
 use crate::metal::paged_attention::{self as plans, At};
+use crate::ops::PerHead;
 use crate::ops::attention::{Input, Part, open};
 use crate::ops::planned::{self, Planned};
 use crate::ops::rows::{heads, prepared_heads};
@@ -191,15 +191,24 @@ impl PagedAttention {
             let first = sequence.len - sequence.queries;
             all.longest = all.longest.max(sequence.len);
             all.seen += sequence.len - call.visible(first).start;
-            all.pairs += (first..sequence.len).map(|at| call.visible(at).len()).sum::<usize>();
+            all.pairs += (first..sequence.len)
+                .map(|at| call.visible(at).len())
+                .sum::<usize>();
         }
         let widths: &[usize] = match self.layout.kind() {
             RowKind::Latent { latent, rope: 0 } => &[latent],
             RowKind::Latent { latent, rope } => &[latent, rope],
             RowKind::Heads { key_dim, .. } => &[key_dim],
         };
-        if queries.iter().map(|part| part.dims()[2]).eq(widths.iter().copied()) {
-            all.queries = queries.iter().map(|part| prepared_heads(part)).collect::<candle_core::Result<_>>()?;
+        if queries
+            .iter()
+            .map(|part| part.dims()[2])
+            .eq(widths.iter().copied())
+        {
+            all.queries = queries
+                .iter()
+                .map(|part| prepared_heads(part))
+                .collect::<candle_core::Result<_>>()?;
         } else {
             let joined = match queries {
                 [one] => prepared_heads(one)?,

@@ -158,7 +158,8 @@ impl Case {
             RowKind::Latent { latent, rope } if rope > 0 => vec![latent, rope],
             _ => vec![key],
         };
-        let of = |width: usize, seed| activations((n * heads, width), self.dtype, seed).reshape((n, heads, width));
+        let of =
+            |width: usize, seed| activations((n * heads, width), self.dtype, seed).reshape((n, heads, width));
         let apart = |take: &dyn Fn(usize, u64) -> candle_core::Result<Tensor>| {
             let parts = (60..).zip(&widths).map(|(seed, width)| take(*width, seed));
             parts.collect::<candle_core::Result<Vec<_>>>().unwrap()
@@ -175,14 +176,21 @@ impl Case {
                 });
                 parts.collect()
             }
-            QueriesLie::HeadsFirst => apart(&|width, seed| of(width, seed)?.reshape((heads, n, width))?.transpose(0, 1)),
-            QueriesLie::Transposed => apart(&|width, seed| of(width, seed)?.reshape((n, width, heads))?.transpose(1, 2)),
+            QueriesLie::HeadsFirst => {
+                apart(&|width, seed| of(width, seed)?.reshape((heads, n, width))?.transpose(0, 1))
+            }
+            QueriesLie::Transposed => {
+                apart(&|width, seed| of(width, seed)?.reshape((n, width, heads))?.transpose(1, 2))
+            }
         }
     }
 
     /// What attention should give.
     pub fn expected(&self, cache: &Cache, queries: &[Tensor]) -> Vec<f32> {
-        let data: Vec<_> = queries.iter().map(|part| values(&part.contiguous().unwrap())).collect();
+        let data: Vec<_> = queries
+            .iter()
+            .map(|part| values(&part.contiguous().unwrap()))
+            .collect();
         let views: Vec<_> = (data.iter().zip(queries))
             .map(|(data, part)| {
                 let width = part.dims()[2];

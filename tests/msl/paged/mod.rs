@@ -16,7 +16,9 @@ fn run(backend: &Backend, case: &Case) -> (Tensor, Vec<f32>) {
             .collect::<candle_core::Result<_>>()?;
         let pool = cache.tensor().to_device(device)?;
         let parts: Vec<_> = queries.iter().collect();
-        Ok(case.op(&cache).forward(&parts, &pool, &case.batch(&cache, device))?)
+        Ok(case
+            .op(&cache)
+            .forward(&parts, &pool, &case.batch(&cache, device))?)
     });
     let y = y.unwrap_or_else(|error| panic!("{case:?}: {error}"));
     (y, case.expected(&cache, &queries))
@@ -28,7 +30,10 @@ fn paged_attention_agrees_with_the_reference_over_the_grid() {
     let mut worst = 0f64;
     for case in cases::grid() {
         let (y, expected) = run(&backend, &case);
-        assert_eq!((y.dims(), y.dtype()), ([case.tokens(), case.heads, case.value()].as_slice(), case.dtype));
+        assert_eq!(
+            (y.dims(), y.dtype()),
+            ([case.tokens(), case.heads, case.value()].as_slice(), case.dtype)
+        );
         let error = nmse(&values(&y), &expected);
         assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
         if case.dtype == DType::F32 {
