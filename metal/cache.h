@@ -15,7 +15,7 @@ enum : ushort { F16 = 0, BF16 = 1, FP8 = 2, FP4 = 3 };
 
 constant ushort ENCODING [[function_constant(32)]];
 // Elements that share a scale: 128 of FP8, 16 or 32 of FP4, 0 where there are no scales.
-constant ushort GROUP [[function_constant(33)]];
+constant ushort SHARING [[function_constant(33)]];
 // Vectors, but for rotary keys, are stored rotated: src/kv/hadamard.rs.
 constant bool ROTATED [[function_constant(34)]];
 
@@ -29,12 +29,25 @@ static inline ulong scales_at(constant CachePart& part, uint block, uint offset,
     return ulong(block) * part.block_bytes + (part.scales + head * part.head_bytes + offset * part.scale_stride);
 }
 
+// The scale of a group of FP4, a UE5M3: the upper half of a half, without the sign.
+static inline float fp4_scale(uint byte) { return float(as_type<half>(ushort(byte << 7))); }
+
+// The block in which vectors of this width are rotated: the largest power of two that divides it, up to 64.
+static inline uint rotation_block(uint width) { return min(width & (0u - width), 64u); }
+
+// What the transform of a block is multiplied by: 1 / √block as src/kv/hadamard.rs rounds it, for blocks up to 64.
+static inline float rotation_factor(uint block) {
+    const uint power = 31 - clz(block);
+    const float whole = as_type<float>((127 - power / 2) << 23);
+    return power % 2 == 0 ? whole : whole * 0.70710683f;
+}
+
+// Whether element i of a block changes its sign before the transform.
+static inline bool turns(uint i) { return (i * 0x9e3779b1u) >> 31 != 0; }
+
 // Whether four elements can be loaded at once: vectors are a multiple of four long, so that the layout has them begin where that
 // many do. (Those of FP4 always are.)
 constant bool BY_FOURS [[function_constant(35)]];
-
-// A scale of FP4, UE5M3: the upper half of a half without its sign.
-static inline float ue5m3(uint byte) { return float(as_type<half>(ushort(byte << 7))); }
 
 static inline float sixteen_bits(device const uchar* codes, uint i, bool is_half) {
     const ushort bits = ((device const ushort*)codes)[i];
@@ -47,11 +60,11 @@ static inline float of_rotary(device const uchar* codes, uint i) { return sixtee
 // An element of a vector. NaN and infinity are what src/kv/codec.rs has them be.
 static inline float element(device const uchar* codes, device const uchar* scales, uint i) {
     if (ENCODING == FP8) {
-        return fp4::e4m3_or_nan(codes[i]).x * 256.0f * ((device const float*)scales)[i / GROUP];
+        return fp4::e4m3_or_nan(codes[i]).x * 256.0f * ((device const float*)scales)[i / SHARING];
     }
     if (ENCODING == FP4) {
         const uint code = uint(codes[i / 2]) >> (i % 2 * 4) & 0xfu;
-        return fp4::decode_four(code).x * (fp4::UNIT * ue5m3(scales[i / GROUP]));
+        return fp4::decode_four(code).x * (fp4::UNIT * fp4_scale(scales[i / SHARING]));
     }
     return sixteen_bits(codes, i, ENCODING == F16);
 }
@@ -62,11 +75,11 @@ static inline float4 four(device const uchar* codes, device const uchar* scales,
         // Scaled in two steps: a scale of 2^120 times 256 would be infinite.
         const uint all = *(device const uint*)(codes + i);
         const float2 even = fp4::e4m3_or_nan(all & 0x00ff00ffu), odd = fp4::e4m3_or_nan(all >> 8 & 0x00ff00ffu);
-        return float4(even.x, odd.x, even.y, odd.y) * 256.0f * ((device const float*)scales)[i / GROUP];
+        return float4(even.x, odd.x, even.y, odd.y) * 256.0f * ((device const float*)scales)[i / SHARING];
     }
     if (ENCODING == FP4) {
         const uint all = *(device const ushort*)(codes + i / 2);
-        return fp4::decode_four(all) * (fp4::UNIT * ue5m3(scales[i / GROUP]));
+        return fp4::decode_four(all) * (fp4::UNIT * fp4_scale(scales[i / SHARING]));
     }
     if (ENCODING == F16) {
         return float4(*(device const half4*)(codes + 2 * i));
@@ -86,21 +99,5 @@ static inline float4 four_of(device const uchar* codes, device const uchar* scal
     }
     return values;
 }
-
-// The scale of a group of FP4, a UE5M3: the upper half of a half, without the sign.
-static inline float fp4_scale(uint byte) { return float(as_type<half>(ushort(byte << 7))); }
-
-// The block in which vectors of this width are rotated: the largest power of two that divides it, up to 64.
-static inline uint rotation_block(uint width) { return min(width & (0u - width), 64u); }
-
-// What the transform of a block is multiplied by: 1 / √block as src/kv/hadamard.rs rounds it, for blocks up to 64.
-static inline float rotation_factor(uint block) {
-    const uint power = 31 - clz(block);
-    const float whole = as_type<float>((127 - power / 2) << 23);
-    return power % 2 == 0 ? whole : whole * 0.70710683f;
-}
-
-// Whether element i of a block changes its sign before the transform.
-static inline bool turns(uint i) { return (i * 0x9e3779b1u) >> 31 != 0; }
 
 } // namespace cache

@@ -45,10 +45,13 @@ static inline void take_query(
     }
 }
 
-// Turns signs as src/kv/hadamard.rs does.
-static inline float4 signed_as(float4 x, uint first, uint block) {
-    const uint4 places = (uint4(first, first + 1, first + 2, first + 3) & (block - 1)) * 0x9e3779b1u;
-    return as_type<float4>(as_type<uint4>(x) ^ (places & 0x80000000u));
+// Turns the signs of a lane's four elements as src/kv/hadamard.rs does.
+static inline float4 turned(float4 x, ushort lane, uint block) {
+    UNROLL
+    for (ushort k = 0; k < 4; k++) {
+        x[k] = cache::turns((lane * 4u + k) & (block - 1)) ? -x[k] : x[k];
+    }
+    return x;
 }
 
 // The Walsh-Hadamard transform of four elements of each lane with those of its neighbours, in blocks of 16, 32 or 64.
@@ -59,29 +62,26 @@ static inline float4 transformed(float4 x, uint block, ushort lane) {
         const float4 other = simd_shuffle_xor(x, apart);
         x = (lane & apart) != 0 ? other - x : x + other;
     }
-    return x * (1.0f / precise::sqrt(float(block)));
+    return x * cache::rotation_factor(block);
 }
-
-// The block that a vector of this width is stored rotated in.
-static inline uint rotation(uint width) { return min(width & (0u - width), 64u); }
 
 // Rotates a query as the cache's vectors are.
 template <ushort FOURS>
 static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
-    const uint block = rotation(width);
+    const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
-        x[i] = transformed(signed_as(x[i], lane * 4, block), block, lane);
+        x[i] = transformed(turned(x[i], lane, block), block, lane);
     }
 }
 
 // Takes the rotation of an output back.
 template <ushort FOURS>
 static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
-    const uint block = rotation(width);
+    const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
-        x[i] = signed_as(transformed(x[i], block, lane), lane * 4, block);
+        x[i] = turned(transformed(x[i], block, lane), lane, block);
     }
 }
 

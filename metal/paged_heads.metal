@@ -75,7 +75,7 @@ template <typename T, ushort FOURS, ushort HEADS>
     for (ushort h = 0; h < HEADS; h++) {
         device const T* from =
             queries + ulong(token) * args.q_token + ulong(rows::within(head + h, heads)) * args.q_head;
-        paged::take_query(from, args.keys.width, args.scale, lane, query[h]);
+        paged::take_query(from, args.keys.width, args.score_factor, lane, query[h]);
         if (cache::ROTATED) {
             paged::rotate(query[h], args.keys.width, lane);
         }

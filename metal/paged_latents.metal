@@ -82,7 +82,7 @@ template <typename T, ushort FOURS>
     for (ushort h = 0; h < HEADS; h++) {
         const uint mine = rows::within(head + h, heads);
         device const T* from = queries + ulong(token) * args.q_token + ulong(mine) * args.q_head;
-        paged::take_query(from, width, args.scale, lane, query[h]);
+        paged::take_query(from, width, args.score_factor, lane, query[h]);
         if (cache::ROTATED) {
             paged::rotate(query[h], width, lane);
         }
@@ -92,7 +92,7 @@ template <typename T, ushort FOURS>
             UNROLL
             for (ushort k = 0; k < 2; k++) {
                 const uint i = lane * 2u + k;
-                turned[h][k] = i < args.values.width ? float(from[i]) * args.scale : 0.0f;
+                turned[h][k] = i < args.values.width ? float(from[i]) * args.score_factor : 0.0f;
             }
         }
     }

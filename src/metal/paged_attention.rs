@@ -274,7 +274,7 @@ impl Attention<'_> {
             q_head: narrow(OP, "queries", self.queries.head)?,
             rotary_token: narrow(OP, "queries", self.rotary.map_or(0, |rotary| rotary.token))?,
             rotary_head: narrow(OP, "queries", self.rotary.map_or(0, |rotary| rotary.head))?,
-            scale: self.scale * std::f32::consts::LOG2_E,
+            score_factor: self.scale * std::f32::consts::LOG2_E,
         };
         let is_latent = matches!(self.layout.kind(), RowKind::Latent { .. });
         // Buffers in the kernels' order; of heads there is none for rotary parts.

@@ -2,7 +2,7 @@
 
 use crate::faults::{Fault, PlanFault};
 use crate::runner::Work;
-use crate::{dense, linear, merged, moe, norm_rope};
+use crate::{append, dense, linear, merged, moe, norm_rope};
 
 pub struct Family {
     /// Files of `metal/`, headers aside.
@@ -27,6 +27,12 @@ pub const FAMILIES: &[Family] = &[
         works: norm_rope::works::all,
         faults: norm_rope::faults::FAULTS,
         plan_faults: &[],
+    },
+    Family {
+        files: &["append.metal"],
+        works: append::works::all,
+        faults: append::faults::FAULTS,
+        plan_faults: append::faults::PLAN_FAULTS,
     },
     Family {
         files: &["dense.metal"],
