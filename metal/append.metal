@@ -93,13 +93,13 @@ static inline void store_fp4(
     ushort index,
     uint threads
 ) {
-    const uint each = cache::GROUP / CANDIDATES;
-    const uint tasks = count / cache::GROUP * CANDIDATES;
+    const uint each = cache::SHARING / CANDIDATES;
+    const uint tasks = count / cache::SHARING * CANDIDATES;
     for (uint first = 0; first < tasks; first += threads) {
         // Lanes beyond the last group keep it company.
         const uint task = min(first + index, tasks - 1);
         const uint group = task / CANDIDATES, candidate = task % CANDIDATES;
-        threadgroup const float* all = values + group * cache::GROUP;
+        threadgroup const float* all = values + group * cache::SHARING;
         threadgroup const float* mine = all + candidate * each;
         uint largest = 0;
         for (uint i = 0; i < each; i++) {
@@ -115,7 +115,7 @@ static inline void store_fp4(
         uint best = min(lowest + candidate, LARGEST_SCALE);
         float error = 0.0f;
         const float tried = cache::fp4_scale(best);
-        for (uint i = 0; i < cache::GROUP; i++) {
+        for (uint i = 0; i < cache::SHARING; i++) {
             const float a = fabs(all[i]);
             const float distance = a - fp4::magnitude(fp4::encode(a, tried)) * tried;
             // A square that is rounded by itself, whatever a compiler may do with a product and a sum.
@@ -144,7 +144,7 @@ static inline void store_fp4(
                     const uint sign = x < 0.0f && code != 0 ? 8 : 0;
                     byte |= (code | sign) << (4 * half_byte);
                 }
-                codes[(group * cache::GROUP + candidate * each + i) / 2] = uchar(byte);
+                codes[(group * cache::SHARING + candidate * each + i) / 2] = uchar(byte);
             }
         }
     }
@@ -214,7 +214,7 @@ static inline uint code_bytes(uint count) {
     return cache::ENCODING == cache::FP4 ? count / 2 : cache::ENCODING == cache::FP8 ? count : 2 * count;
 }
 static inline uint scale_bytes(uint count) {
-    return cache::GROUP == 0 ? 0 : count / cache::GROUP * (cache::ENCODING == cache::FP8 ? 4 : 1);
+    return cache::SHARING == 0 ? 0 : count / cache::SHARING * (cache::ENCODING == cache::FP8 ? 4 : 1);
 }
 
 } // namespace append

@@ -8,7 +8,7 @@ namespace norm_rope {
 using namespace metal;
 
 // Rows begin at multiples of four elements, and are a multiple of four long: the host has checked it.
-constant bool WIDE [[function_constant(16)]];
+constant bool FOURS [[function_constant(16)]];
 // Pairs are neighbours; otherwise the one is half a head behind the other.
 constant bool INTERLEAVED [[function_constant(17)]];
 constant bool HAS_QUERIES [[function_constant(18)]];
@@ -40,7 +40,7 @@ static inline float total(float own, threadgroup float* parts, ushort simdgroup,
 template <typename T>
 static inline float squares(device const T* x, uint d, uint index, uint threads) {
     float sum = 0.0f;
-    if (WIDE) {
+    if (FOURS) {
         for (uint i = index * 4; i < d; i += threads * 4) {
             const float4 value = load(x + i);
             sum += dot(value, value);
@@ -68,7 +68,7 @@ static inline void scale(
     uint index,
     uint threads
 ) {
-    if (WIDE) {
+    if (FOURS) {
         for (uint i = index * 4; i < d; i += threads * 4) {
             store(y + i, load(x + i) * by * load(weight + i));
         }

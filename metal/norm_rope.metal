@@ -10,7 +10,7 @@
 // | latent_rows_<type>  | norm of kv's first part, its rest turned; with HAS_QUERIES the queries turned too | x 0: a row; else a thread a pair | 1 + queries' pairs of a token, tokens |
 // | add_<type>          | x + delta                                       | 4 elements a thread  | elements of a row, rows    |
 //
-// A row's norm goes through it twice, and reads it from the cache the second time: each thread takes four elements (WIDE)
+// A row's norm goes through it twice, and reads it from the cache the second time: each thread takes four elements (FOURS)
 // or one in turn, keeps one sum in registers, and the simdgroups' sums meet in threadgroup memory.
 
 #include <metal_stdlib>
@@ -78,7 +78,7 @@ template <typename T>
     device const T* left = x + ulong(row) * args.x_row;
     device const T* right = delta + ulong(row) * args.delta_row;
     device T* sums = s + ulong(row) * args.d;
-    if (norm_rope::WIDE) {
+    if (norm_rope::FOURS) {
         for (uint i = index * 4; i < args.d; i += threads * 4) {
             norm_rope::store(sums + i, norm_rope::load(left + i) + norm_rope::load(right + i));
         }
@@ -204,7 +204,7 @@ template <typename T>
     device const T* left = x + ulong(group.y) * args.x_row;
     device const T* right = delta + ulong(group.y) * args.delta_row;
     device T* to = y + ulong(group.y) * args.d;
-    if (norm_rope::WIDE) {
+    if (norm_rope::FOURS) {
         const uint i = first + index * 4;
         if (i < args.d) {
             norm_rope::store(to + i, norm_rope::load(left + i) + norm_rope::load(right + i));
