@@ -198,3 +198,46 @@ static_assert(sizeof(AppendHeadsArgs) == 84, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(AppendHeadsArgs, values) == 32, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(AppendHeadsArgs, heads) == 64, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(AppendHeadsArgs, value_head) == 80, "as in src/metal/args.rs");
+
+// Attention over a paged cache.
+struct PagedArgs {
+    CachePart keys;      // MLA: the latent, which is the value too
+    CachePart values;    // MLA: the rotary key
+    uint tokens;         // that the index tells of
+    uint first;          // the first of them that the launch takes
+    uint heads;          // of queries
+    uint together;       // heads of queries that a threadgroup takes, and with heads those of a kv head
+    uint splits;
+    uint split_tokens;   // positions of a split
+    uint window;         // positions that a query sees
+    uint q_token;        // elements from one token's queries to the next's
+    uint q_head;
+    uint rotary_token;   // the same of rotary parts
+    uint rotary_head;
+    float score_factor;  // what products become scores in base 2 by
+};
+static_assert(sizeof(PagedArgs) == 112, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, values) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, tokens) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, splits) == 80, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, q_token) == 92, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, score_factor) == 108, "as in src/metal/args.rs");
+
+// Parts of attention that are merged.
+struct MergeArgs {
+    uint splits;
+    uint width;
+};
+static_assert(sizeof(MergeArgs) == 8, "as in src/metal/args.rs");
+
+// Tokens of a sequence, as numbers.
+struct GatherArgs {
+    CachePart keys;   // MLA: the latent
+    CachePart values; // MLA: the rotary key
+    uint heads;       // that there are of keys, and of values, if these have a width
+    uint table;       // where in the index the sequence's begins
+    uint first;       // the first position
+    uint positions;
+};
+static_assert(sizeof(GatherArgs) == 80, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(GatherArgs, heads) == 64, "as in src/metal/args.rs");

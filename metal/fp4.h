@@ -44,10 +44,24 @@ static inline void decode(uint word, thread float4& low, thread float4& high) {
     high = float4(a.y, b.y, c.y, d.y);
 }
 
+// The four codes of a word's low half in order, divided by UNIT.
+static inline float4 decode_four(uint codes) {
+    return float4(
+        placed(((codes & 0xfu) | (codes & 0xf0u) << 12) << 9),
+        placed(((codes >> 8 & 0xfu) | (codes & 0xf000u) << 4) << 9)
+    );
+}
+
 // Two E4M3 numbers, at the low bytes of the halves of a word, divided by 256: as halves of the same bits, the sign moved up by a
 // carry. Subnormal ones are exact.
 static inline float2 e4m3(uint two) {
     return float2(as_type<half2>((two + (two & 0x00800080u)) << 7));
+}
+
+// The same where a number may be none: all ones but for the sign.
+static inline float2 e4m3_or_nan(uint two) {
+    const uint none = ((two & 0x007f007fu) + 0x00010001u) & 0x00800080u;
+    return float2(as_type<half2>((two + (two & 0x00800080u)) << 7 | none * 0xf8u));
 }
 
 // A group's scale, divided by what of_scales() puts back.

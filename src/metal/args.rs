@@ -410,6 +410,106 @@ impl AppendHeadsArgs {
     }
 }
 
+/// Attention over a paged cache.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct PagedArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub tokens: u32,
+    pub first: u32,
+    pub heads: u32,
+    pub together: u32,
+    pub splits: u32,
+    pub split_tokens: u32,
+    pub window: u32,
+    pub q_token: u32,
+    pub q_head: u32,
+    pub rotary_token: u32,
+    pub rotary_head: u32,
+    pub score_factor: f32,
+}
+
+/// Parts of attention that are merged.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct MergeArgs {
+    pub splits: u32,
+    pub width: u32,
+}
+
+/// Tokens of a sequence, as numbers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct GatherArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub heads: u32,
+    pub table: u32,
+    pub first: u32,
+    pub positions: u32,
+}
+
+const _: () = {
+    assert!(size_of::<PagedArgs>() == 112);
+    assert!(offset_of!(PagedArgs, values) == 32);
+    assert!(offset_of!(PagedArgs, tokens) == 64);
+    assert!(offset_of!(PagedArgs, splits) == 80);
+    assert!(offset_of!(PagedArgs, q_token) == 92);
+    assert!(offset_of!(PagedArgs, score_factor) == 108);
+    assert!(size_of::<MergeArgs>() == 8);
+    assert!(size_of::<GatherArgs>() == 80);
+    assert!(offset_of!(GatherArgs, heads) == 64);
+};
+
+impl PagedArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let own = [
+            self.tokens,
+            self.first,
+            self.heads,
+            self.together,
+            self.splits,
+            self.split_tokens,
+            self.window,
+            self.q_token,
+            self.q_head,
+            self.rotary_token,
+            self.rotary_head,
+            self.score_factor.to_bits(),
+        ];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
+    }
+}
+
+impl MergeArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([self.splits, self.width])
+    }
+}
+
+impl GatherArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        let own = [self.heads, self.table, self.first, self.positions];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
+    }
+}
+
 /// Bytes of a `MoeTile`, which kernels write and read.
 pub(super) const MOE_TILE: usize = 12;
 
@@ -472,6 +572,13 @@ mod tests {
                 std::mem::transmute::<[u32; 21], AppendHeadsArgs>(all).bytes(),
                 words(all)
             );
+            let numbered: [u32; 28] = std::array::from_fn(|i| i as u32);
+            let paged = std::mem::transmute::<[u32; 28], PagedArgs>(numbered);
+            assert_eq!(paged.bytes(), words(0..28));
+            let gather = std::mem::transmute::<[u32; 20], GatherArgs>(std::array::from_fn(|i| i as u32));
+            assert_eq!(gather.bytes(), words(0..20));
+            let merge = std::mem::transmute::<[u32; 2], MergeArgs>([1, 2]);
+            assert_eq!(merge.bytes(), words(1..=2));
         }
     }
 

@@ -9,6 +9,7 @@
 //! | [`norm_rope`] | plans of norms, rotary position embedding and sums | everywhere |
 //! | [`append`] | plans of what stores new tokens in a paged cache | everywhere |
 //! | [`router`], [`moe`] | plans of a mixture of experts | everywhere |
+//! | [`paged_attention`] | plans of attention over a paged cache | everywhere |
 //! | [`memory`] | whether a model fits | everywhere |
 //! | `host` | runs plans on Linux against the compiled kernels | feature `msl-host` |
 //! | `device` | runs plans on Apple GPUs, through Candle's Metal backend | macOS |
@@ -28,6 +29,7 @@ pub mod linear;
 pub mod memory;
 pub mod moe;
 pub mod norm_rope;
+pub mod paged_attention;
 pub mod plan;
 pub mod router;
 mod rows;
@@ -58,5 +60,6 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
     }
     plans.extend(router::every_kernel(dtype)?);
     plans.extend(moe::every_kernel(format, dtype)?);
+    plans.extend(paged_attention::every_kernel(dtype)?);
     Ok(plans)
 }

@@ -29,6 +29,7 @@ mod linear;
 mod model;
 mod moe;
 mod norm_rope;
+mod paged;
 #[cfg(target_os = "linux")]
 mod runner;
 #[cfg(target_os = "linux")]
