@@ -8,7 +8,8 @@ use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
 use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize};
-use crate::nn::{MmfP4Linear, RmsNorm};
+use crate::kv::CacheKind;
+use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -38,9 +39,12 @@ pub struct LoadOptions {
     pub int8_head: bool,
     /// What goes from op to op: F32, F16 or BF16. `None`: F32 on the CPU, whose kernels compute in it, and BF16 on a GPU.
     pub activations: Option<DType>,
-    /// Tokens of cache that a GPU must have room for beside the weights, which is checked before loading; `None`: 8,192,
-    /// or the model's context where that is shorter.
-    pub context: Option<usize>,
+    /// The cache that a [`Pipeline`](crate::generation::Pipeline) makes.
+    pub kv_cache: CacheKind,
+    /// How large it is, of all its sequences together; see
+    /// [`Model::new_kv_cache`](crate::models::glm4_moe_lite::Model::new_kv_cache) for `None`. What the machine cannot hold,
+    /// a GPU the weights beside it, is refused before anything is loaded.
+    pub kv_size: Option<CacheSize>,
 }
 
 impl LoadOptions {

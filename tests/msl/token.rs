@@ -8,6 +8,7 @@ use crate::model::tolerance;
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::checkpoint::{LoadOptions, Synthetic};
 use candle_mmfp4::fp4::{Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Parts, Weight};
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::metal::host::Host;
 use candle_mmfp4::metal::plan::{Launch, Work};
 use candle_mmfp4::models::check_finite;
@@ -61,7 +62,7 @@ fn pass(layers: usize, tokens: usize, path: AttentionPath) -> Pass {
     Pass {
         launches: plans.collect(),
         weights: model.bytes_read(tokens),
-        cache: model.cache_bytes_per_token(),
+        cache: model.cache_bytes_per_token(CacheKind::Contiguous).unwrap(),
     }
 }
 
