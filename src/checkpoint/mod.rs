@@ -6,8 +6,8 @@ mod files;
 pub mod hub;
 mod keep;
 mod layout;
+mod layouts;
 mod load;
-mod marlin;
 mod quality;
 mod report;
 mod safetensors;
@@ -16,6 +16,8 @@ mod validate;
 mod write;
 
 pub use files::ModelFiles;
+pub use layouts::Layout;
+pub(crate) use layouts::check_config;
 pub use load::{LoadOptions, Loader};
 pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};

@@ -1,5 +1,7 @@
 //! What loading found.
 
+use super::Layout;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// A number of tensors and the bytes they take.
@@ -41,6 +43,8 @@ pub struct RoundedHead {
 pub struct LoadReport {
     /// FP4 weights used where they lie in the file.
     pub fp4: Tally,
+    /// The layouts that they are stored in.
+    pub layouts: BTreeSet<Layout>,
     /// Weights quantised while loading.
     pub quantized: Tally,
     /// Weights in floating point, used where they lie.

@@ -9,6 +9,7 @@
 //! ```
 
 mod cases;
+pub mod contexts;
 #[cfg(target_os = "macos")]
 mod gpu;
 mod machine;

@@ -41,6 +41,7 @@ fn the_doctor_finds_nothing_wrong() {
         "normed linear",
         "per head",
         "per head, floating point",
+        "merged per head",
         "MLP",
         "mixture of experts",
         "routing",

@@ -2,7 +2,7 @@
 
 use crate::faults::{Fault, PlanFault};
 use crate::runner::Work;
-use crate::{dense, linear, moe, norm_rope};
+use crate::{append, dense, linear, merged, moe, norm_rope};
 
 pub struct Family {
     /// Files of `metal/`, headers aside.
@@ -29,10 +29,22 @@ pub const FAMILIES: &[Family] = &[
         plan_faults: &[],
     },
     Family {
+        files: &["append.metal"],
+        works: append::works::all,
+        faults: append::faults::FAULTS,
+        plan_faults: append::faults::PLAN_FAULTS,
+    },
+    Family {
         files: &["dense.metal"],
         works: dense::works::all,
         faults: dense::faults::FAULTS,
         plan_faults: &[],
+    },
+    Family {
+        files: &["merged.metal"],
+        works: merged::works::all,
+        faults: merged::faults::FAULTS,
+        plan_faults: merged::plan_faults::FAULTS,
     },
     Family {
         files: &["moe.metal", "router.metal"],

@@ -22,13 +22,14 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 14] = [
+const FAMILIES: [Family; 15] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
     ours("normed linear", products::normed),
     ours("per head", products::per_head),
     ours("per head, floating point", products::per_head_dense),
+    ours("merged per head", products::merged),
     ours("MLP", experts::mlp),
     ours("mixture of experts", experts::moe),
     ours("routing", experts::router),
