@@ -16,6 +16,8 @@ using namespace metal;
 // What a threadgroup writes: outputs, where there is one split, or parts of them.
 constant bool WHOLE [[function_constant(36)]];
 constant bool PARTS [[function_constant(37)]];
+// Latents have rotary keys beside them, which are stored their own way.
+constant bool ROTARY [[function_constant(38)]];
 
 // The largest score of no token.
 static inline float none() { return as_type<float>(0xff800000u); }
@@ -87,7 +89,7 @@ static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) 
 
 // Four numbers of a vector of this width, which begins at `to`.
 template <typename T>
-static inline void store(device T* to, uint first, uint width, float4 x) {
+static inline void put_four(device T* to, uint first, uint width, float4 x) {
     if (cache::BY_FOURS) {
         if (first < width) {
             *(device vec<T, 4>*)(to + first) = vec<T, 4>(T(x.x), T(x.y), T(x.z), T(x.w));

@@ -189,9 +189,9 @@ template <typename T, ushort FOURS, ushort HEADS>
             for (ushort i = 0; i < FOURS; i++) {
                 const uint element = paged::element_of(i, lane);
                 if (paged::WHOLE) {
-                    paged::store(y + row * width, element, width, sum[i] / weights);
+                    paged::put_four(y + row * width, element, width, sum[i] / weights);
                 } else {
-                    paged::store(parts + part * width, element, width, sum[i]);
+                    paged::put_four(parts + part * width, element, width, sum[i]);
                 }
             }
             if (paged::PARTS && lane == 0) {
