@@ -69,7 +69,7 @@ static inline float4 transformed(float4 x, uint block, ushort lane) {
 
 // Rotates a query as the cache's vectors are.
 template <ushort FOURS>
-static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_query(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
@@ -79,7 +79,7 @@ static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
 
 // Takes the rotation of an output back.
 template <ushort FOURS>
-static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_back(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {

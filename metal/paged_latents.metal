@@ -82,7 +82,7 @@ template <typename T, ushort FOURS>
         device const T* from = queries + ulong(token) * args.q_token + ulong(mine) * args.q_head;
         paged::take_query(from, width, args.score_factor, lane, query[h]);
         if (cache::ROTATED) {
-            paged::rotate(query[h], width, lane);
+            paged::rotate_query(query[h], width, lane);
         }
         turned[h] = float2(0.0f);
         if (paged::ROTARY) {
@@ -186,7 +186,7 @@ template <typename T, ushort FOURS>
     for (ushort h = 0; h < HEADS; h++) {
         const float of_head = simd_shuffle(total, h * LANES), most = simd_shuffle(largest, h * LANES);
         if (cache::ROTATED) {
-            paged::unrotate(sums[h], width, lane);
+            paged::rotate_back(sums[h], width, lane);
         }
         if (head + h < heads) {
             const ulong row = ulong(token) * args.heads + head + h;

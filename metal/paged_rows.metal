@@ -92,7 +92,7 @@ template <typename T>
                 const uint first = start + lane * 4;
                 float4 x[1] = {cache::four_of(pool + codes_at, pool + scales_at, first, width)};
                 if (cache::ROTATED) {
-                    paged::unrotate(x, width, lane);
+                    paged::rotate_back(x, width, lane);
                 }
                 paged::put_four(to, first, width, x[0]);
             }

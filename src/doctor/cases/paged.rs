@@ -56,14 +56,13 @@ impl Cache {
     }
 
     fn sequences(&self) -> Vec<PagedSequence<'_>> {
-        let sequence = |(table, len): (&'_ Vec<u32>, &usize)| (table.as_slice(), *len);
-        let all = self.tables.iter().zip(self.lengths).map(sequence);
-        all.map(|(table, len)| PagedSequence {
+        let all = self.tables.iter().zip(self.lengths);
+        let sequences = all.map(|(table, len)| PagedSequence {
             table,
-            len,
+            len: *len,
             queries: 1,
-        })
-        .collect()
+        });
+        sequences.collect()
     }
 
     fn batch(&self, device: &Device) -> Result<PagedBatch> {
