@@ -48,6 +48,7 @@ fn the_doctor_finds_nothing_wrong() {
         "addition",
         "RoPE",
         "latent rows",
+        "storing in a paged cache",
     ] {
         assert!(number(family, "nmse") <= number(family, "bound"));
         assert!(number(family, "launches") >= 18.0, "{family}");

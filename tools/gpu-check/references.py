@@ -1,4 +1,5 @@
 """What each op should give, in torch: a function an op, over its operands by role. Sums and products in f64."""
+import cache
 import data
 import torch
 
@@ -142,7 +143,25 @@ def latent_rows(operands, meta):
     return [rows, *(rope(operands, meta) if "queries" in operands else [])]
 
 
+def append_latents(operands, meta):
+    """The rows of latent_rows, stored; and queries."""
+    rows, turned = latent_rows(operands, meta)
+    vectors = rows.float().split([part["width"] for part in meta["parts"]], 1)
+    return [cache.stored(operands, meta, vectors), turned]
+
+
+def append_heads(operands, meta):
+    """Keys and values, stored as they are."""
+    vectors = []
+    for role in ("x.keys", "x.values"):
+        x = operands[role].view(data.DTYPES[meta["dtype"]]).float()
+        vectors += x.view(meta["m"], meta["heads"], -1).unbind(1)
+    return [cache.stored(operands, meta, vectors)]
+
+
 REFERENCES = {
+    "append_latents": append_latents,
+    "append_heads": append_heads,
     "linear": linear,
     "per_head": per_head,
     "experts": experts,

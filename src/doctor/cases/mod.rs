@@ -1,5 +1,6 @@
 //! Each kind of kernel, on small inputs, beside the plain reference.
 
+mod append;
 mod attention;
 mod experts;
 mod products;
@@ -22,7 +23,7 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 14] = [
+const FAMILIES: [Family; 15] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
@@ -36,6 +37,7 @@ const FAMILIES: [Family; 14] = [
     ours("addition", rows::add),
     ours("RoPE", rows::rope),
     ours("latent rows", rows::latent),
+    ours("storing in a paged cache", append::append),
     Family {
         name: "attention",
         compare: attention::attention,

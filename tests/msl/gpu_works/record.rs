@@ -78,7 +78,8 @@ impl Op {
 
     /// Its launches and operands.
     pub fn record<T>(self, forward: impl FnOnce() -> candle_core::Result<T>) -> Value {
-        let host = Arc::new(Host::recorder(false));
+        // Where tokens lie matters, and is in an operand; of the others only the size does.
+        let host = Arc::new(Host::recorder(self.roles.iter().any(|role| role == "index")));
         host.install(forward).unwrap();
         let [recorded] = host.recorded().try_into().expect("one plan");
         let name = format!("{}, {}, {}", self.name, self.dtype.as_str(), self.m);
@@ -111,6 +112,9 @@ impl Op {
             "len": operand.len,
             "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
         });
+        if role == "index" {
+            described["contents"] = hex(&operand.bytes).into();
+        }
         if role == "places" {
             assert_eq!(operand.len, self.places.len(), "{}: the table", self.name);
             described["contents"] = hex(&self.places).into();
