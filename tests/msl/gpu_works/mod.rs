@@ -2,6 +2,7 @@
 //!
 //! Each family of kernels adds its ops here, their operands' roles, and a reference to `tools/gpu-check/references.py`.
 
+mod append;
 mod linear;
 mod moe;
 mod norm_rope;
@@ -28,6 +29,7 @@ fn gpu_works() {
         moe::works(),
         norm_rope::works(),
         paged::works(),
+        append::works(),
     ]
     .concat();
     std::fs::write(folder.join("works.json"), serde_json::to_string(&works).unwrap()).unwrap();

@@ -9,6 +9,9 @@ use candle_mmfp4::metal::plan::{Binding, Constant, Launch};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
+/// The operand that says where a paged cache's tokens lie.
+const INDEX: &str = "index";
+
 /// An op that is to be recorded.
 pub struct Op {
     /// What it is for.
@@ -83,7 +86,9 @@ impl Op {
 
     /// Its launches and operands.
     pub fn record<T>(self, forward: impl FnOnce() -> candle_core::Result<T>) -> Value {
-        let host = Arc::new(Host::recorder(false));
+        // Where tokens lie matters, and is in an operand; of the others only the size does.
+        let needed = self.roles.iter().any(|role| role == INDEX) && !self.contents.contains_key(INDEX);
+        let host = Arc::new(Host::recorder(needed));
         host.install(forward).unwrap();
         let [recorded] = host.recorded().try_into().expect("one plan");
         let name = format!("{}, {}, {}", self.name, self.dtype.as_str(), self.m);
@@ -120,6 +125,8 @@ impl Op {
             let held = contents.as_str().map(str::len);
             assert_eq!(held, Some(2 * operand.len), "{}: {role}", self.name);
             described["contents"] = contents.clone();
+        } else if role == INDEX {
+            described["contents"] = hex(&operand.bytes).into();
         }
         described
     }
