@@ -145,7 +145,7 @@ impl Synthetic {
     fn check(&self, folder: &Path, files: &[(String, File<Content>)]) -> Result<()> {
         let config = std::fs::read_to_string(folder.join("config.json")).unwrap_or_default();
         let whole = files.iter().all(|(name, file)| {
-            let size = (file.preamble().len() + file.data_size()) as u64;
+            let size = file.size() as u64;
             std::fs::metadata(folder.join(name)).is_ok_and(|found| found.len() == size)
         });
         if whole && config == layout::json_text(&self.json) {
