@@ -77,9 +77,9 @@ static inline void rotate(threadgroup float* values, uint count, uint block, ush
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    const float factor = cache::rotation_factor(block);
+    const float by = cache::rotation_factor(block);
     for (uint i = index; i < count; i += threads) {
-        values[i] *= factor;
+        values[i] *= by;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -130,7 +130,7 @@ static inline void store_fp4(
             }
         }
         const uint chosen = !finite ? NAN_SCALE : ideal == INFINITE_SCALE ? INFINITE_SCALE : best;
-        const float scale = cache::fp4_scale(chosen);
+        const float by = cache::fp4_scale(chosen);
         if (first + index < tasks) {
             if (candidate == 0) {
                 scales[group] = uchar(chosen);
@@ -140,7 +140,7 @@ static inline void store_fp4(
                 for (ushort half_byte = 0; half_byte < 2; half_byte++) {
                     const float x = mine[i + half_byte];
                     // Nothing but zeros, or what is too small for any scale, has the scale 0.
-                    const uint code = chosen == 0 ? 0 : fp4::encode(fabs(x), scale);
+                    const uint code = chosen == 0 ? 0 : fp4::encode(fabs(x), by);
                     const uint sign = x < 0.0f && code != 0 ? 8 : 0;
                     byte |= (code | sign) << (4 * half_byte);
                 }

@@ -6,7 +6,7 @@ use candle_core::Device;
 use candle_mmfp4::checkpoint::{Checkpoint, Layout, LoadOptions, LoadReport};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Factor, Format, Fp4Tensor, ScaleRule, quantize};
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::models::glm4_moe_lite::{AttentionPath, Logits, Model};
 use common::draft::{Draft, Stored, tiny};
 use common::values;
 use safetensors::Dtype;
@@ -299,4 +299,100 @@ fn scales_that_lie_the_other_way_round_are_turned() {
         turned += 1;
     }
     assert!(turned > 10 && read(&draft) == expected);
+}
+
+/// The tiny model with `kv_b_proj` as MLX and llama.cpp split it, in floating point: keys transposed, values as they are.
+fn split() -> Draft {
+    let mut draft = Draft::plain();
+    let size = |name: &str| draft.config[name].as_u64().unwrap() as usize;
+    let (heads, latent) = (size("num_attention_heads"), size("kv_lora_rank"));
+    let (nope, value) = (size("qk_nope_head_dim"), size("v_head_dim"));
+    let names: Vec<_> = (draft.tensors.keys().filter(|name| name.contains("kv_b_proj")))
+        .cloned()
+        .collect();
+    for name in names {
+        let tensor = draft.tensors.remove(&name).unwrap();
+        let element = tensor.bytes.len() / (heads * (nope + value) * latent);
+        let at = |row: usize, column: usize| {
+            let start = (row * latent + column) * element;
+            tensor.bytes[start..start + element].to_vec()
+        };
+        let rows = |head: usize| head * (nope + value)..;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for head in 0..heads {
+            let first = rows(head).start;
+            for column in 0..latent {
+                keys.extend((first..first + nope).flat_map(|row| at(row, column)));
+            }
+            for row in first + nope..first + nope + value {
+                values.extend((0..latent).flat_map(|column| at(row, column)));
+            }
+        }
+        let prefix = name.strip_suffix("kv_b_proj.weight").unwrap();
+        let dtype = tensor.dtype;
+        draft.tensors.insert(
+            format!("{prefix}embed_q.weight"),
+            stored(dtype, &[heads, latent, nope], &keys),
+        );
+        draft.tensors.insert(
+            format!("{prefix}unembed_out.weight"),
+            stored(dtype, &[heads, value, latent], &values),
+        );
+    }
+    draft
+}
+
+fn logits_by(model: &mut Model, path: AttentionPath) -> Vec<f32> {
+    model.set_attention_path(path);
+    bits(model).into_iter().map(f32::from_bits).collect()
+}
+
+#[test]
+fn a_split_kv_b_is_used_in_its_own_orientation() {
+    let close = |a: &[f32], b: &[f32], what: &str| {
+        let error: f32 = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum();
+        let norm: f32 = b.iter().map(|b| b * b).sum();
+        assert!(error <= 1e-9 * norm, "{what}: {}", error / norm);
+    };
+    let (mut joint, _) = load(&tiny(), None).unwrap();
+    let folder = split().write();
+    let (mut model, report) = load(folder.path(), None).unwrap();
+    assert!(report.unused.is_empty(), "{report}");
+    for path in [AttentionPath::Absorbed, AttentionPath::Materialised] {
+        close(
+            &logits_by(&mut model, path),
+            &logits_by(&mut joint, path),
+            &format!("{path:?}"),
+        );
+    }
+    // Quantised, its sums run along other axes than those of the joint one; both ways to attend read the same weights.
+    let quantize = Format {
+        group: 16,
+        ..Format::mmfp4()
+    };
+    let (mut model, report) = load(folder.path(), Some(quantize)).unwrap();
+    assert!(report.kept.is_empty(), "{report}");
+    let absorbed = logits_by(&mut model, AttentionPath::Absorbed);
+    close(
+        &logits_by(&mut model, AttentionPath::Materialised),
+        &absorbed,
+        "quantised",
+    );
+    assert!(absorbed != logits_by(&mut joint, AttentionPath::Absorbed));
+
+    let mut draft = split();
+    draft
+        .tensors
+        .remove("model.layers.1.self_attn.unembed_out.weight")
+        .unwrap();
+    assert_refused(
+        &draft,
+        &["`model.layers.1.self_attn.unembed_out.weight`", "missing"],
+    );
+    let mut draft = split();
+    draft
+        .get("model.layers.1.self_attn.embed_q.weight")
+        .shape
+        .swap(1, 2);
+    assert_refused(&draft, &["`model.layers.1.self_attn.embed_q.weight`", "shape"]);
 }

@@ -252,6 +252,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{Checkpoint, LoadOptions, ModelFiles};
     use crate::fp4::Bytes;
+    use crate::kv::CacheKind;
     use crate::models::check_finite;
     use crate::models::glm4_moe_lite::{Logits, Model, Sequence};
     use crate::ops::ValueRange;
@@ -451,7 +452,8 @@ mod tests {
                 model.bytes_read(512),
                 packed + floats + 60 * more + 511 * 2 * 2048
             );
-            assert_eq!(model.cache_bytes_per_token(), layers * 576 * 4);
+            let contiguous = model.cache_bytes_per_token(CacheKind::Contiguous).unwrap();
+            assert_eq!(contiguous, layers * 576 * 4);
         }
     }
 

@@ -3,7 +3,7 @@
 use super::layouts;
 use super::safetensors::Checkpoint;
 use super::write::is_linear;
-use crate::fp4::{Format, ScaleRule, Validation, quantize, validate};
+use crate::fp4::{Format, ScaleRule, Validation, Weight, quantize, validate};
 use crate::{Error, Result};
 
 /// What a floating-point checkpoint is compared with.
@@ -44,9 +44,9 @@ pub fn validate_checkpoint<'a>(
     Ok(matrices.into_iter().map(move |(name, module, stored, (n, k))| {
         let values = stored.matrix(name, n, k)?.to_f32();
         let packed = match quantized {
-            Quantized::Stored(other) => match layouts::find(other, module, (n, k))? {
-                Some(packed) => packed.tensor,
-                None => {
+            Quantized::Stored(other) => match layouts::read(other, module, (n, k))?.weight {
+                Weight::Fp4(packed) => packed,
+                _ => {
                     let folder = Some(other.folder().to_path_buf());
                     return Err(Error::tensor(name, folder, "not packed there"));
                 }

@@ -1,6 +1,7 @@
 //! Which cache a model uses.
 
 use super::format::CacheFormat;
+use super::layout::RowLayout;
 use crate::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
@@ -22,6 +23,19 @@ pub enum CacheKind {
     /// A tensor a layer and sequence, which grows, in the activations' dtype: [`TokenCache`](crate::nn::TokenCache), the
     /// reference that the other is compared with.
     Contiguous,
+}
+
+impl CacheKind {
+    /// Bytes that MLA's latent and rotary key of a token take in a layer; a number of a contiguous cache takes `number`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn latent_bytes(self, latent: usize, rope: usize, number: usize) -> Result<usize> {
+        match self {
+            Self::Paged(format) => Ok(RowLayout::latent(format, latent, rope)?.row_bytes()),
+            Self::Contiguous => Ok((latent + rope) * number),
+        }
+    }
 }
 
 impl Default for CacheKind {
@@ -72,6 +86,25 @@ impl FromStr for CacheKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kv_kinds_have_their_rows() {
+        let bytes = |kind: &str| {
+            kind.parse::<CacheKind>()
+                .unwrap()
+                .latent_bytes(512, 64, 4)
+                .unwrap()
+        };
+        assert_eq!(
+            ["contiguous", "f16", "fp8", "fp4"].map(bytes),
+            [2304, 1152, 656, 416]
+        );
+        assert!(
+            CacheKind::Paged(CacheFormat::fp4())
+                .latent_bytes(520, 64, 4)
+                .is_err()
+        );
+    }
 
     #[test]
     fn kv_kinds_are_read_as_they_are_written() {

@@ -123,7 +123,7 @@ impl PagedKvCache {
         let of_layer = layout.pool_bytes(blocks)?;
         check_memory(
             of_block.saturating_mul(blocks as u64),
-            layout.row_bytes() * layers,
+            (layout.row_bytes() * layers) as u64,
             device,
         )?;
         let pools = (0..layers).map(|_| Tensor::zeros(of_layer, DType::U8, device));
@@ -332,7 +332,10 @@ impl PagedKvCache {
 }
 
 /// Checks that a device has so many bytes, which tokens of `a_token` bytes are to fill.
-fn check_memory(bytes: u64, a_token: usize, device: &Device) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Argument`] where it has fewer.
+pub(crate) fn check_memory(bytes: u64, a_token: u64, device: &Device) -> Result<()> {
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
         return crate::metal::device::check_memory(device, bytes);
@@ -343,11 +346,11 @@ fn check_memory(bytes: u64, a_token: usize, device: &Device) -> Result<()> {
     }
 }
 
-fn fits(bytes: u64, a_token: usize, available: Option<u64>) -> Result<()> {
+fn fits(bytes: u64, a_token: u64, available: Option<u64>) -> Result<()> {
     match available {
         Some(available) if bytes > available => {
             let mib = |bytes: u64| bytes >> 20;
-            let tokens = available / (a_token as u64).max(1);
+            let tokens = available / a_token.max(1);
             let expected = format!(
                 "at most {} MiB, the memory that is available: {tokens} tokens",
                 mib(available)

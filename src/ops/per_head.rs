@@ -57,7 +57,7 @@ impl PerHead {
         Self { arithmetic, ..self }
     }
 
-    /// The weight.
+    /// The whole weight, of which heads have parts.
     pub fn weight(&self) -> &Weight {
         &self.weight
     }

@@ -6,9 +6,10 @@ mod report;
 mod row;
 
 use crate::output::{Usage, print_json, say};
-use crate::{model, progress};
+use crate::{cache, model, progress};
 use anyhow::Context;
 use candle_mmfp4::checkpoint::{Checkpoint, ModelFiles, Synthetic};
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::models::glm4_moe_lite::Config;
 use row::{Outcome, Row};
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,12 @@ pub struct Arguments {
     /// Print all rows as CSV.
     #[arg(long)]
     csv: bool,
+    /// What the cache of keys and values stores, each test once with each: f16, bf16, fp8, fp4 (fp4-16, fp4-16-rotated,
+    /// fp4-32, fp4-32-rotated) or contiguous.
+    #[arg(long, value_name = "FORMAT", value_delimiter = ',', default_values_t = [CacheKind::default()])]
+    kv_cache: Vec<CacheKind>,
+    #[command(flatten)]
+    memory: cache::Memory,
     #[command(flatten)]
     model: model::Arguments,
     /// A model of random weights, made where it is not there: glm-4.7-flash (16 GB), or slice, its first four layers
@@ -102,6 +109,8 @@ pub struct Test {
     kind: Kind,
     tokens: usize,
     depth: usize,
+    #[serde(with = "row::by_name")]
+    kv_cache: CacheKind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,10 +132,10 @@ impl std::fmt::Display for Test {
             Kind::Prompt => write!(f, "pp {}", self.tokens)?,
             Kind::Decode => write!(f, "tg {}", self.tokens)?,
         }
-        match self.depth {
-            0 => Ok(()),
-            depth => write!(f, " at depth {depth}"),
+        if self.depth > 0 {
+            write!(f, " at depth {}", self.depth)?;
         }
+        write!(f, ", cache {}", self.kv_cache)
     }
 }
 
@@ -167,19 +176,27 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 impl Arguments {
     fn tests(&self) -> Vec<Test> {
-        let latency = Test {
-            kind: Kind::Latency,
-            tokens: 1,
-            depth: 0,
-        };
-        let mut tests = vec![latency];
-        for &depth in &self.depth {
-            let of = |kind, tokens: &[usize]| {
-                let tokens: Vec<_> = tokens.iter().copied().filter(|&tokens| tokens > 0).collect();
-                tokens.into_iter().map(move |tokens| Test { kind, tokens, depth })
-            };
-            tests.extend(of(Kind::Prompt, &self.prompt_tokens));
-            tests.extend(of(Kind::Decode, &self.generate_tokens));
+        let mut tests = Vec::new();
+        for &kv_cache in &self.kv_cache {
+            tests.push(Test {
+                kind: Kind::Latency,
+                tokens: 1,
+                depth: 0,
+                kv_cache,
+            });
+            for &depth in &self.depth {
+                let of = |kind, tokens: &[usize]| {
+                    let tokens: Vec<_> = tokens.iter().copied().filter(|&tokens| tokens > 0).collect();
+                    tokens.into_iter().map(move |tokens| Test {
+                        kind,
+                        tokens,
+                        depth,
+                        kv_cache,
+                    })
+                };
+                tests.extend(of(Kind::Prompt, &self.prompt_tokens));
+                tests.extend(of(Kind::Decode, &self.generate_tokens));
+            }
         }
         tests
     }
@@ -217,7 +234,7 @@ impl Arguments {
             .sum();
         let options = self.model.load_options();
         for test in tests {
-            let needs = fit::Needs::of(config, stored, &options, test);
+            let needs = fit::Needs::of(config, stored, &options, test, self.memory.size(test.kv_cache)?)?;
             let limit = config.max_position_embeddings;
             if needs.tokens > limit {
                 let problem = format!(

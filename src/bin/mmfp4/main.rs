@@ -1,6 +1,7 @@
 //! `mmfp4`: generate text with 4-bit models, and measure their speed and what 4 bits cost.
 
 mod bench;
+mod cache;
 mod demo;
 mod doctor;
 mod generate;

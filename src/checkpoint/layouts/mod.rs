@@ -14,7 +14,7 @@ mod siblings;
 pub(crate) use config::check as check_config;
 
 use super::safetensors::{Checkpoint, StoredTensor};
-use crate::fp4::{Fp4Tensor, Parts};
+use crate::fp4::{Fp4Tensor, Parts, Weight};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use siblings::{Named, Siblings};
@@ -51,34 +51,49 @@ impl fmt::Display for Layout {
     }
 }
 
-/// An FP4 weight as a checkpoint has it.
+/// A weight as a checkpoint has it.
 #[derive(Debug)]
-pub(super) struct Packed {
-    pub tensor: Fp4Tensor,
-    pub layout: Layout,
+pub(super) struct Found {
+    pub weight: Weight,
+    /// Of an FP4 weight.
+    pub layout: Option<Layout>,
     /// The tensors that it consists of.
     pub used: Vec<String>,
 }
 
-/// The FP4 weight `[N, K]` of a linear layer; `None` where the checkpoint has it in floating point, or not at all.
+/// The weight `[N, K]` of a linear layer, in FP4 or floating point.
 ///
 /// # Errors
-/// [`Error::Tensor`](crate::Error::Tensor) names what is missing beside its codes or malformed, and weights of a kind that
-/// is not implemented.
-pub(super) fn find(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Option<Packed>> {
-    let Some(siblings) = Siblings::of(checkpoint, module) else {
-        return Ok(None);
-    };
+/// [`Error::Tensor`] names what is missing or malformed, and weights of a kind that is not implemented.
+pub(super) fn read(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
+    found(Siblings::of(checkpoint, module), shape)
+}
+
+/// The weight `[H · N, K]` of a module that has a matrix `[N, K]` a head, one below the other.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_stack(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
+    found(Siblings::stacked(checkpoint, module), shape)
+}
+
+fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
     refused::check(&siblings)?;
-    let Some(read) = reader(&siblings) else {
-        return Ok(None);
+    let (weight, layout) = match reader(&siblings) {
+        Some(read) => {
+            let (tensor, layout) = read(&siblings, shape)?;
+            (tensor.into(), Some(layout))
+        }
+        None => {
+            let Named { name, tensor } = siblings.get("weight")?;
+            (tensor.matrix(&name, shape.0, shape.1)?.into(), None)
+        }
     };
-    let (tensor, layout) = read(&siblings, shape)?;
-    Ok(Some(Packed {
-        tensor,
+    Ok(Found {
+        weight,
         layout,
         used: siblings.used(),
-    }))
+    })
 }
 
 /// A tensor of these parts; of shapes checked before only a scale's value can be wrong.
@@ -91,7 +106,7 @@ fn together(codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
 
 /// Whether a checkpoint has a linear layer's weight in FP4.
 pub(super) fn holds(checkpoint: &Checkpoint, module: &str) -> bool {
-    Siblings::of(checkpoint, module).is_some_and(|siblings| reader(&siblings).is_some())
+    reader(&Siblings::of(checkpoint, module)).is_some()
 }
 
 type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;

@@ -11,9 +11,19 @@ pub(super) struct Siblings<'a> {
     checkpoint: &'a Checkpoint,
     /// What their names begin with.
     module: String,
-    /// Which of a stack.
-    index: Option<usize>,
+    share: Share,
     used: RefCell<Vec<String>>,
+}
+
+/// How much of the tensors is the layer's.
+#[derive(Debug, Clone, Copy)]
+enum Share {
+    /// All.
+    Whole,
+    /// One of a stack.
+    One(usize),
+    /// All of a stack, its matrices one below the other.
+    Stacked,
 }
 
 /// A tensor and its name.
@@ -47,20 +57,35 @@ impl Named {
 }
 
 impl<'a> Siblings<'a> {
-    /// Of a module that is there.
-    pub fn of(checkpoint: &'a Checkpoint, module: &str) -> Option<Self> {
-        let own = (module.to_string(), None);
-        let candidates = [Some(own), of_switch(module)].into_iter().flatten();
-        let mut all = candidates.map(|(module, index)| Self {
+    /// Of a module under its own name or, of an expert that is not there, under that of all.
+    pub fn of(checkpoint: &'a Checkpoint, module: &str) -> Self {
+        let own = Self::new(checkpoint, module.to_string(), Share::Whole);
+        let of_all = || {
+            let (module, share) = of_switch(module)?;
+            Some(Self::new(checkpoint, module, share)).filter(Self::is_there)
+        };
+        match own.is_there() {
+            true => own,
+            false => of_all().unwrap_or(own),
+        }
+    }
+
+    /// Of a module whose weight has a matrix a head.
+    pub fn stacked(checkpoint: &'a Checkpoint, module: &str) -> Self {
+        Self::new(checkpoint, module.to_string(), Share::Stacked)
+    }
+
+    fn new(checkpoint: &'a Checkpoint, module: String, share: Share) -> Self {
+        Self {
             checkpoint,
             module,
-            index,
+            share,
             used: RefCell::default(),
-        });
-        all.find(|siblings| {
-            let prefix = format!("{}.", siblings.module);
-            checkpoint.tensors_with_prefix(&prefix).next().is_some()
-        })
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        self.checkpoint.has_module(&self.module)
     }
 
     /// What messages call the layer.
@@ -82,9 +107,10 @@ impl<'a> Siblings<'a> {
         let name = self.name(suffix);
         let tensor = self.checkpoint.get(&name)?;
         self.see(suffix);
-        let tensor = match self.index {
-            None => tensor.clone(),
-            Some(index) => slice(&name, tensor, index)?,
+        let tensor = match self.share {
+            Share::Whole => tensor.clone(),
+            Share::One(index) => slice(&name, tensor, index)?,
+            Share::Stacked => below_one_another(&name, tensor)?,
         };
         Ok(Named { name, tensor })
     }
@@ -102,13 +128,29 @@ impl<'a> Siblings<'a> {
 }
 
 /// Where MLX keeps an expert: `….experts.3.up_proj` is the fourth of `….switch_mlp.up_proj`.
-fn of_switch(module: &str) -> Option<(String, Option<usize>)> {
+fn of_switch(module: &str) -> Option<(String, Share)> {
     let (layer, expert) = module.split_once(".experts.")?;
     let (index, projection) = expert.split_once('.')?;
     Some((
         format!("{layer}.switch_mlp.{projection}"),
-        Some(index.parse().ok()?),
+        Share::One(index.parse().ok()?),
     ))
+}
+
+/// Matrices `[H, N, K]` as one `[H · N, K]`; a factor of all stays.
+fn below_one_another(name: &str, stack: &StoredTensor) -> Result<StoredTensor> {
+    let rows = |a: usize, b: usize| {
+        let problem = format!("shape {:?} is larger than memory", stack.shape);
+        a.checked_mul(b).ok_or_else(|| stack.problem(name, problem))
+    };
+    let shape = match stack.shape[..] {
+        [heads, n, k] => vec![rows(heads, n)?, k],
+        _ => stack.shape.clone(),
+    };
+    Ok(StoredTensor {
+        shape,
+        ..stack.clone()
+    })
 }
 
 /// One of a stack of tensors.

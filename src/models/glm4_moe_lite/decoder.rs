@@ -1,18 +1,16 @@
 //! The decoder: embeddings, layers, head.
 
 use super::attention::{Attention, AttentionPath, norm_bytes};
+use super::cache::{cache_bytes, cache_bytes_per_token};
 use super::config::Config;
 use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
-use crate::kv::CacheFormat;
+use crate::kv::{CacheFormat, CacheKind};
 use crate::nn::{CacheSize, Embedding, MmfP4Linear, PagedKvCache, RmsNorm, RotaryEmbedding, TokenCache};
-use crate::{Error, Result, ops};
+use crate::{Error, Result, nn, ops};
 use candle_core::{DType, Device};
-
-/// Tokens of cache that a GPU must have room for where [`LoadOptions::context`] says nothing.
-const CONTEXT: usize = 8192;
 
 #[derive(Debug)]
 pub(super) struct DecoderLayer {
@@ -85,7 +83,7 @@ impl Model {
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
         let dtype = options.activations_on(device)?;
-        check_memory(&config, checkpoint, options, device)?;
+        check_memory(&config, checkpoint, options, device, dtype)?;
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
         let by_kernels = ops::kernels_run_on(device);
@@ -183,9 +181,12 @@ impl Model {
         (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
     }
 
-    /// Bytes that a token takes in a cache; each later token reads them.
-    pub fn cache_bytes_per_token(&self) -> u64 {
-        cache_bytes(&self.config, self.dtype, 1)
+    /// Bytes that a token takes in a cache of this kind; each later token reads them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn cache_bytes_per_token(&self, kind: CacheKind) -> Result<u64> {
+        cache_bytes_per_token(&self.config, kind, self.dtype)
     }
 
     /// An empty cache for any number of sequences, each up to the model's context, whose memory is taken now. On Linux the
@@ -220,56 +221,50 @@ fn predicted(config: &Config) -> Vec<String> {
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
 }
 
-/// Numbers that a cache holds of a token.
-pub(crate) fn cache_width(config: &Config) -> u64 {
-    (config.layers.len() * config.cache_width()) as u64
-}
-
 /// Bytes of a checkpoint's tensors that take part, as they are stored.
 pub(crate) fn weights_stored(config: &Config, checkpoint: &Checkpoint) -> u64 {
     checkpoint.size_without(&predicted(config))
 }
 
-/// Bytes that `tokens` tokens take in a cache.
-fn cache_bytes(config: &Config, dtype: DType, tokens: usize) -> u64 {
-    cache_width(config) * (dtype.size_in_bytes() * tokens) as u64
-}
-
-/// Refuses what a GPU cannot hold, before anything is read: weights as they are stored or, quantised while loading, at
-/// least that small, and the cache of [`LoadOptions::context`].
+/// Refuses what the machine cannot hold, before anything is read: on the CPU the cache that was asked for, weights being
+/// files that the system reads again where it has to; on a GPU the cache and the weights, as they are stored or, quantised
+/// while loading, at least that small.
 fn check_memory(
     config: &Config,
     checkpoint: &Checkpoint,
     options: &LoadOptions,
     device: &Device,
+    dtype: DType,
 ) -> Result<()> {
-    let needed = bytes_needed(config, checkpoint, options, options.activations_on(device)?);
+    let cache = cache_bytes(config, options, dtype)?;
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
+        let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
         return crate::metal::device::check_memory(device, needed);
     }
-    let _ = needed;
+    if options.kv_size.is_some() {
+        let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
+        return nn::check_cache_memory(cache, row, device);
+    }
+    let _ = checkpoint;
     Ok(())
 }
 
-fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions, dtype: DType) -> u64 {
+/// Bytes of the weights at least.
+#[cfg(any(target_os = "macos", test))]
+fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
-    let weights = match options.quantize {
+    match options.quantize {
         None => stored,
         // Of 16 bits a weight, as originals have.
         Some(format) => (stored as f64 * format.bits_per_weight() / 16.0) as u64,
-    };
-    let context = options
-        .context
-        .unwrap_or(CONTEXT)
-        .min(config.max_position_embeddings);
-    weights.saturating_add(cache_bytes(config, dtype, context))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::requirements::{CacheFormat, Needs};
+    use crate::doctor::requirements::Needs;
     use crate::fp4::Format;
 
     #[test]
@@ -277,41 +272,73 @@ mod tests {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model");
         let checkpoint = Checkpoint::open(folder).unwrap();
         let config = Config::from_files(&ModelFiles::folder(std::path::Path::new(folder))).unwrap();
-        let needed = |options: LoadOptions| bytes_needed(&config, &checkpoint, &options, DType::BF16);
+        let needed = |options: LoadOptions| {
+            let cache = cache_bytes(&config, &options, DType::BF16).unwrap();
+            weights_needed(&config, &checkpoint, &options) + cache
+        };
         let plain = needed(LoadOptions::default());
         let files: u64 = checkpoint
             .files()
             .iter()
             .map(|file| file.metadata().unwrap().len())
             .sum();
-        let context = config.max_position_embeddings.min(CONTEXT) as u64;
-        // A row of 128 + 32 numbers of two bytes in each of six layers.
-        let cache = context * 6 * 160 * 2;
+        // A row of 128 + 32 numbers of two bytes in each of six layers, for the model's context.
+        let cache = 2048 * 6 * 160 * 2;
         assert!(
             plain <= files + cache && plain > files * 9 / 10 + cache,
             "{plain}"
         );
-        let none = needed(LoadOptions {
-            context: Some(0),
+        let sized = |kv_size| LoadOptions {
+            kv_size: Some(kv_size),
             ..LoadOptions::default()
-        });
+        };
+        let none = needed(sized(CacheSize::Bytes(0)));
         assert_eq!(plain - none, cache);
+        assert_eq!(needed(sized(CacheSize::Bytes(12_345))), none + 12_345);
         let quantized = needed(LoadOptions {
             quantize: Some(Format::mmfp4()),
-            context: Some(0),
-            ..LoadOptions::default()
+            ..sized(CacheSize::Tokens(0))
         });
         assert_eq!(quantized, (none as f64 * 4.125 / 16.0) as u64);
-        // `mmfp4 doctor` counts the same, whatever the context.
+        // `mmfp4 doctor` counts the same, whatever the context and the cache.
         let files = ModelFiles::folder(std::path::Path::new(folder));
         let needs = Needs::of_files("demo", &files).unwrap();
-        for context in [0, 100, usize::MAX] {
+        for kind in ["bf16", "fp8", "fp4", "contiguous"].map(|kind| kind.parse().unwrap()) {
+            for context in [0, 100, config.max_position_embeddings] {
+                let options = LoadOptions {
+                    kv_cache: kind,
+                    ..sized(CacheSize::Tokens(context))
+                };
+                let counted = needs.bytes(context, kind, DType::BF16).unwrap();
+                assert_eq!(counted, needed(options), "{kind}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_cache_that_the_machine_cannot_hold_is_refused_before_anything_is_loaded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model");
+        let load = |kv_cache: CacheKind, kv_size| {
             let options = LoadOptions {
-                context: Some(context),
+                kv_cache,
+                kv_size: Some(kv_size),
+                // Refused as well, but by what loads.
+                skip_layers: vec![99],
                 ..LoadOptions::default()
             };
-            assert_eq!(needs.bytes(context, CacheFormat::Half), needed(options));
+            let loaded = Model::from_folder(folder, &options, &Device::Cpu);
+            loaded.map(|_| ()).unwrap_err().to_string()
+        };
+        if crate::memory::available().is_some() {
+            for size in [CacheSize::Bytes(1 << 50), CacheSize::Tokens(1 << 40)] {
+                let error = load(CacheKind::default(), size);
+                assert!(error.contains("the memory that is available"), "{error}");
+            }
         }
+        let error = load(CacheKind::Contiguous, CacheSize::Bytes(1 << 20));
+        assert!(error.contains("contiguous"), "{error}");
+        let error = load(CacheKind::default(), CacheSize::Bytes(1 << 20));
+        assert!(error.contains("99"), "{error}");
     }
 
     #[test]

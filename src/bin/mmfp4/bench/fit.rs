@@ -4,8 +4,9 @@ use super::{Kind, Test};
 use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::generation::Options;
 use candle_mmfp4::models::glm4_moe_lite::Config;
+use candle_mmfp4::nn::CacheSize;
 
-/// Bytes of a number in activations and cache.
+/// Bytes of a number in activations.
 const FLOAT: u64 = 4;
 
 /// What a test takes.
@@ -19,9 +20,15 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// `stored` is the bytes of the checkpoint's tensors; those of weights quantised or rounded while loading come on
+    /// The cache is as large as was said, or as the test needs; `stored` is the bytes of the checkpoint's tensors; those of weights quantised or rounded while loading come on
     /// top.
-    pub fn of(config: &Config, stored: u64, load: &LoadOptions, test: &Test) -> Self {
+    pub fn of(
+        config: &Config,
+        stored: u64,
+        load: &LoadOptions,
+        test: &Test,
+        cache: Option<CacheSize>,
+    ) -> anyhow::Result<Self> {
         let tokens = test.depth.saturating_add(match test.kind {
             // A prompt of one token and what follows it, a few times.
             Kind::Latency => 2,
@@ -46,15 +53,20 @@ impl Needs {
         // Blocks of 128 bytes and a scale.
         let head = of(config.vocab_size) * of(config.hidden_size).div_ceil(128) * (128 + FLOAT);
         let head = if load.int8_head { head } else { 0 };
-        Self {
+        let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
+        let row = test.kv_cache.latent_bytes(latent, rope, size_of::<f32>())?;
+        Ok(Self {
             tokens,
             weights: stored.saturating_add(quantized).saturating_add(head),
-            cache: (of(config.layers.len()) * of(config.cache_width()) * FLOAT).saturating_mul(total),
+            cache: match cache {
+                Some(CacheSize::Bytes(bytes)) => bytes,
+                _ => (of(config.layers.len()) * of(row)).saturating_mul(total),
+            },
             activations: attention
                 .saturating_add(layer)
                 .saturating_add(of(config.vocab_size))
                 .saturating_mul(FLOAT),
-        }
+        })
     }
 
     /// Refuses a test that takes more than is `available`.
@@ -81,14 +93,20 @@ mod tests {
     use super::*;
     use candle_mmfp4::checkpoint::Synthetic;
     use candle_mmfp4::fp4::Format;
+    use candle_mmfp4::kv::CacheKind;
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_numbers() {
         let full: Synthetic = "glm-4.7-flash".parse().unwrap();
         let stored = full.size_in_bytes();
-        let test = |kind, tokens, depth| Test { kind, tokens, depth };
+        let test = |kind, tokens, depth| Test {
+            kind,
+            tokens,
+            depth,
+            kv_cache: CacheKind::Contiguous,
+        };
         let as_it_is = LoadOptions::default();
-        let needs = |test: &Test| Needs::of(full.config(), stored, &as_it_is, test);
+        let needs = |test: &Test| Needs::of(full.config(), stored, &as_it_is, test, None).unwrap();
         let decode = test(Kind::Decode, 24, 1000);
         let Needs {
             tokens,
@@ -117,6 +135,13 @@ mod tests {
         ] {
             assert!(error.contains(part), "{error}");
         }
+        let fp4 = Test {
+            kv_cache: "fp4".parse().unwrap(),
+            ..decode
+        };
+        assert_eq!(needs(&fp4).cache, 1024 * 47 * 416);
+        let sized = Needs::of(full.config(), stored, &as_it_is, &fp4, Some(CacheSize::Bytes(7)));
+        assert_eq!(sized.unwrap().cache, 7);
         let quantizing = LoadOptions {
             quantize: Some(Format::mmfp4()),
             ..LoadOptions::default()
@@ -126,7 +151,7 @@ mod tests {
             ..LoadOptions::default()
         };
         for options in [quantizing, rounding] {
-            let more = Needs::of(full.config(), stored, &options, &decode);
+            let more = Needs::of(full.config(), stored, &options, &decode, None).unwrap();
             assert!(more.check(&decode, Some(stored + cache + activations)).is_err());
         }
         // Beyond any machine, and no overflow.

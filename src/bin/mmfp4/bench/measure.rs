@@ -6,10 +6,11 @@ use candle_core::Tensor;
 use candle_mmfp4::bandwidth::ReadBandwidth;
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::generation::Options;
+use candle_mmfp4::kv::{CacheKind, SequenceId};
 use candle_mmfp4::memory;
-use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
+use candle_mmfp4::models::glm4_moe_lite::{Cache, Logits, Model};
 use candle_mmfp4::models::{Phase, Profile};
-use candle_mmfp4::nn::TokenCache;
+use candle_mmfp4::nn::CacheSize;
 use std::time::Instant;
 
 pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
@@ -19,9 +20,18 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
     let start = Instant::now();
     let (model, report) = Model::from_files(&files, &options, &arguments.model.device()?)?;
     let load_ms = milliseconds(start);
+    let tokens = test.depth + test.tokens.max(LATENCY);
+    // As large as the test needs, unless it was said; a cache on a GPU has to be there before.
+    let size = arguments
+        .memory
+        .size(test.kv_cache)?
+        .unwrap_or(CacheSize::Tokens(tokens));
+    let mut cache = model.new_kv_cache(test.kv_cache, Some(size))?;
     let mut run = Run {
+        sequence: cache.start(&[]).0,
+        cache,
+        kv_cache: test.kv_cache,
         memory: ReadBandwidth::new(&model)?,
-        cache: model.new_cache(),
         model: &model,
         setup: Setup {
             model: arguments.name().to_string(),
@@ -45,7 +55,9 @@ pub fn measure(arguments: &Arguments, test: Test) -> anyhow::Result<Vec<Row>> {
 
 struct Run<'a> {
     model: &'a Model,
-    cache: TokenCache,
+    cache: Cache,
+    sequence: SequenceId,
+    kv_cache: CacheKind,
     memory: ReadBandwidth,
     setup: Setup,
     /// Tokens drawn so far.
@@ -68,7 +80,7 @@ impl Run<'_> {
             Kind::Prompt | Kind::Latency => (test.tokens, 0),
         };
         let name = if test.kind == Kind::Decode { "tg" } else { "pp" };
-        let mut row = self.row(name, prompt, generated, &times, step);
+        let mut row = self.row(name, prompt, generated, &times, step)?;
         row.depth = test.depth;
         row.first_ms = Some(first_ms);
         if profiled {
@@ -87,11 +99,11 @@ impl Run<'_> {
     /// One token at the start of a sequence, and one after it: each for the first time, then again and again.
     fn latency(&mut self, load_ms: f64, repetitions: u32) -> anyhow::Result<Vec<Row>> {
         // Each row is made at once, with the memory as it is then.
-        let mut rows = vec![self.row("load", 0, 0, &Samples(vec![load_ms]), 1)];
+        let mut rows = vec![self.row("load", 0, 0, &Samples(vec![load_ms]), 1)?];
         let first = Samples(vec![self.feed(0, 1, 1)?]);
-        rows.push(self.row("first_prompt", 1, 0, &first, 1));
+        rows.push(self.row("first_prompt", 1, 0, &first, 1)?);
         let first = Samples(vec![self.feed(1, 1, 1)?]);
-        rows.push(self.row("first_decode", 0, 1, &first, 1));
+        rows.push(self.row("first_decode", 0, 1, &first, 1)?);
         self.memory.read_all();
         let (mut prompts, mut decodes) = (Samples(Vec::new()), Samples(Vec::new()));
         let mut rates = Samples(vec![self.memory.measure()]);
@@ -100,8 +112,8 @@ impl Run<'_> {
             decodes.0.push(self.feed(1, 1, 1)?);
             rates.0.push(self.memory.measure());
         }
-        rows.push(self.row("later_prompt", 1, 0, &prompts, 1));
-        rows.push(self.row("later_decode", 0, 1, &decodes, 1));
+        rows.push(self.row("later_prompt", 1, 0, &prompts, 1)?);
+        rows.push(self.row("later_decode", 0, 1, &decodes, 1)?);
         Ok(rows.into_iter().map(|row| row.beside(&rates)).collect())
     }
 
@@ -124,44 +136,48 @@ impl Run<'_> {
             .map(|index| (mix(index) % vocabulary) as u32)
             .collect();
         self.drawn += tokens as u64;
-        self.cache.truncate(depth)?;
+        self.cache.truncate(self.sequence, depth)?;
         let start = Instant::now();
         for tokens in drawn.chunks(step) {
-            let position = self.cache.len();
+            let alone = [(self.sequence, tokens)];
             let Some((profile, phase)) = &mut profile else {
                 self.model
-                    .forward(tokens, position, &mut self.cache, Logits::Last)?;
+                    .forward_cached(&mut self.cache, &alone, Logits::Last, None)?;
                 continue;
             };
-            let mut alone = [Sequence {
-                tokens,
-                position,
-                cache: Some(&mut self.cache),
-            }];
             profile.begin(*phase);
             let mut observer = |site, _: &Tensor, _: &Tensor| profile.see(site);
             self.model
-                .forward_batch(&mut alone, Logits::Last, Some(&mut observer))?;
+                .forward_cached(&mut self.cache, &alone, Logits::Last, Some(&mut observer))?;
         }
         Ok(milliseconds(start))
     }
 
-    fn row(&self, test: &str, prompt: usize, generated: usize, times: &Samples, step: usize) -> Row {
+    fn row(
+        &self,
+        test: &str,
+        prompt: usize,
+        generated: usize,
+        times: &Samples,
+        step: usize,
+    ) -> anyhow::Result<Row> {
+        let cached = self.cache.len(self.sequence)? as u64;
         let tokens = prompt + generated;
         let passes = (0..tokens).step_by(step).map(|start| step.min(tokens - start));
         let bytes: u64 = passes.map(|tokens| self.model.bytes_read(tokens)).sum();
-        Row {
+        Ok(Row {
             test: test.into(),
             setup: self.setup.clone(),
             prompt_tokens: prompt,
             generated_tokens: generated,
             depth: 0,
+            kv_cache: self.kv_cache.to_string(),
             tokens_per_s: tokens as f64 * 1e3 / times.median(),
             spread: times.spread(),
             latency_ms: times.median(),
             first_ms: None,
             bytes_per_token: bytes.checked_div(tokens as u64).unwrap_or(0),
-            cache_bytes: self.model.cache_bytes_per_token() * self.cache.len() as u64,
+            cache_bytes: self.model.cache_bytes_per_token(self.kv_cache)? * cached,
             read_bandwidth_gb_s: 0.0,
             bandwidth_spread: 0.0,
             share_of_bandwidth: 0.0,
@@ -171,7 +187,7 @@ impl Run<'_> {
             repetitions: times.0.len(),
             samples_ms: times.0.clone(),
             profile: None,
-        }
+        })
     }
 }
 
@@ -186,6 +202,9 @@ impl Row {
         self
     }
 }
+
+/// Tokens that a latency is measured over at most: a prompt of one, and what follows it.
+const LATENCY: usize = 2;
 
 /// Tokens a pass of a prompt has, as in generation.
 fn chunk() -> usize {

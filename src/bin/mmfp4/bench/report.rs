@@ -8,7 +8,8 @@ use std::io::Write;
 /// A table for people.
 pub fn table(rows: &[Row]) -> String {
     let head = [
-        "test", "tokens/s", "spread", "ms", "first ms", "MB/token", "GB/s", "share", "peak", "private", "",
+        "test", "cache", "tokens/s", "spread", "ms", "first ms", "MB/token", "GB/s", "share", "peak",
+        "private", "",
     ];
     let lines: Vec<_> = rows.iter().map(line).collect();
     let all = || std::iter::once(head.map(String::from)).chain(lines.iter().cloned());
@@ -57,7 +58,7 @@ pub fn name(row: &Row) -> String {
     }
 }
 
-fn line(row: &Row) -> [String; 11] {
+fn line(row: &Row) -> [String; 12] {
     let tokens = row.prompt_tokens + row.generated_tokens;
     let show = |value: f64, digits: usize| format!("{value:.digits$}");
     // What has no tokens has no rate, and one measurement no spread.
@@ -69,6 +70,7 @@ fn line(row: &Row) -> [String; 11] {
     };
     [
         name(row),
+        row.kv_cache.clone(),
         rate(show(row.tokens_per_s, 1)),
         spread,
         show(row.latency_ms, 1),

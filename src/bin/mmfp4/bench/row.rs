@@ -24,6 +24,8 @@ pub struct Row {
     pub prompt_tokens: usize,
     pub generated_tokens: usize,
     pub depth: usize,
+    /// What the cache stores.
+    pub kv_cache: String,
     pub tokens_per_s: f64,
     /// The largest less the smallest of the repetitions, as a share of the median.
     pub spread: f64,
@@ -49,6 +51,27 @@ pub struct Row {
     /// Of one more repetition, where it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileReport>,
+}
+
+/// What is written as its name and read back from it.
+pub mod by_name {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    pub fn serialize<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: FromStr<Err: Display>,
+    {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(D::Error::custom)
+    }
 }
 
 /// What all rows of a report share.
