@@ -4,7 +4,9 @@ mod common;
 
 use candle_core::Device;
 use candle_mmfp4::Error;
-use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::checkpoint::{
+    Checkpoint, LoadOptions, LoadReport, QuantizeOptions, quantize_checkpoint, quantize_folder,
+};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
@@ -569,7 +571,12 @@ fn the_bundled_model_is_remade_byte_for_byte() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("demo-model");
     let source = Checkpoint::open(bf16_demo()).unwrap();
-    quantize_folder(&source, &target, Format::mmfp4(), ScaleRule::SquaredError).unwrap();
+    // As examples/quantize.rs.
+    let options = QuantizeOptions {
+        shard_bytes: 7_000_000,
+        ..QuantizeOptions::new(Format::mmfp4())
+    };
+    quantize_checkpoint(&source, &target, &options, |_, _| {}).unwrap();
     let names = |folder: &Path| -> BTreeSet<_> {
         let entries = std::fs::read_dir(folder).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
@@ -641,8 +648,15 @@ fn quantising_writes_a_whole_folder_or_nothing() {
         )
     };
 
-    let error = quantize(&tiny(), Format::mxfp4()).unwrap_err().to_string();
-    assert!(error.contains("`format`") && error.contains("E8M0"), "{error}");
+    let odd = Format {
+        group: 64,
+        kind: ScaleKind::E8M0,
+    };
+    let error = quantize(&tiny(), odd).unwrap_err().to_string();
+    assert!(
+        error.contains("`format`") && error.contains("E8M0 every 64"),
+        "{error}"
+    );
     let mut nan = Draft::plain();
     nan.get(&format!("{UP}.weight")).bytes[20..22].copy_from_slice(&0x7fc0u16.to_le_bytes());
     let error = quantize(nan.write().path(), GROUP_64).unwrap_err();

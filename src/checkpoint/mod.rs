@@ -23,4 +23,4 @@ pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
 pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};
-pub use write::quantize_folder;
+pub use write::{QuantizeOptions, QuantizeReport, quantize_checkpoint, quantize_folder};

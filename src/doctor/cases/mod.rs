@@ -1,7 +1,9 @@
 //! Each kind of kernel, on small inputs, beside the plain reference.
 
+mod append;
 mod attention;
 mod experts;
+mod paged;
 mod products;
 mod rows;
 
@@ -22,7 +24,7 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 15] = [
+const FAMILIES: [Family; 18] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
@@ -37,6 +39,9 @@ const FAMILIES: [Family; 15] = [
     ours("addition", rows::add),
     ours("RoPE", rows::rope),
     ours("latent rows", rows::latent),
+    ours("paged attention", paged::attention),
+    ours("tokens of a paged cache", paged::gather),
+    ours("storing in a paged cache", append::append),
     Family {
         name: "attention",
         compare: attention::attention,

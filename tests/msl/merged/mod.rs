@@ -187,58 +187,52 @@ fn attention_leaves_its_parts_to_the_product_behind_it() {
         ..Case::default()
     };
     let values_of = case.op();
-    for format in [
-        CacheFormat::BF16,
-        CacheFormat::Fp8,
-        "fp4-16-rotated".parse().unwrap(),
+    // Of four sequences a token, of the last one, of the last two three: few; and of all of them more than few.
+    for (format, from, queries, dtype) in [
+        ("bf16", 0, 1, DType::F32),
+        ("fp8", 3, 1, DType::BF16),
+        ("fp4-16-rotated", 2, 3, DType::F16),
+        ("f16", 0, 5, DType::F32),
     ] {
-        let cache = Cache::new(format);
+        let cache = Cache::new(format.parse().unwrap());
         let op = PagedAttention::new(cache.layout.clone(), HEADS, SCALE, None).unwrap();
-        // Of four sequences a token, of the last one, of the last two three: few; and of all of them more than few.
-        for (from, queries, dtype) in [
-            (0, 1, DType::F32),
-            (3, 1, DType::BF16),
-            (2, 3, DType::F16),
-            (0, 5, DType::F32),
-        ] {
-            let sequences = cache.sequences(from, queries);
-            let n: usize = sequences.iter().map(|sequence| sequence.queries).sum();
-            let queries = Tensor::from_vec(
-                noise(n * HEADS * (LATENT + ROPE), 5),
-                (n, HEADS, LATENT + ROPE),
-                &Device::Cpu,
-            );
-            let queries = queries.and_then(|queries| queries.to_dtype(dtype)).unwrap();
-            let y = backend.run(|device| {
-                let batch = PagedBatch::new(&sequences, 16, device)?;
-                let pool = Tensor::new(cache.pool.as_slice(), device)?;
-                let [latent, rope] = [(0, LATENT), (LATENT, ROPE)]
-                    .map(|(start, len)| queries.narrow(2, start, len)?.to_device(device));
-                Ok(op.forward_expanded(&[&latent?, &rope?], &pool, &batch, &values_of)?)
-            });
-            let rows = values(&queries);
-            let view = HeadView {
-                data: &rows,
-                row: HEADS * (LATENT + ROPE),
-                head: LATENT + ROPE,
-                width: LATENT + ROPE,
-            };
-            let attended = reference::paged_attention(Call {
-                layout: &cache.layout,
-                pool: &cache.pool,
-                heads: HEADS,
-                queries: &[view],
-                sequences: &sequences,
-                window: None,
-                scale: SCALE,
-            });
-            let weight = values_of.weight();
-            let expected = reference::per_head(weight, case.rows, &attended, n, Arithmetic::Exact);
-            let error = nmse(&values(&y.unwrap()), &expected);
-            // Beyond eight tokens attention is rounded before it is multiplied.
-            let bound = bound(dtype) * if n > 8 { 2.0 } else { 1.0 };
-            assert!(error <= bound, "{format}, {n} tokens, {dtype:?}: {error:e}");
-        }
+        let sequences = cache.sequences(from, queries);
+        let n: usize = sequences.iter().map(|sequence| sequence.queries).sum();
+        let queries = Tensor::from_vec(
+            noise(n * HEADS * (LATENT + ROPE), 5),
+            (n, HEADS, LATENT + ROPE),
+            &Device::Cpu,
+        );
+        let queries = queries.and_then(|queries| queries.to_dtype(dtype)).unwrap();
+        let y = backend.run(|device| {
+            let batch = PagedBatch::new(&sequences, 16, device)?;
+            let pool = Tensor::new(cache.pool.as_slice(), device)?;
+            let [latent, rope] = [(0, LATENT), (LATENT, ROPE)]
+                .map(|(start, len)| queries.narrow(2, start, len)?.to_device(device));
+            Ok(op.forward_expanded(&[&latent?, &rope?], &pool, &batch, &values_of)?)
+        });
+        let rows = values(&queries);
+        let view = HeadView {
+            data: &rows,
+            row: HEADS * (LATENT + ROPE),
+            head: LATENT + ROPE,
+            width: LATENT + ROPE,
+        };
+        let attended = reference::paged_attention(Call {
+            layout: &cache.layout,
+            pool: &cache.pool,
+            heads: HEADS,
+            queries: &[view],
+            sequences: &sequences,
+            window: None,
+            scale: SCALE,
+        });
+        let weight = values_of.weight();
+        let expected = reference::per_head(weight, case.rows, &attended, n, Arithmetic::Exact);
+        let error = nmse(&values(&y.unwrap()), &expected);
+        // Beyond eight tokens attention is rounded before it is multiplied.
+        let bound = bound(dtype) * if n > 8 { 2.0 } else { 1.0 };
+        assert!(error <= bound, "{format}, {n} tokens, {dtype:?}: {error:e}");
     }
 }
 
