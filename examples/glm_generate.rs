@@ -8,7 +8,9 @@ use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Event, Message, Pipeline, RenderOptions};
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::memory;
+use candle_mmfp4::nn::CacheSize;
 use clap::Parser;
 use std::io::Write;
 use std::path::PathBuf;
@@ -42,6 +44,12 @@ struct Arguments {
     /// Quantise a floating-point model while it loads: mmfp4, mxfp4 or nvfp4.
     #[arg(long)]
     quantize: Option<Format>,
+    /// What the cache of keys and values stores: f16, bf16, fp8, fp4 or contiguous.
+    #[arg(long, default_value_t)]
+    kv_cache: CacheKind,
+    /// How large it is: bytes, or with K, M, G or T as in 512M [default: as the machine has room].
+    #[arg(long)]
+    kv_memory: Option<CacheSize>,
 }
 
 fn main() -> ExitCode {
@@ -101,6 +109,8 @@ fn run() -> anyhow::Result<()> {
     let start = Instant::now();
     let options = LoadOptions {
         quantize: arguments.quantize,
+        kv_cache: arguments.kv_cache,
+        kv_size: arguments.kv_memory,
         ..LoadOptions::default()
     };
     let (pipeline, report) = Pipeline::from_folder(folder, &options, &device)?;

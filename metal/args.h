@@ -93,6 +93,22 @@ static_assert(sizeof(DenseArgs) == 40, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, x_row) == 12, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, weight_row) == 28, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, second_n) == 36, "as in src/metal/args.rs");
+
+// A product with what attention's parts come to, each token's heads; the rows of the weight as of LinearArgs.
+struct MergedArgs {
+    uint m;           // tokens
+    uint n;           // rows of the weight a head has
+    uint k;           // columns of the weight and of a part
+    uint heads;
+    uint splits;      // parts of each
+    uint weight_row;
+    uint weight_head;
+    float factor;     // of a weight in FP4
+};
+static_assert(sizeof(MergedArgs) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MergedArgs, splits) == 16, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MergedArgs, factor) == 28, "as in src/metal/args.rs");
+
 // The router of a mixture of experts.
 struct RouterArgs {
     uint tokens;

@@ -16,6 +16,8 @@ using namespace metal;
 // What a threadgroup writes: outputs, where there is one split, or parts of them.
 constant bool WHOLE [[function_constant(36)]];
 constant bool PARTS [[function_constant(37)]];
+// Latents have rotary keys beside them, which are stored their own way.
+constant bool ROTARY [[function_constant(38)]];
 
 // The largest score of no token.
 static inline float none() { return as_type<float>(0xff800000u); }
@@ -67,7 +69,7 @@ static inline float4 transformed(float4 x, uint block, ushort lane) {
 
 // Rotates a query as the cache's vectors are.
 template <ushort FOURS>
-static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_query(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
@@ -77,7 +79,7 @@ static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
 
 // Takes the rotation of an output back.
 template <ushort FOURS>
-static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_back(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
@@ -87,7 +89,7 @@ static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) 
 
 // Four numbers of a vector of this width, which begins at `to`.
 template <typename T>
-static inline void store(device T* to, uint first, uint width, float4 x) {
+static inline void put_four(device T* to, uint first, uint width, float4 x) {
     if (cache::BY_FOURS) {
         if (first < width) {
             *(device vec<T, 4>*)(to + first) = vec<T, 4>(T(x.x), T(x.y), T(x.z), T(x.w));

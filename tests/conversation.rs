@@ -9,6 +9,7 @@ use candle_mmfp4::generation::{
     Cancel, ChatTemplate, Event, FinishReason, Generation, GenerationConfig, Message, Options, Output,
     OutputEvent, OutputParser, Pipeline, RenderOptions, Sampling, Statistics, Tokenizer,
 };
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use candle_mmfp4::{Error, nn::TokenCache};
 use common::{largest_difference, mmfp4_demo};
@@ -21,12 +22,15 @@ const OTHER_ANSWER: &str = "Returns true if the ordering is the Equal variant.";
 /// What rounding may change where the same is computed in another order.
 const ROUNDING: f32 = 1e-4;
 
-static PIPELINE: LazyLock<Pipeline> = LazyLock::new(load);
+static PIPELINE: LazyLock<Pipeline> = LazyLock::new(|| load(CacheKind::default()));
+/// Whose sequences share nothing: what one of them finds in the cache is its own.
+static CONTIGUOUS: LazyLock<Pipeline> = LazyLock::new(|| load(CacheKind::Contiguous));
 
 /// In exact arithmetic: with rounded activations the last bit, which the order of sums decides, can choose between two
 /// steps.
-fn load() -> Pipeline {
+fn load(kv_cache: CacheKind) -> Pipeline {
     let options = LoadOptions {
+        kv_cache,
         arithmetic: Arithmetic::Exact,
         ..LoadOptions::default()
     };
@@ -238,8 +242,12 @@ fn the_cache_holds_one_latent_a_token() {
 fn a_second_turn_continues_the_first() {
     let first = [("user", OTHER_QUESTION)];
     let prompt = chat(&first);
-    let mut session = PIPELINE.new_session();
-    let answer = collect(PIPELINE.generate_in(&mut session, &prompt, &at_most(60)).unwrap());
+    let mut session = CONTIGUOUS.new_session();
+    let answer = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &prompt, &at_most(60))
+            .unwrap(),
+    );
     assert_eq!(
         (answer.text.trim(), answer.reason),
         (OTHER_ANSWER, FinishReason::Stop)
@@ -254,8 +262,12 @@ fn a_second_turn_continues_the_first() {
         *session.tokens(),
         "the template repeats the history"
     );
-    let reused = collect(PIPELINE.generate_in(&mut session, &second, &at_most(60)).unwrap());
-    let fresh = generate(&second, &at_most(60));
+    let reused = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &second, &at_most(60))
+            .unwrap(),
+    );
+    let fresh = collect(CONTIGUOUS.generate(&second, &at_most(60)).unwrap());
     assert_eq!(
         (&reused.tokens, &reused.text, reused.reason),
         (&fresh.tokens, &fresh.text, fresh.reason)
@@ -267,31 +279,54 @@ fn a_second_turn_continues_the_first() {
 
 #[test]
 fn edited_history_is_computed_from_the_first_difference_on() {
-    let mut session = PIPELINE.new_session();
+    let mut session = CONTIGUOUS.new_session();
     let prompt = chat(&[("user", QUESTION)]);
-    collect(PIPELINE.generate_in(&mut session, &prompt, &at_most(60)).unwrap());
+    collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &prompt, &at_most(60))
+            .unwrap(),
+    );
 
     let edited = chat(&[("user", "What does `Option::take` do?")]);
     let common = prompt.iter().zip(&edited).take_while(|(a, b)| a == b).count();
     assert!(common > 2 && common < edited.len());
-    let output = collect(PIPELINE.generate_in(&mut session, &edited, &at_most(60)).unwrap());
+    let output = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &edited, &at_most(60))
+            .unwrap(),
+    );
     assert_eq!(output.statistics.cached_tokens, common);
-    let fresh = generate(&edited, &at_most(60));
+    let fresh = collect(CONTIGUOUS.generate(&edited, &at_most(60)).unwrap());
     assert_eq!((&output.tokens, &output.text), (&fresh.tokens, &fresh.text));
 
     // The same prompt again: all but its last token, whose logits are needed.
-    let again = collect(PIPELINE.generate_in(&mut session, &edited, &at_most(60)).unwrap());
+    let again = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &edited, &at_most(60))
+            .unwrap(),
+    );
     assert_eq!(again.statistics.cached_tokens, edited.len() - 1);
     assert_eq!(again.tokens, fresh.tokens);
     // A prefix of what is held.
     let shorter = &edited[..edited.len() - 2];
-    let output = collect(PIPELINE.generate_in(&mut session, shorter, &at_most(5)).unwrap());
+    let output = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, shorter, &at_most(5))
+            .unwrap(),
+    );
     assert_eq!(output.statistics.cached_tokens, shorter.len() - 1);
-    assert_eq!(output.tokens, generate(shorter, &at_most(5)).tokens);
+    assert_eq!(
+        output.tokens,
+        collect(CONTIGUOUS.generate(shorter, &at_most(5)).unwrap()).tokens
+    );
 
     session.reset();
     assert!(session.tokens().is_empty());
-    let output = collect(PIPELINE.generate_in(&mut session, &edited, &at_most(60)).unwrap());
+    let output = collect(
+        CONTIGUOUS
+            .generate_in(&mut session, &edited, &at_most(60))
+            .unwrap(),
+    );
     assert_eq!(
         (output.statistics.cached_tokens, output.tokens),
         (0, fresh.tokens)
@@ -378,7 +413,8 @@ fn without_a_generation_config_the_models_end_tokens_count() {
     let folder = mmfp4_demo();
     let (model, _) = Model::from_folder(&folder, &Default::default(), &Device::Cpu).unwrap();
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();
-    let pipeline = Pipeline::new(model, tokenizer, None, GenerationConfig::default());
+    let cache = model.new_kv_cache(CacheKind::default(), None).unwrap();
+    let pipeline = Pipeline::new(model, cache, tokenizer, None, GenerationConfig::default());
     assert_eq!(pipeline.defaults().eos_token_id, PIPELINE.defaults().eos_token_id);
     let error = pipeline
         .chat_prompt(&[Message::new("user", "hello")], &Default::default())

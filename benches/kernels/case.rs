@@ -13,6 +13,16 @@ pub enum Bound {
     Floats,
 }
 
+impl Bound {
+    /// What bounds attention beside this: reading, or multiplying floats.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Bytes => Self::Floats,
+            Self::Operations | Self::Floats => Self::Bytes,
+        }
+    }
+}
+
 /// The same work, done by several.
 pub struct Case {
     /// For criterion's filter and its folders.
@@ -30,6 +40,8 @@ pub struct Contender {
     pub name: &'static str,
     /// Bytes or operations a call, as the case is bound.
     pub work: usize,
+    /// Of the [other](Bound::other) kind, where either may bound a call.
+    pub other: Option<usize>,
     build: Option<Box<dyn FnOnce() -> Ready>>,
     ready: Option<Ready>,
 }
@@ -47,8 +59,17 @@ impl Contender {
         Self {
             name,
             work,
+            other: None,
             build: Some(Box::new(build)),
             ready: None,
+        }
+    }
+
+    /// With this much work of the other kind.
+    pub fn beside(self, other: usize) -> Self {
+        Self {
+            other: Some(other),
+            ..self
         }
     }
 

@@ -12,14 +12,13 @@ const FORMATS: [&str; 5] = ["f16", "bf16", "fp8", "fp4-16", "fp4-32"];
 /// GLM-4.7-Flash's absorbed heads over `depth` latents: bound by products.
 pub fn latents(executor: &Arc<Executor>, depth: usize) -> Case {
     let (heads, latent, rope) = (20, 512, 64);
-    let operations = 2 * heads * (latent + rope + latent) * depth;
     Case {
         name: format!("attention-paged-latents-{depth}"),
         title: format!("Attention of one token over {depth} paged latents, {heads} heads"),
         bound: Bound::Floats,
         peer: Some("bf16"),
-        contenders: contenders(executor, RowKind::Latent { latent, rope }, heads, depth, |_| {
-            operations
+        contenders: contenders(executor, RowKind::Latent { latent, rope }, heads, depth, |work| {
+            (work.operations, work.bytes)
         }),
     }
 }
@@ -39,23 +38,34 @@ pub fn grouped(executor: &Arc<Executor>, depth: usize) -> Case {
         ),
         bound: Bound::Bytes,
         peer: Some("f16"),
-        contenders: contenders(executor, kind, heads, depth, |layout| depth * layout.row_bytes()),
+        contenders: contenders(executor, kind, heads, depth, |work| (work.bytes, work.operations)),
     }
 }
 
+/// What a call reads, and the operations of its products.
+struct Work {
+    bytes: usize,
+    operations: usize,
+}
+
+/// `bound` tells the work that bounds the case from the other.
 fn contenders(
     executor: &Arc<Executor>,
     kind: RowKind,
     heads: usize,
     depth: usize,
-    work: impl Fn(&RowLayout) -> usize,
+    bound: impl Fn(Work) -> (usize, usize),
 ) -> Vec<Contender> {
     let contender = |name: &'static str| {
         let format: CacheFormat = name.parse().expect("a format");
         let layout = RowLayout::new(format, kind, TOKENS_PER_BLOCK).expect("a layout");
-        let work = work(&layout);
+        let widths = cpu::key_width(&layout) + cpu::value_width(&layout);
+        let (work, other) = bound(Work {
+            bytes: depth * layout.row_bytes(),
+            operations: 2 * heads * widths * depth,
+        });
         let executor = Arc::clone(executor);
-        Contender::new(name, work, move || ready(executor, layout, heads, depth))
+        Contender::new(name, work, move || ready(executor, layout, heads, depth)).beside(other)
     };
     FORMATS.into_iter().map(contender).collect()
 }

@@ -52,6 +52,8 @@ pub struct Outcome {
     pub peer: Option<&'static str>,
     /// Bytes or operations a second that the machine reached.
     pub limit: Samples,
+    /// Likewise of the other kind, where a contender has work of it.
+    pub other: Samples,
     pub rows: Vec<Row>,
 }
 
@@ -61,6 +63,8 @@ pub struct Row {
     pub name: &'static str,
     /// Bytes or operations a call.
     pub work: usize,
+    /// Of the other kind.
+    pub other: Option<usize>,
     /// Seconds a call.
     pub seconds: Samples,
 }
@@ -69,7 +73,7 @@ pub struct Row {
 pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outcome> {
     let (mut rows, mut contenders, mut regions) = (Vec::new(), Vec::new(), Vec::new());
     for contender in &mut case.contenders {
-        let (name, work) = (contender.name, contender.work);
+        let (name, work, other) = (contender.name, contender.work, contender.other);
         if let Some(ready) = contender.if_ready() {
             if regions.is_empty() {
                 regions.clone_from(&ready.regions);
@@ -78,6 +82,7 @@ pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outco
             rows.push(Row {
                 name,
                 work,
+                other,
                 seconds: Samples::default(),
             });
         }
@@ -86,20 +91,24 @@ pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outco
         return None;
     }
     let regions: Vec<&[u8]> = regions.iter().map(|bytes| &bytes[..]).collect();
-    let mut limit = Samples::default();
+    let reach = |bound: Bound| match bound {
+        // Nothing of this crate's runs.
+        Bound::Bytes if regions.is_empty() => f64::NAN,
+        Bound::Bytes => roofline::read_bandwidth(executor, &regions),
+        Bound::Operations => roofline::dot_peak(executor),
+        Bound::Floats => roofline::float_peak(executor),
+    };
+    let has_other = rows.iter().any(|row| row.other.is_some());
+    let (mut limit, mut other) = (Samples::default(), Samples::default());
     for round in 0..=effort.rounds {
-        let reached = match case.bound {
-            // Nothing of this crate's runs.
-            Bound::Bytes if regions.is_empty() => f64::NAN,
-            Bound::Bytes => roofline::read_bandwidth(executor, &regions),
-            Bound::Operations => roofline::dot_peak(executor),
-            Bound::Floats => roofline::float_peak(executor),
-        };
+        let reached = reach(case.bound);
+        let other_reached = has_other.then(|| reach(case.bound.other()));
         let turns: Vec<f64> = (contenders.iter_mut())
             .map(|ready| turn(&mut ready.call, effort.turn))
             .collect();
         if round > 0 {
             limit.0.push(reached);
+            other.0.extend(other_reached);
             for (row, seconds) in rows.iter_mut().zip(turns) {
                 row.seconds.0.push(seconds);
             }
@@ -110,6 +119,7 @@ pub fn run(executor: &Executor, case: &mut Case, effort: Effort) -> Option<Outco
         bound: case.bound,
         peer: case.peer,
         limit,
+        other,
         rows,
     })
 }

@@ -1,9 +1,10 @@
 //! What a GPU is (macOS). Type-checked for the real target; not run yet.
 
-use super::requirements::{APPLE_FAMILY, CacheFormat, Needs, gb};
+use super::requirements::{APPLE_FAMILY, Needs, gb};
 use super::{Check, Gpu, Options, Status};
+use crate::Result;
 use crate::metal::device::{self, has_bfloat, has_simdgroup_matrices};
-use candle_core::MetalDevice;
+use candle_core::{DType, MetalDevice};
 
 pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn FnMut(Check)) -> Gpu {
     let gpu = device::Gpu::of(device);
@@ -44,28 +45,30 @@ pub(super) fn describe(device: &MetalDevice, options: &Options, add: &mut dyn Fn
         threadgroup_memory_bytes: gpu.threadgroup_memory,
         unified_memory: gpu.unified,
     };
-    add(match options.model.clone().map_or_else(Needs::flash, Ok) {
-        Ok(needs) => memory(&gpu, &needs, options.context),
-        Err(error) => Check::failed("GPU memory", &error, ""),
-    });
+    let checked = options
+        .model
+        .clone()
+        .map_or_else(Needs::flash, Ok)
+        .and_then(|needs| memory(&gpu, &needs, options));
+    add(checked.unwrap_or_else(|error| Check::failed("GPU memory", &error, "")));
     described
 }
 
 /// Whether loading the model would be refused.
-fn memory(gpu: &device::Gpu, needs: &Needs, context: usize) -> Check {
-    let bytes = needs.bytes(context, CacheFormat::Half);
+fn memory(gpu: &device::Gpu, needs: &Needs, options: &Options) -> Result<Check> {
+    let bytes = needs.bytes(options.context, options.kv_cache, DType::BF16)?;
     let found = format!(
         "{} for the GPU; {} with {} tokens takes {}",
         gb(gpu.working_set),
         needs.name,
-        needs.held(context),
+        needs.held(options.context),
         gb(bytes)
     );
     let check = Check::ok("GPU memory", found)
         .with("recommended_working_set_bytes", gpu.working_set)
         .with("needed_bytes", bytes);
-    match gpu.check(bytes) {
+    Ok(match gpu.check(bytes) {
         Ok(()) => check,
         Err(error) => check.but(Status::Wrong, error.to_string()),
-    }
+    })
 }

@@ -3,10 +3,11 @@
 mod environment;
 mod facts;
 
-use super::requirements::{CANDLE, CacheFormat, MACOS, Needs, gb};
+use super::requirements::{CANDLE, MACOS, Needs, gb};
 use super::{Check, Machine, Options, Status};
 use crate::cpu::{Executor, Isa};
 use crate::{Place, Result, memory};
+use candle_core::DType;
 
 pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<Machine> {
     let machine = Machine {
@@ -16,7 +17,7 @@ pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<Mach
         processor: facts::processor(),
         physical_cores: num_cpus::get_physical(),
         memory_bytes: facts::memory(),
-        available_bytes: memory::available().or_else(facts::available),
+        available_bytes: memory::available(),
         gpu: None,
     };
     add(system(&machine));
@@ -37,7 +38,7 @@ pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<Mach
         options,
         machine.memory_bytes,
         cfg!(target_os = "macos"),
-    ));
+    )?);
     Ok(machine)
 }
 
@@ -135,50 +136,43 @@ fn has(total: Option<u64>, available: Option<u64>) -> Check {
 }
 
 /// Whether a model fits. For a Mac's GPU it has to: that cannot read it from files again and again, as the CPU can.
-fn fits(needs: &Needs, options: &Options, total: Option<u64>, on_mac: bool) -> Check {
+fn fits(needs: &Needs, options: &Options, total: Option<u64>, on_mac: bool) -> Result<Check> {
     let on_gpu = match options.place {
         Place::Metal => true,
         Place::Auto => on_mac,
         Place::Cpu | Place::MslHost => false,
     };
-    let format = if on_gpu {
-        CacheFormat::Half
-    } else {
-        CacheFormat::F32
-    };
-    let (tokens, needed) = (
-        needs.held(options.context),
-        needs.of_machine(options.context, format),
-    );
+    // What a contiguous cache is of, as the activations are.
+    let dtype = if on_gpu { DType::BF16 } else { DType::F32 };
+    let (kind, tokens) = (options.kv_cache, needs.held(options.context));
+    let bytes = needs.bytes(tokens, kind, dtype)?;
+    let needed = bytes.saturating_add(Needs::BESIDE);
     let mut check = Check::ok(
         "memory for a model",
         format!(
-            "{}: {} of weights, {} of cache in {} for {tokens} tokens",
+            "{}: {} of weights, {} of cache ({kind}) for {tokens} tokens",
             needs.name,
             gb(needs.weights),
-            gb(needs.bytes(tokens, format) - needs.weights),
-            format.name(),
+            gb(bytes - needs.weights),
         ),
     );
     check = check
         .with("weights_bytes", needs.weights)
-        .with("cache_bytes_per_token", needs.cache_per_token(format))
+        .with("cache_bytes_per_token", needs.cache_per_token(kind, dtype)?)
         .with("needed_bytes", needed);
     let Some(total) = total.filter(|total| *total < needed) else {
-        return check;
+        return Ok(check);
     };
     let smaller = "take a smaller model (the demo model needs 0.1 GB) or a shorter context";
     let of_mac = |gib: u64| format!(", or a Mac with {gib} GB");
-    match on_gpu {
+    Ok(match on_gpu {
         true => check.but(
             Status::Wrong,
             format!(
                 "{} are too few for the GPU, the system's own share included: {smaller}{}; the CPU would compute, slowly: \
                  --device cpu",
                 gb(total),
-                needs
-                    .smallest_mac(tokens, format)
-                    .map_or(String::new(), of_mac)
+                Needs::smallest_mac(bytes).map_or(String::new(), of_mac)
             ),
         ),
         false => check.but(
@@ -188,12 +182,13 @@ fn fits(needs: &Needs, options: &Options, total: Option<u64>, on_mac: bool) -> C
                 gb(total)
             ),
         ),
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::CacheKind;
 
     #[test]
     fn an_old_macos_is_wrong() {
@@ -210,9 +205,9 @@ mod tests {
             let options = Options {
                 place,
                 context,
-                model: None,
+                ..Options::default()
             };
-            fits(&flash, &options, Some(gib << 30), on_mac)
+            fits(&flash, &options, Some(gib << 30), on_mac).unwrap()
         };
         for place in [Place::Auto, Place::Metal] {
             let refused = of(16, place, 8192, true);
@@ -226,11 +221,7 @@ mod tests {
             assert_eq!(of(24, place, 131_072, true).status, Status::Wrong);
             let fits = of(32, place, 131_072, true);
             assert_eq!(fits.status, Status::Ok);
-            assert!(
-                fits.found.contains("7.1 GB of cache in F16, BF16"),
-                "{}",
-                fits.found
-            );
+            assert!(fits.found.contains("7.1 GB of cache (bf16)"), "{}", fits.found);
         }
     }
 
@@ -243,17 +234,22 @@ mod tests {
             (Place::Auto, false),
             (Place::MslHost, false),
         ] {
-            let options = Options {
-                place,
-                context: 131_072,
-                model: None,
+            let of = |kv_cache, total| {
+                let options = Options {
+                    place,
+                    context: 131_072,
+                    kv_cache,
+                    ..Options::default()
+                };
+                fits(&flash, &options, total, on_mac).unwrap().status
             };
-            let of = |total| fits(&flash, &options, total, on_mac);
-            assert_eq!(of(Some(16 << 30)).status, Status::Warning);
+            let (contiguous, bf16) = (CacheKind::Contiguous, CacheKind::default());
+            assert_eq!(of(bf16, Some(16 << 30)), Status::Warning);
+            assert_eq!(of(bf16, Some(32 << 30)), Status::Ok);
             // In F32 there.
-            assert_eq!(of(Some(32 << 30)).status, Status::Warning);
-            assert_eq!(of(Some(36 << 30)).status, Status::Ok);
-            assert_eq!(of(None).status, Status::Ok);
+            assert_eq!(of(contiguous, Some(32 << 30)), Status::Warning);
+            assert_eq!(of(contiguous, Some(36 << 30)), Status::Ok);
+            assert_eq!(of(bf16, None), Status::Ok);
         }
     }
 

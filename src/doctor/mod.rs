@@ -9,6 +9,7 @@
 //! ```
 
 mod cases;
+pub mod contexts;
 #[cfg(target_os = "macos")]
 mod gpu;
 mod machine;
@@ -20,6 +21,7 @@ mod speed;
 pub use report::{Check, Gpu, Machine, Number, Report, Status};
 
 use crate::cpu::{Executor, Isa};
+use crate::kv::CacheKind;
 use crate::{Place, Result};
 use requirements::Needs;
 use runner::Runner;
@@ -33,6 +35,8 @@ pub struct Options {
     pub model: Option<Needs>,
     /// Tokens that its cache is to hold.
     pub context: usize,
+    /// Which cache.
+    pub kv_cache: CacheKind,
 }
 
 impl Default for Options {
@@ -41,6 +45,7 @@ impl Default for Options {
             place: Place::Auto,
             model: None,
             context: requirements::CONTEXTS[0],
+            kv_cache: CacheKind::default(),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::Result;
 use crate::checkpoint::{Checkpoint, ModelFiles, Synthetic};
-use crate::models::glm4_moe_lite::{Config, cache_width, weights_stored};
+use crate::kv::{CacheFormat, CacheKind};
+use crate::models::glm4_moe_lite::{Config, weights_stored};
+use candle_core::DType;
 
 /// The oldest macOS: Candle uses residency sets, the kernels a math mode, that came with it.
 pub const MACOS: u32 = 15;
@@ -25,34 +27,14 @@ pub const CONTEXTS: [usize; 3] = [8_192, 32_768, 131_072];
 /// Memory that Macs come with, in GiB.
 pub const MACS: [u64; 12] = [8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 256, 512];
 
-/// What a number of the cache is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheFormat {
-    /// As [`Model`](crate::models::glm4_moe_lite::Model) keeps it on the CPU.
-    F32,
-    /// F16 or BF16; on a GPU the latter unless [`LoadOptions::activations`](crate::checkpoint::LoadOptions::activations)
-    /// says otherwise.
-    Half,
-}
-
-impl CacheFormat {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::F32, Self::Half];
-
-    const fn size(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::Half => 2,
-        }
-    }
-
-    pub(super) const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "F32",
-            Self::Half => "F16, BF16",
-        }
-    }
-}
+/// The caches that the table is for: the one that a pipeline makes unless it is told otherwise, the smaller ones, and the
+/// reference.
+pub const CACHES: [CacheKind; 4] = [
+    CacheKind::Paged(CacheFormat::BF16),
+    CacheKind::Paged(CacheFormat::Fp8),
+    CacheKind::Paged(CacheFormat::fp4()),
+    CacheKind::Contiguous,
+];
 
 /// What a model takes of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,8 +43,12 @@ pub struct Needs {
     pub name: String,
     /// Bytes of its tensors.
     pub weights: u64,
-    /// Numbers that the cache holds of a token.
-    pub cache_width: u64,
+    /// Its layers.
+    pub layers: usize,
+    /// Numbers of the latent that a layer keeps of a token.
+    pub latent: usize,
+    /// Numbers of the rotary key beside it.
+    pub rope: usize,
     /// Tokens that it holds at most.
     pub most_tokens: usize,
 }
@@ -73,7 +59,9 @@ impl Needs {
         Self {
             name: name.into(),
             weights,
-            cache_width: cache_width(config),
+            layers: config.layers.len(),
+            latent: config.kv_lora_rank,
+            rope: config.qk_rope_head_dim,
             most_tokens: config.max_position_embeddings,
         }
     }
@@ -97,32 +85,37 @@ impl Needs {
         Ok(Self::new(name, model.config(), model.size_in_bytes()))
     }
 
-    /// Bytes of the cache a token.
-    pub fn cache_per_token(&self, format: CacheFormat) -> u64 {
-        self.cache_width * format.size()
+    /// Bytes of the cache a token; a contiguous one is of the activations' dtype.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a latent whose width the format does not take.
+    pub fn cache_per_token(&self, kind: CacheKind, activations: DType) -> Result<u64> {
+        let row = kind.latent_bytes(self.latent, self.rope, activations.size_in_bytes())?;
+        Ok((row * self.layers) as u64)
     }
 
-    /// Of so many tokens those that the cache can hold.
+    /// Of so many tokens those that a sequence can have.
     pub fn held(&self, tokens: usize) -> usize {
         tokens.min(self.most_tokens)
     }
 
     /// Bytes of weights and of a cache for so many tokens: what
     /// [`Model::load`](crate::models::glm4_moe_lite::Model::load) asks of a GPU.
-    pub fn bytes(&self, tokens: usize, format: CacheFormat) -> u64 {
+    ///
+    /// # Errors
+    /// As [`cache_per_token`](Self::cache_per_token).
+    pub fn bytes(&self, tokens: usize, kind: CacheKind, activations: DType) -> Result<u64> {
         let held = self.held(tokens) as u64;
-        let cache = self.cache_per_token(format).saturating_mul(held);
-        self.weights.saturating_add(cache)
+        let cache = self.cache_per_token(kind, activations)?.saturating_mul(held);
+        Ok(self.weights.saturating_add(cache))
     }
 
-    /// Bytes that a machine should have for it, the system's and other programs' included.
-    pub fn of_machine(&self, tokens: usize, format: CacheFormat) -> u64 {
-        self.bytes(tokens, format).saturating_add(ACTIVATIONS + SYSTEM)
-    }
+    /// Bytes that a machine should have for the model beside its weights and cache, the system's and other programs' included.
+    pub const BESIDE: u64 = ACTIVATIONS + SYSTEM;
 
-    /// The smallest of [`MACS`] that has them, in GiB.
-    pub fn smallest_mac(&self, tokens: usize, format: CacheFormat) -> Option<u64> {
-        let needed = self.of_machine(tokens, format);
+    /// The smallest of [`MACS`] that has so many bytes and those [beside](Self::BESIDE) them, in GiB.
+    pub fn smallest_mac(bytes: u64) -> Option<u64> {
+        let needed = bytes.saturating_add(Self::BESIDE);
         MACS.into_iter().find(|gib| gib << 30 >= needed)
     }
 }
@@ -145,7 +138,7 @@ pub fn tables() -> Result<String> {
     let memory = format!(
         "{} GB or more for the GPU, which 16 GB are too few for; where the system gives it too little of them, \
          `mmfp4 doctor` says how to give it more",
-        flash.smallest_mac(CONTEXTS[0], CacheFormat::Half).unwrap_or(0)
+        Needs::smallest_mac(flash.bytes(CONTEXTS[0], CacheKind::default(), DType::BF16)?).unwrap_or(0)
     );
     for (name, needed) in [
         ("system", format!("macOS {MACOS} or newer")),
@@ -167,21 +160,24 @@ pub fn tables() -> Result<String> {
             .join(" | "),
         "---|".repeat(CONTEXTS.len()),
     );
-    for format in CacheFormat::ALL {
-        let cells = CONTEXTS.map(|tokens| {
-            let mac = flash.smallest_mac(tokens, format).unwrap_or(0);
-            format!(
-                "{} + {} ({mac} GB)",
+    for kind in CACHES {
+        let name = match kind {
+            CacheKind::Contiguous => "contiguous, in F32".into(),
+            paged => format!("`{paged}`"),
+        };
+        let per_token = flash.cache_per_token(kind, DType::F32)?;
+        let mut row = format!("| cache {name} | {:.1} KB |", per_token as f64 / 1e3);
+        for tokens in CONTEXTS {
+            let bytes = flash.bytes(tokens, kind, DType::F32)?;
+            let mac = Needs::smallest_mac(bytes).unwrap_or(0);
+            row += &format!(
+                " {} + {} ({mac} GB) |",
                 gb(flash.weights),
-                gb(flash.bytes(tokens, format) - flash.weights)
-            )
-        });
-        text += &format!(
-            "| cache in {} | {:.1} KB | {} |\n",
-            format.name(),
-            flash.cache_per_token(format) as f64 / 1e3,
-            cells.join(" | ")
-        );
+                gb(bytes - flash.weights)
+            );
+        }
+        text += &row;
+        text.push('\n');
     }
     Ok(text)
 }
@@ -215,22 +211,17 @@ mod tests {
     fn sixteen_gigabytes_are_too_few() {
         let flash = Needs::flash().unwrap();
         // 47 layers of 576 numbers.
-        assert_eq!(flash.cache_per_token(CacheFormat::F32), 108_288);
+        let per_token = |kind| flash.cache_per_token(kind, DType::F32).unwrap();
+        assert_eq!(CACHES.map(per_token), [54_144, 47 * 656, 47 * 416, 108_288]);
         assert!((15_900_000_000..17_000_000_000).contains(&flash.weights));
-        for format in CacheFormat::ALL {
-            assert!(flash.of_machine(1024, format) > 16 << 30);
-            assert_eq!(flash.smallest_mac(CONTEXTS[0], format), Some(24));
+        let bytes = |tokens, kind| flash.bytes(tokens, kind, DType::F32).unwrap();
+        for kind in CACHES {
+            assert!(bytes(1024, kind) + Needs::BESIDE > 16 << 30);
+            assert_eq!(Needs::smallest_mac(bytes(CONTEXTS[0], kind)), Some(24));
         }
-        // No cache holds more than the model's context.
+        // No sequence is longer than the model's context.
         let most = flash.most_tokens;
-        assert_eq!(
-            flash.bytes(usize::MAX, CacheFormat::F32),
-            flash.bytes(most, CacheFormat::F32)
-        );
-        let larger = Needs {
-            weights: 1 << 40,
-            ..flash
-        };
-        assert_eq!(larger.smallest_mac(CONTEXTS[0], CacheFormat::F32), None);
+        assert_eq!(bytes(usize::MAX, CACHES[0]), bytes(most, CACHES[0]));
+        assert_eq!(Needs::smallest_mac(1 << 40), None);
     }
 }

@@ -1,10 +1,10 @@
 //! From a prompt to events.
 
 use super::pipeline::Pipeline;
+use super::session::{Held, Session, common};
 use super::{Detokenizer, History, Sampler, Sampling, StopStrings};
-use crate::models::glm4_moe_lite::{Logits, Sequence};
+use crate::models::glm4_moe_lite::Logits;
 use crate::models::{Observer, Site, check_finite};
-use crate::nn::TokenCache;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::VecDeque;
@@ -25,8 +25,8 @@ pub struct Options {
     /// calls can be told from the answer (see [`OutputParser`](super::OutputParser)); those that end a text
     /// never appear.
     pub skip_special: bool,
-    /// Whether what has been computed is cached. Without, every token computes all before it anew: a slow
-    /// reference with the same results.
+    /// Whether what has been computed is kept from token to token. Without, every token computes all before it anew: a
+    /// slow reference with the same results. A session is then left alone.
     pub use_cache: bool,
     /// Prompt tokens a step; more need more memory for attention's scores.
     pub prefill_chunk: usize,
@@ -115,7 +115,7 @@ pub enum FinishReason {
 pub struct Statistics {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Of those, found in the session's cache.
+    /// Of those, found in the cache: the session's, or of any sequence that began alike.
     pub cached_tokens: usize,
     /// Tokens generated, without the one that ends the text.
     pub generated_tokens: usize,
@@ -145,70 +145,12 @@ fn rate(tokens: usize, time: Duration) -> f64 {
     }
 }
 
-/// A cache and the tokens it holds: what a chat keeps from turn to turn.
-#[derive(Debug)]
-pub struct Session {
-    cache: TokenCache,
-    tokens: Vec<u32>,
-}
-
-impl Session {
-    pub(super) fn new(cache: TokenCache) -> Self {
-        Self {
-            cache,
-            tokens: Vec::new(),
-        }
-    }
-
-    /// The tokens cached.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens[..self.cache.len()]
-    }
-
-    /// Forgets all tokens; the memory is kept.
-    pub fn reset(&mut self) {
-        self.cache.reset();
-        self.tokens.clear();
-    }
-
-    /// Bytes of memory the cache holds.
-    pub fn size_in_bytes(&self) -> usize {
-        self.cache.size_in_bytes()
-    }
-
-    /// Keeps what `prompt` begins with, but computes its last token anew, whose logits are needed; gives the
-    /// number of tokens kept.
-    fn keep_common_prefix(&mut self, prompt: &[u32]) -> Result<usize> {
-        let common = self
-            .tokens()
-            .iter()
-            .zip(prompt)
-            .take_while(|(a, b)| a == b)
-            .count();
-        let kept = common.min(prompt.len() - 1);
-        self.cache.truncate(kept)?;
-        Ok(kept)
-    }
-}
-
-/// The session of a sequence, its own or lent by the caller.
-enum Held<'a> {
-    Own(Box<Session>),
-    Lent(&'a mut Session),
-}
-
-impl Held<'_> {
-    fn get(&mut self) -> &mut Session {
-        match self {
-            Self::Own(session) => session,
-            Self::Lent(session) => session,
-        }
-    }
-}
-
 /// One sequence under way.
 struct Active<'a> {
     session: Held<'a>,
+    /// Whether the session holds what the cache has of the prompt's beginning: not before the sequence's first step, when
+    /// others may have computed what it needs.
+    begun: bool,
     /// The prompt and what has been generated.
     tokens: Vec<u32>,
     /// How many of them the model has seen.
@@ -270,24 +212,20 @@ impl<'a> Batch<'a> {
             }
             let sampler = Sampler::new(options.sampling.clone())?;
             let stops = StopStrings::new(options.stop.clone())?;
-            let mut session = match lent.take() {
-                Some(session) => Held::Lent(session),
-                None => Held::Own(Box::new(pipeline.new_session())),
-            };
-            let cached = match options.use_cache {
-                true => session.get().keep_common_prefix(prompt)?,
-                false => 0,
+            let session = match lent.take().filter(|_| options.use_cache) {
+                Some(session) => Held::Lent(pipeline.own(session)?),
+                None => Held::Own(pipeline.new_session()),
             };
             sequences.push(Active {
                 session,
+                begun: false,
                 tokens: prompt.to_vec(),
-                computed: cached,
+                computed: 0,
                 sampler,
                 detokenizer: Detokenizer::new(pipeline.tokenizer()).skip_special(options.skip_special),
                 stops,
                 statistics: Statistics {
                     prompt_tokens: prompt.len(),
-                    cached_tokens: cached,
                     ..Statistics::default()
                 },
                 first_token: None,
@@ -314,64 +252,18 @@ impl<'a> Batch<'a> {
                 self.finish(index, FinishReason::Length, &mut events)?;
             }
         }
-        let mut budget = self.options.prefill_chunk;
-        let mut chosen = Vec::new();
-        let mut inputs = Vec::new();
-        for (index, sequence) in self.sequences.iter_mut().enumerate().filter(|(_, s)| !s.finished) {
-            let waiting = sequence.tokens.len() - sequence.computed;
-            if waiting > 1 && budget == 0 {
-                continue; // This prompt's turn comes when those before it are done.
-            }
-            let n = if self.options.use_cache {
-                waiting.min(budget.max(1))
-            } else {
-                sequence.tokens.len()
-            };
-            budget = budget.saturating_sub(n);
-            if self.options.use_cache {
-                let session = sequence.session.get();
-                session.tokens.truncate(sequence.computed);
-                session
-                    .tokens
-                    .extend_from_slice(&sequence.tokens[sequence.computed..][..n]);
-                inputs.push(Sequence {
-                    tokens: &sequence.tokens[sequence.computed..][..n],
-                    position: sequence.computed,
-                    cache: Some(&mut session.cache),
-                });
-            } else {
-                inputs.push(Sequence {
-                    tokens: &sequence.tokens,
-                    position: 0,
-                    cache: None,
-                });
-            }
-            chosen.push((index, n));
-        }
-        if inputs.is_empty() {
+        let chosen = self.choose_inputs()?;
+        if chosen.is_empty() {
             return Ok(events);
         }
-        let (check, observer) = (self.options.check_finite, &mut self.observer);
-        let watched = check || observer.is_some();
-        let mut watch = |site: Site, input: &Tensor, output: &Tensor| {
-            if let Some(observer) = observer {
-                observer(site, input, output)?;
-            }
-            match check {
-                true => check_finite(site, input, output),
-                false => Ok(()),
-            }
-        };
-        let watch: &mut Observer<'_> = &mut watch;
-        let logits =
-            self.pipeline
-                .model()
-                .forward_batch(&mut inputs, Logits::Last, watched.then_some(watch))?;
-        drop(inputs);
+        let logits = self.forward(&chosen)?;
         for (row, (index, n)) in chosen.into_iter().enumerate() {
             let sequence = &mut self.sequences[index];
             let before = sequence.computed;
-            sequence.computed = if self.options.use_cache { before + n } else { n };
+            sequence.computed = match self.options.use_cache {
+                true => before + n,
+                false => n,
+            };
             if before < sequence.prompt() {
                 events.push((
                     index,
@@ -387,6 +279,94 @@ impl<'a> Batch<'a> {
             }
         }
         Ok(events)
+    }
+
+    /// Which sequences have how many tokens in the next pass.
+    fn choose_inputs(&mut self) -> Result<Vec<(usize, usize)>> {
+        let (mut chosen, mut budget) = (Vec::new(), self.options.prefill_chunk);
+        for index in 0..self.sequences.len() {
+            if self.sequences[index].finished {
+                continue;
+            }
+            if !self.options.use_cache {
+                let sequence = &mut self.sequences[index];
+                sequence.session.get().reset();
+                chosen.push((index, sequence.tokens.len()));
+                continue;
+            }
+            if !self.sequences[index].begun {
+                if self.waits(index) {
+                    continue;
+                }
+                let sequence = &mut self.sequences[index];
+                let cached = sequence.session.get().take_up(&sequence.tokens)?;
+                (sequence.computed, sequence.statistics.cached_tokens) = (cached, cached);
+                sequence.begun = true;
+            }
+            let sequence = &self.sequences[index];
+            let waiting = sequence.tokens.len() - sequence.computed;
+            if waiting > 1 && budget == 0 {
+                continue; // This prompt's turn comes when those before it are done.
+            }
+            let n = waiting.min(budget.max(1));
+            budget = budget.saturating_sub(n);
+            chosen.push((index, n));
+        }
+        Ok(chosen)
+    }
+
+    /// Whether another sequence is about to compute what this one begins with, so that it need not.
+    fn waits(&self, index: usize) -> bool {
+        let prompt = &self.sequences[index].tokens;
+        let Some((block, cached)) = self.pipeline.shared(prompt) else {
+            return false;
+        };
+        let others = self
+            .sequences
+            .iter()
+            .filter(|other| other.begun && !other.finished);
+        others.into_iter().any(|other| {
+            let common = common(&prompt[..prompt.len() - 1], &other.tokens);
+            let whole = common - common % block;
+            whole > cached && whole > other.computed
+        })
+    }
+
+    /// Runs a pass over the next tokens of these sequences.
+    fn forward(&mut self, chosen: &[(usize, usize)]) -> Result<Tensor> {
+        let (pipeline, check) = (self.pipeline, self.options.check_finite);
+        let mut inputs = Vec::with_capacity(chosen.len());
+        for (index, n) in chosen {
+            let sequence = &self.sequences[*index];
+            let from = match self.options.use_cache {
+                true => sequence.computed,
+                false => 0,
+            };
+            inputs.push((sequence.session.id(), &sequence.tokens[from..from + n]));
+        }
+        let observer = &mut self.observer;
+        let watched = check || observer.is_some();
+        let mut watch = |site: Site, input: &Tensor, output: &Tensor| {
+            if let Some(observer) = observer {
+                observer(site, input, output)?;
+            }
+            match check {
+                true => check_finite(site, input, output),
+                false => Ok(()),
+            }
+        };
+        let watch: &mut Observer<'_> = &mut watch;
+        let watch = watched.then_some(watch);
+        let logits = pipeline
+            .model()
+            .forward_cached(&mut pipeline.cache(), &inputs, Logits::Last, watch)?;
+        for (index, n) in chosen {
+            let sequence = &mut self.sequences[*index];
+            let session = sequence.session.get();
+            let from = session.tokens().len();
+            session.extend(&sequence.tokens[from..from + n]);
+        }
+        Ok(logits)
     }
 
     /// Chooses a sequence's next token.
@@ -474,7 +454,8 @@ impl<'a> Generation<'a> {
         })
     }
 
-    /// Lets `observer` see every op's result from now on; an error of it ends the generation.
+    /// Lets `observer` see every op's result from now on; an error of it ends the generation. It is called within a pass,
+    /// for which the pipeline's cache is taken: what it asks of the pipeline's cache or sessions would wait for ever.
     pub fn observe(mut self, observer: impl FnMut(Site, &Tensor, &Tensor) -> Result<()> + 'a) -> Self {
         self.batch.observer = Some(Box::new(observer));
         self

@@ -1,8 +1,9 @@
 //! How well a model predicts a text.
 
 use super::pipeline::Pipeline;
+use super::session::Session;
 use super::softmax::{exp, sum_of};
-use crate::models::glm4_moe_lite::{Logits, Sequence};
+use crate::models::glm4_moe_lite::Logits;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -91,7 +92,7 @@ impl Perplexity {
 
 impl Pipeline {
     /// Measures how well the model predicts documents: each on its own, as plain text without special tokens, cut
-    /// into windows that are run without a past. A window in which nothing is predicted, such as one of a single
+    /// into windows that are run without a past, through the pipeline's cache. A window in which nothing is predicted, such as one of a single
     /// token, is left out. `on_progress` is told how many windows of how many are done.
     ///
     /// Windows may run together where the vocabulary is small; they do not see each other.
@@ -127,7 +128,8 @@ impl Pipeline {
             let expected = "a text of two tokens at least";
             return Err(Error::argument("perplexity", "documents", expected, "none"));
         }
-        let together = (LOGITS / config.vocab_size / windows.size).max(1);
+        let room = self.cache().room_for(windows.size).unwrap_or(usize::MAX);
+        let together = (LOGITS / config.vocab_size / windows.size).min(room).max(1);
         let mut result = Perplexity::default();
         for jobs_of_a_pass in jobs.chunks(together) {
             result.loss += self.loss(jobs_of_a_pass)?;
@@ -142,15 +144,12 @@ impl Pipeline {
     }
 
     fn loss(&self, jobs: &[Job<'_>]) -> Result<f64> {
-        let mut sequences: Vec<_> = jobs
-            .iter()
-            .map(|job| Sequence {
-                tokens: job.tokens,
-                position: 0,
-                cache: None,
-            })
-            .collect();
-        let logits = self.model().forward_batch(&mut sequences, Logits::All, None)?;
+        let sessions: Vec<_> = jobs.iter().map(|_| self.new_session()).collect();
+        let ids = sessions.iter().map(Session::id);
+        let inputs: Vec<_> = ids.zip(jobs).map(|(id, job)| (id, job.tokens)).collect();
+        let logits = self
+            .model()
+            .forward_cached(&mut self.cache(), &inputs, Logits::All, None)?;
         let logits = logits.flatten_all()?.to_vec1::<f32>()?;
         let mut rows = logits.chunks_exact(self.model().config().vocab_size);
         let mut sum = 0.0;

@@ -1,18 +1,24 @@
 //! A model with all that it needs to speak: tokenizer, chat template, defaults.
 
-use super::generate::{Generation, Options, Session};
+use super::generate::{Generation, Options};
+use super::session::{Session, SharedCache, lock};
 use super::{ChatTemplate, GenerationConfig, Message, RenderOptions, Tokenizer};
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles};
-use crate::models::glm4_moe_lite::{Config, Model};
+use crate::kv::BlockStatistics;
+use crate::models::glm4_moe_lite::{Cache, Config, Model};
 use crate::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const DEFAULTS: &str = "generation_config.json";
 
 /// A model folder, loaded: text in, text out.
+///
+/// It has one cache, for all its sessions and whatever it generates: sequences of several threads take turns, pass by pass,
+/// and those that begin alike share what is cached of it.
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -32,6 +38,7 @@ const DEFAULTS: &str = "generation_config.json";
 #[derive(Debug)]
 pub struct Pipeline {
     model: Model,
+    cache: SharedCache,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     defaults: GenerationConfig,
@@ -70,12 +77,14 @@ impl Pipeline {
         };
         let template = ChatTemplate::find(files)?;
         let (model, report) = Model::load(config, &Checkpoint::from_files(files)?, options, device)?;
-        Ok((Self::new(model, tokenizer, template, defaults), report))
+        let cache = model.new_kv_cache(options.kv_cache, options.kv_size)?;
+        Ok((Self::new(model, cache, tokenizer, template, defaults), report))
     }
 
-    /// From parts. Where `defaults` name no token that ends a text, the model's config does.
+    /// From parts, the cache being one that the model made. Where `defaults` name no token that ends a text, the model's config does.
     pub fn new(
         model: Model,
+        cache: Cache,
         tokenizer: Tokenizer,
         template: Option<ChatTemplate>,
         mut defaults: GenerationConfig,
@@ -85,6 +94,7 @@ impl Pipeline {
         }
         Self {
             model,
+            cache: Arc::new(Mutex::new(cache)),
             tokenizer,
             template,
             defaults,
@@ -142,12 +152,12 @@ impl Pipeline {
         Generation::new(self, prompt, options, None)
     }
 
-    /// As [`generate`](Self::generate) with a cache that outlives the call: of `prompt`, which is the whole
+    /// As [`generate`](Self::generate) with a sequence that outlives the call: of `prompt`, which is the whole
     /// conversation, only what `session` does not hold already is computed. Edited history is recomputed from
     /// the first difference on.
     ///
     /// # Errors
-    /// As [`generate`](Self::generate).
+    /// As [`generate`](Self::generate); [`Error::Argument`] for another pipeline's session.
     pub fn generate_in<'a>(
         &'a self,
         session: &'a mut Session,
@@ -159,6 +169,37 @@ impl Pipeline {
 
     /// An empty session.
     pub fn new_session(&self) -> Session {
-        Session::new(self.model.new_cache())
+        Session::new(&self.cache)
+    }
+
+    /// How the cache's blocks are used, where it has any.
+    pub fn cache_statistics(&self) -> Option<BlockStatistics> {
+        self.cache().statistics()
+    }
+
+    /// The cache, once no pass uses it.
+    pub(super) fn cache(&self) -> MutexGuard<'_, Cache> {
+        lock(&self.cache)
+    }
+
+    /// Refuses another pipeline's session.
+    pub(super) fn own<'a>(&self, session: &'a mut Session) -> Result<&'a mut Session> {
+        match session.is_of(&self.cache) {
+            true => Ok(session),
+            false => Err(Error::argument(
+                "generate",
+                "session",
+                "one that this pipeline made (Pipeline::new_session)",
+                "another pipeline's",
+            )),
+        }
+    }
+
+    /// Tokens of a block, and how many of a prompt the cache has; `None` where sequences share nothing.
+    pub(super) fn shared(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+        match &*self.cache() {
+            Cache::Paged(cache) => Some((cache.layout().block_tokens(), cache.cached(prompt))),
+            Cache::Contiguous(_) => None,
+        }
     }
 }

@@ -200,6 +200,42 @@ impl DenseArgs {
     }
 }
 
+/// A product with what attention's parts come to.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct MergedArgs {
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+    pub heads: u32,
+    pub splits: u32,
+    pub weight_row: u32,
+    pub weight_head: u32,
+    pub factor: f32,
+}
+
+const _: () = {
+    assert!(size_of::<MergedArgs>() == 32);
+    assert!(offset_of!(MergedArgs, splits) == 16);
+    assert!(offset_of!(MergedArgs, factor) == 28);
+};
+
+impl MergedArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([
+            self.m,
+            self.n,
+            self.k,
+            self.heads,
+            self.splits,
+            self.weight_row,
+            self.weight_head,
+            self.factor.to_bits(),
+        ])
+    }
+}
+
 /// The router of a mixture of experts.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -560,6 +596,8 @@ mod tests {
             assert_eq!(add.bytes(), words(1..=3));
             let dense = std::mem::transmute::<[u32; 10], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
             assert_eq!(dense.bytes(), words(1..=10));
+            let merged = std::mem::transmute::<[u32; 8], MergedArgs>([1, 2, 3, 4, 5, 6, 7, 8]);
+            assert_eq!(merged.bytes(), words(1..=8));
             let part = std::mem::transmute::<[u32; 8], CachePart>([1, 2, 3, 4, 5, 6, 7, 8]);
             assert_eq!(part.words(), [1, 2, 3, 4, 5, 6, 7, 8]);
             let all: [u32; 25] = std::array::from_fn(|i| i as u32);

@@ -6,6 +6,7 @@
 //! | [`plan`] | launch plans, as data | everywhere |
 //! | [`linear`] | plans of products with FP4 weights | everywhere |
 //! | [`dense`] | plans of products with weights in floating point | everywhere |
+//! | [`merged`] | plans of products with what attention's parts come to | everywhere |
 //! | [`norm_rope`] | plans of norms, rotary position embedding and sums | everywhere |
 //! | [`append`] | plans of what stores new tokens in a paged cache | everywhere |
 //! | [`router`], [`moe`] | plans of a mixture of experts | everywhere |
@@ -27,6 +28,7 @@ pub mod device;
 pub mod host;
 pub mod linear;
 pub mod memory;
+pub mod merged;
 pub mod moe;
 pub mod norm_rope;
 pub mod paged_attention;
@@ -54,6 +56,7 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
     for kind in [FloatKind::F32, FloatKind::F16, FloatKind::BF16] {
         plans.extend(dense::every_kernel(kind, dtype)?);
     }
+    plans.extend(merged::every_kernel(format, dtype)?);
     for pairing in [Pairing::Interleaved, Pairing::Halves] {
         plans.extend(norm_rope::every_kernel(dtype, pairing)?);
         plans.extend(append::every_kernel(dtype, pairing)?);

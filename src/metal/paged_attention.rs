@@ -138,6 +138,11 @@ impl Attention<'_> {
         ]
     }
 
+    /// How many tokens have parts at a time.
+    pub fn at_once(&self) -> usize {
+        (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens.max(1))
+    }
+
     /// The launch that writes all tokens' parts and stats: of each split that a query sees something of `Σ 2^(s − m) · v`, and the
     /// largest score `m` in base 2 with `Σ 2^(s − m)`; of others zeros, and minus infinity with zero.
     ///
@@ -160,7 +165,7 @@ impl Attention<'_> {
             let launch = self.launch(0..self.tokens, Output::Whole(y))?;
             return Ok((vec![launch], Vec::new()));
         }
-        let at_once = (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens);
+        let at_once = self.at_once();
         let mut launches = Vec::new();
         for first in (0..self.tokens).step_by(at_once) {
             let tokens = first..(first + at_once).min(self.tokens);

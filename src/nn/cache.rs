@@ -57,6 +57,12 @@ impl TokenCache {
         }
     }
 
+    /// An empty one that is like this one.
+    pub(crate) fn another(&self) -> Self {
+        let (layers, device) = (self.layers.len(), &self.device);
+        Self::new(layers, self.width, self.limit, self.dtype, device)
+    }
+
     /// Tokens cached.
     pub fn len(&self) -> usize {
         self.len

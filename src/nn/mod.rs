@@ -16,6 +16,7 @@ pub use cache::TokenCache;
 pub use embedding::Embedding;
 pub use linear::{MmfP4Linear, linear, linear_no_bias};
 pub use mask::Mask;
+pub(crate) use paged::check_memory as check_cache_memory;
 pub use paged::{CacheSize, PagedKvCache, PassSequence};
 pub use rope::{Angles, RotaryEmbedding};
 pub use router::{Routed, Router};

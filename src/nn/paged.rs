@@ -5,6 +5,7 @@ use crate::kv::{BlockCopy, BlockStatistics, Blocks, RowLayout, SequenceId};
 use crate::ops::PagedBatch;
 use crate::{Error, Result, memory};
 use candle_core::{DType, Device, Tensor};
+use std::str::FromStr;
 
 const OP: &str = "kv-cache";
 
@@ -15,6 +16,32 @@ pub enum CacheSize {
     Tokens(usize),
     /// At most so many bytes, of all layers together.
     Bytes(u64),
+}
+
+impl FromStr for CacheSize {
+    type Err = Error;
+
+    /// Bytes: a number, and K, M, G or T for powers of 1,024, as `512M` or `1.5G`.
+    fn from_str(text: &str) -> Result<Self> {
+        let (number, power) = match text.char_indices().next_back() {
+            Some((at, letter)) if letter.is_ascii_alphabetic() => {
+                let power = "KMGT".find(letter.to_ascii_uppercase());
+                (&text[..at], power.map(|power| power + 1))
+            }
+            _ => (text, Some(0)),
+        };
+        let plain = number.starts_with(|first: char| first.is_ascii_digit())
+            && number.chars().all(|c| c.is_ascii_digit() || c == '.');
+        let number: Option<f64> = number.parse().ok().filter(|_| plain);
+        match (number, power) {
+            // Beyond 2⁶⁴ it is as much as there can be, which no machine has.
+            (Some(number), Some(power)) => Ok(Self::Bytes((number * 1024f64.powi(power as i32)) as u64)),
+            _ => {
+                let expected = "bytes, or a number with K, M, G or T after it, as in 512M or 1.5G";
+                Err(Error::argument(OP, "size", expected, format!("`{text}`")))
+            }
+        }
+    }
 }
 
 /// What attention has to remember of any number of sequences, in the format of its [layout](RowLayout): all memory is
@@ -96,7 +123,7 @@ impl PagedKvCache {
         let of_layer = layout.pool_bytes(blocks)?;
         check_memory(
             of_block.saturating_mul(blocks as u64),
-            layout.row_bytes() * layers,
+            (layout.row_bytes() * layers) as u64,
             device,
         )?;
         let pools = (0..layers).map(|_| Tensor::zeros(of_layer, DType::U8, device));
@@ -114,6 +141,11 @@ impl PagedKvCache {
     /// Where the numbers of a token lie.
     pub fn layout(&self) -> &RowLayout {
         &self.layout
+    }
+
+    /// Where its pools are.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The most tokens of a sequence.
@@ -136,6 +168,19 @@ impl PagedKvCache {
     pub fn start(&mut self, prompt: &[u32]) -> (SequenceId, usize) {
         let all_but_last = prompt.len().saturating_sub(1);
         self.blocks.start(&prompt[..all_but_last])
+    }
+
+    /// How many of these tokens [`start`](Self::start) would find.
+    pub fn cached(&self, prompt: &[u32]) -> usize {
+        self.blocks.cached(&prompt[..prompt.len().saturating_sub(1)])
+    }
+
+    /// Bytes of the blocks that a sequence holds in all layers, others' among them where they are shared.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a sequence that is not there.
+    pub fn bytes_of(&self, sequence: SequenceId) -> Result<usize> {
+        Ok(self.blocks.table(sequence)?.len() * self.layout.block_bytes() * self.pools.len())
     }
 
     /// A new sequence of the same tokens. No memory is copied until one of the two goes on.
@@ -287,7 +332,10 @@ impl PagedKvCache {
 }
 
 /// Checks that a device has so many bytes, which tokens of `a_token` bytes are to fill.
-fn check_memory(bytes: u64, a_token: usize, device: &Device) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Argument`] where it has fewer.
+pub(crate) fn check_memory(bytes: u64, a_token: u64, device: &Device) -> Result<()> {
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
         return crate::metal::device::check_memory(device, bytes);
@@ -298,11 +346,11 @@ fn check_memory(bytes: u64, a_token: usize, device: &Device) -> Result<()> {
     }
 }
 
-fn fits(bytes: u64, a_token: usize, available: Option<u64>) -> Result<()> {
+fn fits(bytes: u64, a_token: u64, available: Option<u64>) -> Result<()> {
     match available {
         Some(available) if bytes > available => {
             let mib = |bytes: u64| bytes >> 20;
-            let tokens = available / (a_token as u64).max(1);
+            let tokens = available / a_token.max(1);
             let expected = format!(
                 "at most {} MiB, the memory that is available: {tokens} tokens",
                 mib(available)
@@ -442,6 +490,35 @@ mod tests {
         tested.cache.free(fork).unwrap();
         assert_eq!(tested.cache.statistics().used, 0);
         assert!(tested.cache.len(a).is_err() && tested.cache.pool(2).is_err());
+    }
+
+    #[test]
+    fn kv_sizes_are_read() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1048576", 1 << 20),
+            ("512M", 512 << 20),
+            ("2G", 2 << 30),
+            ("1.5g", 3 << 29),
+            ("64K", 64 << 10),
+            ("1T", 1 << 40),
+            ("99999999999T", u64::MAX),
+        ] {
+            assert_eq!(
+                text.parse::<CacheSize>().unwrap(),
+                CacheSize::Bytes(bytes),
+                "{text}"
+            );
+        }
+        for text in [
+            "", "G", "-1", "+1", "1e9", "inf", "2GB", "2 G", "1.2.3", "0x10", "1µ", "ä",
+        ] {
+            let error = text.parse::<CacheSize>().unwrap_err().to_string();
+            assert!(
+                error.contains("512M") && error.contains(&format!("`{text}`")),
+                "{error}"
+            );
+        }
     }
 
     #[test]

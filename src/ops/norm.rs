@@ -11,6 +11,7 @@ use crate::metal::norm_rope;
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, MetalStorage, Module, Shape, Tensor};
+use std::sync::Arc;
 
 const OP: &str = "mmfp4-rms-norm";
 const ADDED: &str = "mmfp4-add-norm";
@@ -30,7 +31,8 @@ const ADDED: &str = "mmfp4-add-norm";
 /// ```
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    weight: Vec<f32>,
+    /// Shared by clones, which ops made for a pass hold.
+    weight: Arc<[f32]>,
     /// The weight as a device's kernels read it.
     bytes: Bytes,
     eps: f32,
@@ -50,7 +52,7 @@ impl RmsNorm {
         }
         Ok(Self {
             bytes: bytes_of(&weight)?,
-            weight,
+            weight: weight.into(),
             eps: eps as f32,
         })
     }

@@ -41,6 +41,7 @@ fn the_doctor_finds_nothing_wrong() {
         "normed linear",
         "per head",
         "per head, floating point",
+        "merged per head",
         "MLP",
         "mixture of experts",
         "routing",
@@ -48,6 +49,8 @@ fn the_doctor_finds_nothing_wrong() {
         "addition",
         "RoPE",
         "latent rows",
+        "paged attention",
+        "tokens of a paged cache",
         "storing in a paged cache",
     ] {
         assert!(number(family, "nmse") <= number(family, "bound"));

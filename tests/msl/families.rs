@@ -2,7 +2,7 @@
 
 use crate::faults::{Fault, PlanFault};
 use crate::runner::Work;
-use crate::{append, dense, linear, moe, norm_rope};
+use crate::{append, dense, linear, merged, moe, norm_rope, paged};
 
 pub struct Family {
     /// Files of `metal/`, headers aside.
@@ -41,9 +41,21 @@ pub const FAMILIES: &[Family] = &[
         plan_faults: &[],
     },
     Family {
+        files: &["merged.metal"],
+        works: merged::works::all,
+        faults: merged::faults::FAULTS,
+        plan_faults: merged::plan_faults::FAULTS,
+    },
+    Family {
         files: &["moe.metal", "router.metal"],
         works: moe::works::all,
         faults: moe::faults::FAULTS,
         plan_faults: &[],
+    },
+    Family {
+        files: &["paged_latents.metal", "paged_heads.metal", "paged_rows.metal"],
+        works: paged::works::all,
+        faults: paged::faults::FAULTS,
+        plan_faults: paged::faults::PLAN_FAULTS,
     },
 ];

@@ -26,6 +26,7 @@ mod faults;
 mod gpu_works;
 mod grid;
 mod linear;
+mod merged;
 mod model;
 mod moe;
 mod norm_rope;

@@ -7,6 +7,7 @@ use candle_mmfp4::checkpoint::ModelFiles;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource, Plan, Progress};
 use candle_mmfp4::doctor::requirements::{CONTEXTS, Needs};
 use candle_mmfp4::doctor::{Check, Options, Status, examine};
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::models::glm4_moe_lite::Config;
 use serde_json::Value;
 use std::io::Write;
@@ -19,7 +20,7 @@ is wrong the program ends with 1. Speeds are worth what the machine was idle.
 Examples:
   mmfp4 doctor
   mmfp4 doctor --json > doctor.json
-  mmfp4 doctor -m path/to/model --context 32768";
+  mmfp4 doctor -m path/to/model --context 32768 --kv-cache fp8";
 
 /// Examine this machine: what it is, which kernels it runs, whether they compute what they should, and how fast.
 #[derive(clap::Args)]
@@ -40,6 +41,9 @@ pub struct Arguments {
     /// Tokens that the model's cache is to hold.
     #[arg(long, value_name = "TOKENS", default_value_t = CONTEXTS[0])]
     context: usize,
+    /// What that cache stores: f16, bf16, fp8, fp4 (fp4-16, fp4-16-rotated, fp4-32, fp4-32-rotated) or contiguous.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    kv_cache: CacheKind,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -55,6 +59,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         place: arguments.device,
         model,
         context: arguments.context,
+        kv_cache: arguments.kv_cache,
     };
     let mut out = std::io::stdout();
     let mut written = Ok(());

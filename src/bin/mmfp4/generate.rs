@@ -2,7 +2,7 @@
 
 use crate::output::{Usage, mib, print_json, say};
 use crate::trace::{self, Spans};
-use crate::{FORMATS, demo, model, prompt};
+use crate::{FORMATS, cache, demo, model, prompt};
 use candle_mmfp4::Error;
 use candle_mmfp4::generation::{
     Event, FinishReason, Message, Options, OutputEvent, OutputParser, Pipeline, RenderOptions, Sampling,
@@ -54,6 +54,8 @@ pub struct Arguments {
     sampling: SamplingArguments,
     #[command(flatten)]
     model: model::Arguments,
+    #[command(flatten)]
+    cache: cache::Arguments,
     /// Compute everything anew for each token: slow, with the same text.
     #[arg(long, help_heading = "Diagnosis")]
     no_cache: bool,
@@ -127,10 +129,11 @@ impl SamplingArguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     // What is wrong with the command line should not wait for a model.
     arguments.sampling.apply(&mut Sampling::default())?;
+    arguments.cache.check()?;
     let text = prompt::prompt(arguments.prompt.as_deref(), demo::QUESTION)?;
     let mut log = MemoryLog::new(&arguments.model.device()?);
     log.record("start");
-    let (pipeline, load) = arguments.model.load()?;
+    let (pipeline, load) = arguments.model.load(&arguments.cache)?;
     log.record("model loaded");
 
     let prompt = tokens(arguments, &pipeline, &text)?;

@@ -1,8 +1,8 @@
 //! Which model, and how it is loaded.
 
-use crate::demo;
 use crate::output::{mib, say};
 use crate::progress::DownloadBar;
+use crate::{cache, demo};
 use candle_core::{DType, Device};
 use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
@@ -30,9 +30,6 @@ pub struct Arguments {
     /// What goes from op to op: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
     #[arg(long, value_name = "DTYPE", value_parser = activations)]
     activations: Option<DType>,
-    /// Tokens of cache that a GPU must have room for beside the weights [default: 8192].
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
@@ -79,14 +76,16 @@ impl Arguments {
         self.model.as_deref().unwrap_or("demo model")
     }
 
-    /// Fetches the model where it has to be, loads it, and says what the user should know; tells how long loading
+    /// Fetches the model where it has to be, loads it, makes its cache, and says what the user should know; tells how long loading
     /// took, without the download.
-    pub fn load(&self) -> anyhow::Result<(Pipeline, Duration)> {
+    pub fn load(&self, cache: &cache::Arguments) -> anyhow::Result<(Pipeline, Duration)> {
+        let mut options = self.load_options();
+        cache.apply(&mut options)?;
         self.start()?;
         let device = self.device()?;
         let files = self.files()?;
         let start = Instant::now();
-        let (pipeline, report) = Pipeline::from_files(&files, &self.load_options(), &device)?;
+        let (pipeline, report) = Pipeline::from_files(&files, &options, &device)?;
         let elapsed = start.elapsed();
         tracing::info!(
             model = self.name(),
@@ -135,7 +134,7 @@ impl Arguments {
             separate_experts: self.experts.no_fused_moe,
             int8_head: self.int8_head,
             activations: self.activations,
-            context: self.context,
+            ..LoadOptions::default()
         }
     }
 

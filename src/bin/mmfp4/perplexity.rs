@@ -1,7 +1,7 @@
 //! `mmfp4 perplexity`: how well a model predicts a text.
 
 use crate::output::{Usage, print_json};
-use crate::{model, progress, prompt};
+use crate::{cache, model, progress, prompt};
 use anyhow::Context;
 use candle_mmfp4::generation::Windows;
 use serde::Deserialize;
@@ -12,7 +12,7 @@ use std::time::Instant;
 
 const EXAMPLES: &str = "\
 Each document stands on its own, as plain text without special tokens, and is cut into windows that are run without
-a past; the result is e to the power of the mean loss over all predicted tokens. Numbers compare only between models
+a past, through the cache that --kv-cache names; the result is e to the power of the mean loss over all predicted tokens. Numbers compare only between models
 with the same tokenizer, and with the same windows.
 
 Examples:
@@ -38,15 +38,18 @@ pub struct Arguments {
     json: bool,
     #[command(flatten)]
     model: model::Arguments,
+    #[command(flatten)]
+    cache: cache::Arguments,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    arguments.cache.check()?;
     let documents = read(&arguments.file)?;
     let windows = Windows {
         size: arguments.window,
         stride: arguments.stride.unwrap_or(arguments.window),
     };
-    let (pipeline, _) = arguments.model.load()?;
+    let (pipeline, _) = arguments.model.load(&arguments.cache)?;
     let bar = progress::counting("windows");
     let start = Instant::now();
     let result = pipeline.perplexity(&documents, windows, |done, total| {

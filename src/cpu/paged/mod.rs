@@ -277,6 +277,10 @@ impl Chunk<'_> {
 
     /// Lines of the bytes that the next chunk reads, this part of so many: to be asked for while this one is computed, and
     /// all the while, as memory answers only so many questions at a time.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "the loops of other processors do not ask ahead")
+    )]
     #[inline(always)]
     pub fn ahead(&self, part: Range<usize>, parts: usize) -> impl Iterator<Item = *const u8> {
         // A head's bytes of a block are together, and so are a latent's of a token: of either a token has the same share.

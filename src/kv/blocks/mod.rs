@@ -15,6 +15,13 @@ const OP: &str = "kv-cache blocks";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(u64);
 
+impl SequenceId {
+    /// A name that its user has not given yet.
+    pub(crate) const fn new(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 impl fmt::Display for SequenceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)

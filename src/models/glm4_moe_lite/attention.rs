@@ -13,12 +13,12 @@
 
 use crate::Result;
 use crate::checkpoint::Loader;
-use crate::cpu::HeadRows;
 use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
+use crate::models::glm4_moe_lite::latent_heads::LatentHeads;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RmsNorm};
-use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear, Orientation, PerHead};
+use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear};
 use candle_core::{D, Module, Tensor};
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
@@ -60,6 +60,11 @@ impl AttentionPath {
     }
 }
 
+/// What scores are multiplied by.
+pub(super) fn scale(config: &Config) -> f32 {
+    1.0 / ((config.qk_nope_head_dim + config.qk_rope_head_dim) as f32).sqrt()
+}
+
 /// Bytes of a norm's weight.
 pub(super) fn norm_bytes(norm: &RmsNorm) -> usize {
     size_of_val(norm.weight())
@@ -78,23 +83,30 @@ pub(super) struct Segment {
     pub path: AttentionPath,
 }
 
+/// What attention makes of its input before it looks at what is cached.
+pub(super) struct Projected {
+    /// `[N, H, nope + rope]`, not rotated.
+    pub query: Tensor,
+    /// `[N, latent + rope]`, neither normalised nor rotated.
+    pub kv: Tensor,
+}
+
 #[derive(Debug)]
 pub(super) struct Attention {
     /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
     input: JoinedLinear,
     /// `q_a_layernorm` and `q_b_proj`.
     low_rank: Option<NormedLinear>,
-    rows: LatentRows,
-    kv_b: MmfP4Linear,
-    absorb_query: PerHead,
-    expand_value: PerHead,
+    pub(super) rows: LatentRows,
+    /// `kv_b_proj`.
+    pub(super) kv_b: LatentHeads,
     attend: ops::Attention,
     output: MmfP4Linear,
-    heads: usize,
-    nope: usize,
-    rope: usize,
+    pub(super) heads: usize,
+    pub(super) nope: usize,
+    pub(super) rope: usize,
     latent: usize,
-    value: usize,
+    pub(super) value: usize,
 }
 
 impl Attention {
@@ -122,19 +134,6 @@ impl Attention {
             }
         };
         let kv_a = loader.linear(&name("kv_a_proj_with_mqa"), latent + rope, hidden, bias)?;
-        let kv_b = loader.linear(&name("kv_b_proj"), heads * (nope + value), latent, false)?;
-        // A head's rows of kv_b: first those of its keys, then those of its values.
-        let keys = HeadRows {
-            heads,
-            stride: nope + value,
-            start: 0,
-            len: nope,
-        };
-        let values = HeadRows {
-            start: nope,
-            len: value,
-            ..keys
-        };
         Ok(Self {
             input: JoinedLinear::new(vec![query.op().clone(), kv_a.op().clone()])?,
             low_rank,
@@ -142,12 +141,8 @@ impl Attention {
                 loader.rms_norm(&name("kv_a_layernorm"), latent, INNER_EPS)?,
                 config.rope_pairing,
             ),
-            absorb_query: PerHead::new(kv_b.weight().clone(), keys, Orientation::Transposed)?
-                .with_arithmetic(loader.arithmetic()),
-            expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
-                .with_arithmetic(loader.arithmetic()),
-            kv_b,
-            attend: ops::Attention::new(heads, 1.0 / ((nope + rope) as f32).sqrt(), None)?,
+            kv_b: LatentHeads::load(loader, prefix, config)?,
+            attend: ops::Attention::new(heads, scale(config), None)?,
             output: loader.linear(&name("o_proj"), hidden, heads * value, bias)?,
             heads,
             nope,
@@ -159,7 +154,8 @@ impl Attention {
 
     pub fn weights(&self) -> Vec<&Weight> {
         let input = self.input.parts().iter().map(ops::Linear::weight);
-        input.chain(self.linears().map(ops::Linear::weight)).collect()
+        let all = input.chain(self.linears().map(ops::Linear::weight));
+        all.chain(self.kv_b.weights()).collect()
     }
 
     /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
@@ -167,13 +163,14 @@ impl Attention {
         let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
         let linears = input.chain(self.linears().map(ops::Linear::size_in_bytes));
         let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(query.norm()));
-        linears.sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
+        let kv_b = self.kv_b.weights().into_iter().map(Weight::size_in_bytes);
+        linears.chain(kv_b).sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
     }
 
-    /// All linear layers but those of the input.
+    /// All linear layers but those of the input, and `kv_b_proj`.
     fn linears(&self) -> impl Iterator<Item = &ops::Linear> {
         let query = self.low_rank.iter().map(NormedLinear::linear);
-        query.chain([self.kv_b.op(), self.output.op()])
+        query.chain([self.output.op()])
     }
 
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows
@@ -186,29 +183,9 @@ impl Attention {
         mut cached: impl FnMut(usize, &Tensor) -> Result<Tensor>,
         trace: &mut Trace<'_, '_>,
     ) -> Result<Tensor> {
-        let tokens = x.dim(0)?;
-        let both = self.input.forward(x)?;
-        let kv_width = self.latent + self.rope;
-        let query_width = both.dim(1)? - kv_width;
-        let query = both.narrow(1, 0, query_width)?;
-        let query = match &self.low_rank {
-            None => trace.see("q_proj", x, query)?,
-            Some(normed) => {
-                let low = trace.see("q_a_proj", x, query)?;
-                if normed.is_fused(&low) {
-                    // What is observed is what runs: the norm is a part of the product.
-                    trace.see("q_b_proj", &low, normed.forward(&low)?)?
-                } else {
-                    let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
-                    trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
-                }
-            }
-        };
-        let query = query.reshape((tokens, self.heads, self.nope + self.rope))?;
+        let Projected { query, kv } = self.project(x, trace)?;
         let query_nope = query.narrow(D::Minus1, 0, self.nope)?;
         let query_rope = query.narrow(D::Minus1, self.nope, self.rope)?;
-
-        let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
         let (rows, query_rope) =
             self.rows
                 .forward_with_queries(&kv, &query_rope, angles.cos(), angles.sin())?;
@@ -230,29 +207,65 @@ impl Attention {
                 }
             });
         }
-        let attended = Tensor::cat(&outputs, 0)?;
-        let attended = trace.see("attention", &query, attended)?;
+        self.project_out(&query, Tensor::cat(&outputs, 0)?, trace)
+    }
+
+    /// From `[N, hidden]` to queries, and to what is cached of the tokens, before its norm and rotation.
+    pub(super) fn project(&self, x: &Tensor, trace: &mut Trace<'_, '_>) -> Result<Projected> {
+        let both = self.input.forward(x)?;
+        let kv_width = self.latent + self.rope;
+        let query_width = both.dim(1)? - kv_width;
+        let query = both.narrow(1, 0, query_width)?;
+        let query = match &self.low_rank {
+            None => trace.see("q_proj", x, query)?,
+            Some(normed) => {
+                let low = trace.see("q_a_proj", x, query)?;
+                if normed.is_fused(&low) {
+                    // What is observed is what runs: the norm is a part of the product.
+                    trace.see("q_b_proj", &low, normed.forward(&low)?)?
+                } else {
+                    let low = trace.see("q_a_layernorm", &low, normed.norm().forward(&low)?)?;
+                    trace.see("q_b_proj", &low, normed.linear().forward(&low)?)?
+                }
+            }
+        };
+        let kv = trace.see("kv_a_proj_with_mqa", x, both.narrow(1, query_width, kv_width)?)?;
+        Ok(Projected {
+            query: query.reshape((x.dim(0)?, self.heads, self.nope + self.rope))?,
+            kv,
+        })
+    }
+
+    /// From the heads' values `[N, H · value]` to `[N, hidden]`.
+    pub(super) fn project_out(
+        &self,
+        query: &Tensor,
+        attended: Tensor,
+        trace: &mut Trace<'_, '_>,
+    ) -> Result<Tensor> {
+        let attended = trace.see("attention", query, attended)?;
         trace.see("o_proj", &attended, self.output.forward(&attended)?)
     }
 
     /// Attends over the latents: queries `[n, H, nope]`, rotary parts `[n, H, rope]` and cached rows
     /// `[T, latent + rope]` to `[n, H · value]`.
     fn absorbed(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
-        let query = self.absorb_query.forward(nope)?;
+        let query = self.kv_b.absorb_query.forward(nope)?;
         let latents = all.narrow(1, 0, self.latent)?;
         let mixed = self.attend.forward(&[&query, rope], &[all], &latents, position)?;
-        let values = self.expand_value.forward(&mixed)?;
+        let values = self.kv_b.expand_value.forward(&mixed)?;
         Ok(values.reshape((nope.dim(0)?, self.heads * self.value))?)
     }
 
     /// Attends over expanded keys and values; shapes as in [`absorbed`](Self::absorbed).
-    fn materialised(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
-        let expanded = self.kv_b.forward(&all.narrow(1, 0, self.latent)?)?;
-        let expanded = expanded.reshape((all.dim(0)?, self.heads, self.nope + self.value))?;
-        let (keys, values) = (
-            expanded.narrow(2, 0, self.nope)?,
-            expanded.narrow(2, self.nope, self.value)?,
-        );
+    pub(super) fn materialised(
+        &self,
+        nope: &Tensor,
+        rope: &Tensor,
+        all: &Tensor,
+        position: usize,
+    ) -> Result<Tensor> {
+        let (keys, values) = self.kv_b.expand(&all.narrow(1, 0, self.latent)?)?;
         let key_rope = all.narrow(1, self.latent, self.rope)?;
         let mixed = self
             .attend

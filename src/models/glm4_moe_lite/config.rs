@@ -1,6 +1,7 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
-use crate::checkpoint::ModelFiles;
+use crate::checkpoint::{ModelFiles, check_config};
+use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
@@ -156,6 +157,14 @@ impl Config {
     /// Numbers a token takes in a layer's cache: latent and rotary key.
     pub fn cache_width(&self) -> usize {
         self.kv_lora_rank + self.qk_rope_head_dim
+    }
+
+    /// Where those numbers lie in a paged cache of this format.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn cache_layout(&self, format: CacheFormat) -> Result<RowLayout> {
+        RowLayout::latent(format, self.kv_lora_rank, self.qk_rope_head_dim)
     }
 
     fn check(&self, fields: &Fields<'_>) -> Result<()> {
@@ -366,17 +375,9 @@ impl Fields<'_> {
     }
 
     fn check_quantization(&self) -> Result<()> {
-        let Some(value) = self.present("quantization_config") else {
-            return Ok(());
-        };
-        match value.get("quant_method").and_then(Value::as_str) {
-            Some("mmfp4") => Ok(()),
-            method => Err(refuse(
-                "quantization_config.quant_method",
-                method.unwrap_or("missing"),
-                "only mmfp4 is implemented; take an MMFP4 checkpoint, or the BF16 original and quantise it while loading",
-            )),
-        }
+        let fields = ["quantization_config", "quantization"].into_iter();
+        let mut told = fields.filter_map(|field| Some((field, self.present(field)?)));
+        told.try_for_each(|(field, value)| check_config(field, value))
     }
 }
 

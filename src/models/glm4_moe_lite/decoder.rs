@@ -1,45 +1,23 @@
 //! The decoder: embeddings, layers, head.
 
-use super::attention::{Attention, AttentionPath, Segment, norm_bytes};
+use super::attention::{Attention, AttentionPath, norm_bytes};
+use super::cache::{cache_bytes, cache_bytes_per_token};
 use super::config::Config;
 use super::experts::FeedForward;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
-use crate::models::observe::{Observer, Trace};
-use crate::nn::{Embedding, MmfP4Linear, RmsNorm, RotaryEmbedding, TokenCache};
-use crate::{Error, Result, ops};
-use candle_core::{DType, Device, Module, Tensor};
-
-/// Tokens of cache that a GPU must have room for where [`LoadOptions::context`] says nothing.
-const CONTEXT: usize = 8192;
-
-/// For which tokens logits are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Logits {
-    /// Each sequence's last: `[sequences, vocabulary]`.
-    Last,
-    /// All: `[tokens of all sequences, vocabulary]`.
-    All,
-}
-
-/// One sequence's share of a forward pass.
-#[derive(Debug)]
-pub struct Sequence<'a> {
-    /// The new tokens, at least one.
-    pub tokens: &'a [u32],
-    /// Where the first of them stands: 0 for a new sequence, or the number of tokens cached.
-    pub position: usize,
-    /// What earlier passes left; `None` computes from the tokens alone, which must then begin at 0.
-    pub cache: Option<&'a mut TokenCache>,
-}
+use crate::kv::{CacheFormat, CacheKind};
+use crate::nn::{CacheSize, Embedding, MmfP4Linear, PagedKvCache, RmsNorm, RotaryEmbedding, TokenCache};
+use crate::{Error, Result, nn, ops};
+use candle_core::{DType, Device};
 
 #[derive(Debug)]
-struct DecoderLayer {
-    input_norm: RmsNorm,
-    attention: Attention,
-    post_attention_norm: RmsNorm,
-    feed_forward: FeedForward,
+pub(super) struct DecoderLayer {
+    pub(super) input_norm: RmsNorm,
+    pub(super) attention: Attention,
+    pub(super) post_attention_norm: RmsNorm,
+    pub(super) feed_forward: FeedForward,
 }
 
 /// GLM-4.7-Flash, ready to run. Activations and cache are of [`LoadOptions::activations`], logits F32.
@@ -56,15 +34,15 @@ struct DecoderLayer {
 /// ```
 #[derive(Debug)]
 pub struct Model {
-    config: Config,
-    embedding: Embedding,
-    layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
-    head: MmfP4Linear,
-    rotary: RotaryEmbedding,
-    path: AttentionPath,
-    dtype: DType,
-    device: Device,
+    pub(super) config: Config,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) norm: RmsNorm,
+    pub(super) head: MmfP4Linear,
+    pub(super) rotary: RotaryEmbedding,
+    pub(super) path: AttentionPath,
+    pub(super) dtype: DType,
+    pub(super) device: Device,
 }
 
 impl Model {
@@ -105,7 +83,7 @@ impl Model {
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
         let dtype = options.activations_on(device)?;
-        check_memory(&config, checkpoint, options, device)?;
+        check_memory(&config, checkpoint, options, device, dtype)?;
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
         let by_kernels = ops::kernels_run_on(device);
@@ -203,12 +181,26 @@ impl Model {
         (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
     }
 
-    /// Bytes that a token takes in a cache; each later token reads them.
-    pub fn cache_bytes_per_token(&self) -> u64 {
-        cache_bytes(&self.config, self.dtype, 1)
+    /// Bytes that a token takes in a cache of this kind; each later token reads them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn cache_bytes_per_token(&self, kind: CacheKind) -> Result<u64> {
+        cache_bytes_per_token(&self.config, kind, self.dtype)
     }
 
-    /// An empty cache for one sequence, up to the model's context.
+    /// An empty cache for any number of sequences, each up to the model's context, whose memory is taken now. On Linux the
+    /// system gives memory of the CPU's when it is written to, not before.
+    ///
+    /// # Errors
+    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format does not take.
+    pub fn new_paged_cache(&self, format: CacheFormat, size: CacheSize) -> Result<PagedKvCache> {
+        let limit = self.config.max_position_embeddings;
+        let layout = self.config.cache_layout(format)?;
+        PagedKvCache::new(self.config.layers.len(), layout, size, limit, &self.device)
+    }
+
+    /// An empty contiguous cache for one sequence, up to the model's context.
     pub fn new_cache(&self) -> TokenCache {
         let config = &self.config;
         let limit = config.max_position_embeddings;
@@ -220,139 +212,6 @@ impl Model {
             &self.device,
         )
     }
-
-    /// Runs `tokens` of one sequence from `position` on and adds them to `cache`; gives logits
-    /// `[1 or tokens, vocabulary]`, F32.
-    ///
-    /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::TokenId`], [`Error::Position`], [`Error::ContextLength`]; the cache is
-    /// then as it was.
-    pub fn forward(
-        &self,
-        tokens: &[u32],
-        position: usize,
-        cache: &mut TokenCache,
-        logits: Logits,
-    ) -> Result<Tensor> {
-        self.forward_batch(
-            &mut [Sequence {
-                tokens,
-                position,
-                cache: Some(cache),
-            }],
-            logits,
-            None,
-        )
-    }
-
-    /// Runs several sequences in one pass, each at its own position and with its own cache: weights are read
-    /// once for all. There is no padding. An `observer` sees every op's result.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward); all caches are then as they were.
-    pub fn forward_batch(
-        &self,
-        sequences: &mut [Sequence<'_>],
-        logits: Logits,
-        observer: Option<&mut Observer<'_>>,
-    ) -> Result<Tensor> {
-        let limit = self.config.max_position_embeddings;
-        if sequences.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        for sequence in sequences.iter() {
-            if sequence.tokens.is_empty() {
-                return Err(Error::EmptyPrompt);
-            }
-            if sequence.cache.is_none() && sequence.position != 0 {
-                return Err(Error::Position {
-                    position: sequence.position,
-                    cached: 0,
-                });
-            }
-            let total = sequence.position.saturating_add(sequence.tokens.len());
-            if total > limit {
-                return Err(Error::ContextLength { tokens: total, limit });
-            }
-            if let Some(cache) = &sequence.cache {
-                // Before any cache begins, which at position 0 forgets what it holds.
-                cache.check(sequence.position, sequence.tokens.len())?;
-            }
-            tokens.extend_from_slice(sequence.tokens);
-            positions.extend(sequence.position..total);
-        }
-        let mut trace = Trace::new(observer);
-        let embedded = self
-            .embedding
-            .forward(&tokens, &self.device)?
-            .to_dtype(self.dtype)?;
-        let mut x = trace.see("embed_tokens", &embedded, embedded.clone())?;
-        for sequence in sequences.iter_mut() {
-            if let Some(cache) = &mut sequence.cache {
-                cache.begin(sequence.position, sequence.tokens.len())?;
-            }
-        }
-
-        let mut segments = Vec::with_capacity(sequences.len());
-        let mut start = 0;
-        for sequence in sequences.iter() {
-            let n = sequence.tokens.len();
-            let path = self.path.decide(&self.config, n, sequence.position + n);
-            segments.push(Segment {
-                start,
-                n,
-                position: sequence.position,
-                path,
-            });
-            start += n;
-        }
-        let angles = self.rotary.angles(&positions, &self.device)?;
-
-        // Each sum of the residual stream is made with the norm that follows it: one pass over it, and one dispatch.
-        let first = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
-        let mut normed = first.forward(&x)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            trace.enter(Some(index));
-            let input = x;
-            let attention_input = trace.see("input_layernorm", &input, normed)?;
-            let cached = |segment: usize, rows: &Tensor| match &mut sequences[segment].cache {
-                Some(cache) => cache.append(index, rows),
-                None => Ok(rows.contiguous()?),
-            };
-            let attended =
-                layer
-                    .attention
-                    .forward(&attention_input, &angles, &segments, cached, &mut trace)?;
-            let (middle, experts_input) = ops::add_norm(&input, &attended, &layer.post_attention_norm)?;
-            let experts_input = trace.see("post_attention_layernorm", &middle, experts_input)?;
-            let mixed = layer.feed_forward.forward(&experts_input, &mut trace)?;
-            let next = self
-                .layers
-                .get(index + 1)
-                .map_or(&self.norm, |layer| &layer.input_norm);
-            let (output, next_normed) = ops::add_norm(&middle, &mixed, next)?;
-            x = trace.see("layer", &input, output)?;
-            normed = next_normed;
-        }
-        trace.enter(None);
-
-        if logits == Logits::Last {
-            let last: Vec<_> = segments.iter().map(|s| (s.start + s.n - 1) as u32).collect();
-            let last = Tensor::new(last, &self.device)?;
-            (x, normed) = (x.index_select(&last, 0)?, normed.index_select(&last, 0)?);
-        }
-        let normed = trace.see("norm", &x, normed)?;
-        let logits = self.head.forward(&normed)?.to_dtype(DType::F32)?;
-        let logits = trace.see("lm_head", &normed, logits)?;
-        for sequence in sequences.iter_mut() {
-            if let Some(cache) = &mut sequence.cache {
-                cache.commit();
-            }
-        }
-        Ok(logits)
-    }
 }
 
 /// The layers for multi-token prediction, by the beginnings of their tensors' names: they are in checkpoints and take no
@@ -362,56 +221,50 @@ fn predicted(config: &Config) -> Vec<String> {
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
 }
 
-/// Numbers that a cache holds of a token.
-pub(crate) fn cache_width(config: &Config) -> u64 {
-    (config.layers.len() * config.cache_width()) as u64
-}
-
 /// Bytes of a checkpoint's tensors that take part, as they are stored.
 pub(crate) fn weights_stored(config: &Config, checkpoint: &Checkpoint) -> u64 {
     checkpoint.size_without(&predicted(config))
 }
 
-/// Bytes that `tokens` tokens take in a cache.
-fn cache_bytes(config: &Config, dtype: DType, tokens: usize) -> u64 {
-    cache_width(config) * (dtype.size_in_bytes() * tokens) as u64
-}
-
-/// Refuses what a GPU cannot hold, before anything is read: weights as they are stored or, quantised while loading, at
-/// least that small, and the cache of [`LoadOptions::context`].
+/// Refuses what the machine cannot hold, before anything is read: on the CPU the cache that was asked for, weights being
+/// files that the system reads again where it has to; on a GPU the cache and the weights, as they are stored or, quantised
+/// while loading, at least that small.
 fn check_memory(
     config: &Config,
     checkpoint: &Checkpoint,
     options: &LoadOptions,
     device: &Device,
+    dtype: DType,
 ) -> Result<()> {
-    let needed = bytes_needed(config, checkpoint, options, options.activations_on(device)?);
+    let cache = cache_bytes(config, options, dtype)?;
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
+        let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
         return crate::metal::device::check_memory(device, needed);
     }
-    let _ = needed;
+    if options.kv_size.is_some() {
+        let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
+        return nn::check_cache_memory(cache, row, device);
+    }
+    let _ = checkpoint;
     Ok(())
 }
 
-fn bytes_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions, dtype: DType) -> u64 {
+/// Bytes of the weights at least.
+#[cfg(any(target_os = "macos", test))]
+fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
-    let weights = match options.quantize {
+    match options.quantize {
         None => stored,
         // Of 16 bits a weight, as originals have.
         Some(format) => (stored as f64 * format.bits_per_weight() / 16.0) as u64,
-    };
-    let context = options
-        .context
-        .unwrap_or(CONTEXT)
-        .min(config.max_position_embeddings);
-    weights.saturating_add(cache_bytes(config, dtype, context))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::requirements::{CacheFormat, Needs};
+    use crate::doctor::requirements::Needs;
     use crate::fp4::Format;
 
     #[test]
@@ -419,41 +272,73 @@ mod tests {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model");
         let checkpoint = Checkpoint::open(folder).unwrap();
         let config = Config::from_files(&ModelFiles::folder(std::path::Path::new(folder))).unwrap();
-        let needed = |options: LoadOptions| bytes_needed(&config, &checkpoint, &options, DType::BF16);
+        let needed = |options: LoadOptions| {
+            let cache = cache_bytes(&config, &options, DType::BF16).unwrap();
+            weights_needed(&config, &checkpoint, &options) + cache
+        };
         let plain = needed(LoadOptions::default());
         let files: u64 = checkpoint
             .files()
             .iter()
             .map(|file| file.metadata().unwrap().len())
             .sum();
-        let context = config.max_position_embeddings.min(CONTEXT) as u64;
-        // A row of 128 + 32 numbers of two bytes in each of six layers.
-        let cache = context * 6 * 160 * 2;
+        // A row of 128 + 32 numbers of two bytes in each of six layers, for the model's context.
+        let cache = 2048 * 6 * 160 * 2;
         assert!(
             plain <= files + cache && plain > files * 9 / 10 + cache,
             "{plain}"
         );
-        let none = needed(LoadOptions {
-            context: Some(0),
+        let sized = |kv_size| LoadOptions {
+            kv_size: Some(kv_size),
             ..LoadOptions::default()
-        });
+        };
+        let none = needed(sized(CacheSize::Bytes(0)));
         assert_eq!(plain - none, cache);
+        assert_eq!(needed(sized(CacheSize::Bytes(12_345))), none + 12_345);
         let quantized = needed(LoadOptions {
             quantize: Some(Format::mmfp4()),
-            context: Some(0),
-            ..LoadOptions::default()
+            ..sized(CacheSize::Tokens(0))
         });
         assert_eq!(quantized, (none as f64 * 4.125 / 16.0) as u64);
-        // `mmfp4 doctor` counts the same, whatever the context.
+        // `mmfp4 doctor` counts the same, whatever the context and the cache.
         let files = ModelFiles::folder(std::path::Path::new(folder));
         let needs = Needs::of_files("demo", &files).unwrap();
-        for context in [0, 100, usize::MAX] {
+        for kind in ["bf16", "fp8", "fp4", "contiguous"].map(|kind| kind.parse().unwrap()) {
+            for context in [0, 100, config.max_position_embeddings] {
+                let options = LoadOptions {
+                    kv_cache: kind,
+                    ..sized(CacheSize::Tokens(context))
+                };
+                let counted = needs.bytes(context, kind, DType::BF16).unwrap();
+                assert_eq!(counted, needed(options), "{kind}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_cache_that_the_machine_cannot_hold_is_refused_before_anything_is_loaded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model");
+        let load = |kv_cache: CacheKind, kv_size| {
             let options = LoadOptions {
-                context: Some(context),
+                kv_cache,
+                kv_size: Some(kv_size),
+                // Refused as well, but by what loads.
+                skip_layers: vec![99],
                 ..LoadOptions::default()
             };
-            assert_eq!(needs.bytes(context, CacheFormat::Half), needed(options));
+            let loaded = Model::from_folder(folder, &options, &Device::Cpu);
+            loaded.map(|_| ()).unwrap_err().to_string()
+        };
+        if crate::memory::available().is_some() {
+            for size in [CacheSize::Bytes(1 << 50), CacheSize::Tokens(1 << 40)] {
+                let error = load(CacheKind::default(), size);
+                assert!(error.contains("the memory that is available"), "{error}");
+            }
         }
+        let error = load(CacheKind::Contiguous, CacheSize::Bytes(1 << 20));
+        assert!(error.contains("contiguous"), "{error}");
+        let error = load(CacheKind::default(), CacheSize::Bytes(1 << 20));
+        assert!(error.contains("99"), "{error}");
     }
 
     #[test]

@@ -6,11 +6,17 @@
 //! small experts ([`experts`]).
 
 pub mod attention;
+mod cache;
 mod config;
 mod decoder;
 pub mod experts;
+mod forward;
+mod latent_heads;
+mod paged;
 
 pub use attention::AttentionPath;
+pub use cache::{Cache, ContiguousCaches};
 pub use config::{Config, Layer};
-pub use decoder::{Logits, Model, Sequence};
-pub(crate) use decoder::{cache_width, weights_stored};
+pub use decoder::Model;
+pub(crate) use decoder::weights_stored;
+pub use forward::{Logits, Sequence};

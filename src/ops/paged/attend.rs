@@ -6,6 +6,7 @@ use crate::kv::{RowKind, RowLayout};
 use crate::metal::paged_attention::{self as plans, At};
 use crate::ops::PerHead;
 use crate::ops::attention::{Input, Part, open};
+use crate::ops::merged::Merge;
 use crate::ops::planned::{self, Planned};
 use crate::ops::rows::{heads, prepared_heads};
 use crate::{Error, Result};
@@ -85,12 +86,7 @@ impl PagedAttention {
     /// beyond the pool.
     pub fn forward(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Tensor> {
         let (n, sequences) = (batch.tokens(), batch.sequences().collect::<Vec<_>>());
-        let fits = |part: &&&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
-        if queries.is_empty() || !queries.iter().all(|part| fits(&part)) {
-            let expected = format!("parts [{n}, {}, d]", self.heads);
-            let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
-            return Err(Error::argument(OP, "queries", expected, format!("{found:?}")));
-        }
+        self.check_queries(queries, batch)?;
         let value = cpu::value_width(&self.layout);
         if planned::runs_on(pool.device())
             && let Some(y) = self.on_device(queries, pool, batch)?
@@ -127,7 +123,65 @@ impl PagedAttention {
         batch: &PagedBatch,
         values: &PerHead,
     ) -> Result<Tensor> {
+        if planned::runs_on(pool.device())
+            && values.takes_parts(batch.tokens(), self.heads, cpu::value_width(&self.layout))
+            && let Some(y) = self.expanded_on_device(queries, pool, batch, values)?
+        {
+            return Ok(y);
+        }
         Ok(values.forward(&self.forward(queries, pool, batch)?)?)
+    }
+
+    /// What a device gives of few tokens; `None` where no kernel takes these operands, or parts are more than it has at a time.
+    fn expanded_on_device(
+        &self,
+        queries: &[&Tensor],
+        pool: &Tensor,
+        batch: &PagedBatch,
+        values: &PerHead,
+    ) -> Result<Option<Tensor>> {
+        self.check_queries(queries, batch)?;
+        let Some(operands) = self.operands(queries, pool, batch)? else {
+            return Ok(None);
+        };
+        let inputs = operands.inputs();
+        let (bytes, shape) = (values.regions(), values.merged_shape(batch.tokens()));
+        let attention = operands.attention(self, bytes.len())?;
+        if attention.at_once() < batch.tokens() {
+            return Ok(None);
+        }
+        let plan = || {
+            let y = bytes.len() + inputs.len();
+            let merge = Merge {
+                weight: 0,
+                parts: y + 1,
+                stats: y + 2,
+                y,
+            };
+            let sizes = (batch.tokens(), attention.splits());
+            let Some(merged) = values.merged_launch(merge, sizes, operands.dtype())? else {
+                return Ok(None);
+            };
+            Ok(Some(Planned {
+                launches: vec![attention.parts(merge.parts, merge.stats)?, merged],
+                bytes: bytes.clone(),
+                outputs: [(shape.clone(), operands.dtype())],
+                scratch: attention.scratch(batch.tokens()).to_vec(),
+            }))
+        };
+        Ok(planned::over(OP, &inputs, plan)?.map(|[y]| y))
+    }
+
+    /// Checks that queries are parts of as many rows as a batch has tokens, of all heads.
+    fn check_queries(&self, queries: &[&Tensor], batch: &PagedBatch) -> Result<()> {
+        let n = batch.tokens();
+        let fits = |part: &&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
+        if !queries.is_empty() && queries.iter().all(fits) {
+            return Ok(());
+        }
+        let expected = format!("parts [{n}, {}, d]", self.heads);
+        let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
+        Err(Error::argument(OP, "queries", expected, format!("{found:?}")))
     }
 
     /// What a device gives; `None` where nothing stands in for the CPU's kernels, or no kernel takes these operands.
@@ -142,7 +196,7 @@ impl PagedAttention {
         let inputs = operands.inputs();
         let plan = || {
             let (y, value) = (inputs.len(), cpu::value_width(&self.layout));
-            let (launches, scratch) = operands.attention(self)?.launches(y, y + 1)?;
+            let (launches, scratch) = operands.attention(self, 0)?.launches(y, y + 1)?;
             Ok(Some(Planned {
                 launches,
                 bytes: Vec::new(),
@@ -263,9 +317,10 @@ impl Operands<'_> {
         self.queries.iter().chain([self.pool, self.index]).collect()
     }
 
-    fn attention<'a>(&self, op: &'a PagedAttention) -> Result<plans::Attention<'a>> {
+    /// Their plan, where they stand among a plan's operands from `start` on.
+    fn attention<'a>(&self, op: &'a PagedAttention, start: usize) -> Result<plans::Attention<'a>> {
         let (dtype, parts) = (self.dtype(), self.queries.len());
-        let lie = |part: usize| heads(OP, "queries", self.queries[part].layout(), dtype, part);
+        let lie = |part: usize| heads(OP, "queries", self.queries[part].layout(), dtype, start + part);
         Ok(plans::Attention {
             layout: &op.layout,
             dtype,
@@ -277,8 +332,8 @@ impl Operands<'_> {
             pairs: self.pairs,
             queries: lie(0)?,
             rotary: (parts > 1).then(|| lie(1)).transpose()?,
-            pool: at(self.pool, parts),
-            index: at(self.index, parts + 1),
+            pool: at(self.pool, start + parts),
+            index: at(self.index, start + parts + 1),
         })
     }
 }

@@ -24,6 +24,8 @@ pub struct Row {
     pub prompt_tokens: usize,
     pub generated_tokens: usize,
     pub depth: usize,
+    /// What the cache stores.
+    pub kv_cache: String,
     pub tokens_per_s: f64,
     /// The largest less the smallest of the repetitions, as a share of the median.
     pub spread: f64,
@@ -38,6 +40,15 @@ pub struct Row {
     pub bandwidth_spread: f64,
     pub share_of_bandwidth: f64,
     pub noisy: bool,
+    /// Its speed as a share of that at depth 0, both measured in turn.
+    pub of_depth_0: Option<f64>,
+    /// Products of floats, measured like the bandwidth, and what attention takes of them; on the CPU.
+    pub float_peak_gop_s: Option<f64>,
+    /// What a repetition takes at least: as long as at depth 0, and the larger of what the cache's bytes and what
+    /// attention's products take at the machine's limits.
+    pub bound_ms: Option<f64>,
+    /// The median of a repetition's time, by that.
+    pub of_bound: Option<f64>,
     /// With the pages of mapped files; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Without them.
