@@ -131,6 +131,8 @@ static inline void store_fp4(
         }
         const uint chosen = !finite ? NAN_SCALE : ideal == INFINITE_SCALE ? INFINITE_SCALE : best;
         const float by = cache::fp4_scale(chosen);
+        // What is too small for any scale has the scale 0, and where the scale is no number, no code is nearest.
+        const bool has_codes = chosen != 0 && chosen < INFINITE_SCALE;
         if (first + index < tasks) {
             if (candidate == 0) {
                 scales[group] = uchar(chosen);
@@ -139,8 +141,7 @@ static inline void store_fp4(
                 uint byte = 0;
                 for (ushort half_byte = 0; half_byte < 2; half_byte++) {
                     const float x = mine[i + half_byte];
-                    // Nothing but zeros, or what is too small for any scale, has the scale 0.
-                    const uint code = chosen == 0 ? 0 : fp4::encode(fabs(x), by);
+                    const uint code = has_codes ? fp4::encode(fabs(x), by) : 0;
                     const uint sign = x < 0.0f && code != 0 ? 8 : 0;
                     byte |= (code | sign) << (4 * half_byte);
                 }
