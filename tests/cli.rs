@@ -1035,6 +1035,7 @@ fn the_doctor_examines_machine_and_kernels() {
         "addition",
         "RoPE",
         "latent rows",
+        "storing in a paged cache",
         "attention",
     ] {
         assert_eq!(named(&format!(": {family}")).len(), named(": linear").len());

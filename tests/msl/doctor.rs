@@ -48,6 +48,7 @@ fn the_doctor_finds_nothing_wrong() {
         "addition",
         "RoPE",
         "latent rows",
+        "storing in a paged cache",
         "paged attention",
         "tokens of a paged cache",
     ] {

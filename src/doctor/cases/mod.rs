@@ -1,5 +1,6 @@
 //! Each kind of kernel, on small inputs, beside the plain reference.
 
+mod append;
 mod attention;
 mod experts;
 mod paged;
@@ -23,7 +24,7 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 16] = [
+const FAMILIES: [Family; 17] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
@@ -37,6 +38,7 @@ const FAMILIES: [Family; 16] = [
     ours("addition", rows::add),
     ours("RoPE", rows::rope),
     ours("latent rows", rows::latent),
+    ours("storing in a paged cache", append::append),
     ours("paged attention", paged::attention),
     ours("tokens of a paged cache", paged::gather),
     Family {
