@@ -61,7 +61,7 @@ static inline ushort sixteen_bits(float x) {
 }
 
 // Rotates the blocks of a chunk.
-static inline void rotate(threadgroup float* values, uint count, uint block, ushort index, uint threads) {
+static inline void rotate_vector(threadgroup float* values, uint count, uint block, ushort index, uint threads) {
     for (uint i = index; i < count; i += threads) {
         if (cache::turns(i % block)) {
             values[i] = -values[i];
@@ -183,7 +183,7 @@ static inline void store_fp8(
 }
 
 // Stores a chunk of a vector, `count` numbers, that threads have just written to `values`. All threads of a threadgroup call it.
-static inline void store(
+static inline void store_vector(
     threadgroup float* values,
     uint count,
     uint width,
@@ -197,7 +197,7 @@ static inline void store(
     const uint threads = simdgroups * 32;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (cache::ROTATED) {
-        rotate(values, count, cache::rotation_block(width), index, threads);
+        rotate_vector(values, count, cache::rotation_block(width), index, threads);
     }
     if (cache::ENCODING == cache::FP4) {
         store_fp4(values, count, codes, scales, index, threads);
@@ -278,7 +278,7 @@ template <typename T>
             for (uint i = index; i < count; i += threads) {
                 values[i] = float(from[start + i]) * by * weight[start + i];
             }
-            append::store(
+            append::store_vector(
                 values,
                 count,
                 latent,
@@ -345,7 +345,7 @@ template <typename T>
         for (uint i = index; i < count; i += threads) {
             numbers[i] = float(from[start + i]);
         }
-        append::store(
+        append::store_vector(
             numbers,
             count,
             width,

@@ -143,6 +143,22 @@ def latent_rows(operands, meta):
     return [rows, *(rope(operands, meta) if "queries" in operands else [])]
 
 
+def append_latents(operands, meta):
+    """The rows of latent_rows, stored; and queries."""
+    rows, turned = latent_rows(operands, meta)
+    vectors = rows.float().split([part["width"] for part in meta["parts"]], 1)
+    return [cache.stored(operands, meta, vectors), turned]
+
+
+def append_heads(operands, meta):
+    """Keys and values, stored as they are."""
+    vectors = []
+    for role in ("x.keys", "x.values"):
+        x = operands[role].view(data.DTYPES[meta["dtype"]]).float()
+        vectors += x.view(meta["m"], meta["heads"], -1).unbind(1)
+    return [cache.stored(operands, meta, vectors)]
+
+
 def _tokens(operands, meta, first, end):
     """The vectors of the one sequence's tokens at these positions: [positions, width] of each."""
     index = operands["index"].view(torch.int32).long()
@@ -175,27 +191,11 @@ def gather_paged(operands, meta):
     return [torch.cat(_tokens(operands, meta, *meta["positions"]), 1)]
 
 
-def append_latents(operands, meta):
-    """The rows of latent_rows, stored; and queries."""
-    rows, turned = latent_rows(operands, meta)
-    vectors = rows.float().split([part["width"] for part in meta["parts"]], 1)
-    return [cache.stored(operands, meta, vectors), turned]
-
-
-def append_heads(operands, meta):
-    """Keys and values, stored as they are."""
-    vectors = []
-    for role in ("x.keys", "x.values"):
-        x = operands[role].view(data.DTYPES[meta["dtype"]]).float()
-        vectors += x.view(meta["m"], meta["heads"], -1).unbind(1)
-    return [cache.stored(operands, meta, vectors)]
-
-
 REFERENCES = {
-    "paged_attention": paged_attention,
-    "gather_paged": gather_paged,
     "append_latents": append_latents,
     "append_heads": append_heads,
+    "paged_attention": paged_attention,
+    "gather_paged": gather_paged,
     "linear": linear,
     "per_head": per_head,
     "experts": experts,
