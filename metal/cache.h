@@ -39,7 +39,7 @@ static inline uint rotation_block(uint width) { return min(width & (0u - width),
 static inline float rotation_factor(uint block) {
     const uint power = 31 - clz(block);
     const float whole = as_type<float>((127 - power / 2) << 23);
-    return power % 2 == 0 ? whole : whole * 0.70710683f;
+    return power % 2 == 0 ? whole : whole * 0.70710677f;
 }
 
 // Whether element i of a block changes its sign before the transform.

@@ -16,18 +16,31 @@ using namespace metal;
 // What a threadgroup writes: outputs, where there is one split, or parts of them.
 constant bool WHOLE [[function_constant(36)]];
 constant bool PARTS [[function_constant(37)]];
+// Latents have rotary keys beside them, which are stored their own way.
+constant bool ROTARY [[function_constant(38)]];
 
 // The largest score of no token.
 static inline float none() { return as_type<float>(0xff800000u); }
 
 static inline uint element_of(ushort i, ushort lane) { return (i * 32u + lane) * 4u; }
 
+// Splits of a context, at most: so many, and one more for so many positions. (src/metal/paged_attention.rs)
+static constant constexpr uint MOST_SPLITS = 26, FOR_ONE_MORE = 4096;
+
+// Positions of a split of a query's context, its first `end` positions.
+static inline uint split_tokens(uint end, constant PagedArgs& args) {
+    const uint most = MOST_SPLITS + end / FOR_ONE_MORE;
+    const uint block = args.keys.block_tokens;
+    return max(args.split_tokens, ((end - 1) / (most * block) + 1) * block);
+}
+
 // The positions of a split that the query at `position` sees: from x up to y, none where y is not more.
 static inline uint2 seen(uint position, uint split, constant PagedArgs& args) {
     const uint end = position + 1;
     const uint first = end > args.window ? end - args.window : 0;
-    const uint start = split * args.split_tokens;
-    return uint2(max(first, start), min(end, start + args.split_tokens));
+    const uint tokens = split_tokens(end, args);
+    const uint start = split * tokens;
+    return uint2(max(first, start), min(end, start + tokens));
 }
 
 // A query's vector, times a factor.
@@ -67,7 +80,7 @@ static inline float4 transformed(float4 x, uint block, ushort lane) {
 
 // Rotates a query as the cache's vectors are.
 template <ushort FOURS>
-static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_query(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
@@ -77,7 +90,7 @@ static inline void rotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
 
 // Takes the rotation of an output back.
 template <ushort FOURS>
-static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) {
+static inline void rotate_back(thread float4 (&x)[FOURS], uint width, ushort lane) {
     const uint block = cache::rotation_block(width);
     UNROLL
     for (ushort i = 0; i < FOURS; i++) {
@@ -87,7 +100,7 @@ static inline void unrotate(thread float4 (&x)[FOURS], uint width, ushort lane) 
 
 // Four numbers of a vector of this width, which begins at `to`.
 template <typename T>
-static inline void store(device T* to, uint first, uint width, float4 x) {
+static inline void put_four(device T* to, uint first, uint width, float4 x) {
     if (cache::BY_FOURS) {
         if (first < width) {
             *(device vec<T, 4>*)(to + first) = vec<T, 4>(T(x.x), T(x.y), T(x.z), T(x.w));

@@ -77,7 +77,7 @@ template <typename T, ushort FOURS, ushort HEADS>
             queries + ulong(token) * args.q_token + ulong(rows::within(head + h, heads)) * args.q_head;
         paged::take_query(from, args.keys.width, args.score_factor, lane, query[h]);
         if (cache::ROTATED) {
-            paged::rotate(query[h], args.keys.width, lane);
+            paged::rotate_query(query[h], args.keys.width, lane);
         }
         UNROLL
         for (ushort i = 0; i < FOURS; i++) {
@@ -180,7 +180,7 @@ template <typename T, ushort FOURS, ushort HEADS>
             }
         }
         if (cache::ROTATED) {
-            paged::unrotate(sum, width, lane);
+            paged::rotate_back(sum, width, lane);
         }
         if (head + h < heads) {
             const ulong row = ulong(token) * args.heads + head + h;
@@ -189,9 +189,9 @@ template <typename T, ushort FOURS, ushort HEADS>
             for (ushort i = 0; i < FOURS; i++) {
                 const uint element = paged::element_of(i, lane);
                 if (paged::WHOLE) {
-                    paged::store(y + row * width, element, width, sum[i] / weights);
+                    paged::put_four(y + row * width, element, width, sum[i] / weights);
                 } else {
-                    paged::store(parts + part * width, element, width, sum[i]);
+                    paged::put_four(parts + part * width, element, width, sum[i]);
                 }
             }
             if (paged::PARTS && lane == 0) {

@@ -37,8 +37,6 @@ using namespace metal;
 
 namespace paged_latents {
 
-constant bool ROTARY [[function_constant(38)]];
-
 // Tokens in threadgroup memory.
 static constant constexpr ushort TOKENS = 8;
 // Of a simdgroup: heads, and tokens at once.
@@ -52,7 +50,7 @@ static constant constexpr ushort MOST_ROTARY = 64;
 template <typename T, ushort FOURS>
 [[kernel, max_total_threads_per_threadgroup(384)]] void paged_latent(
     device const T* queries [[buffer(0)]],
-    device const T* rotary [[buffer(1), function_constant(paged_latents::ROTARY)]],
+    device const T* rotary [[buffer(1), function_constant(paged::ROTARY)]],
     device const uchar* pool [[buffer(2)]],
     device const uint* index [[buffer(3)]],
     device T* y [[buffer(4), function_constant(paged::WHOLE)]],
@@ -84,10 +82,10 @@ template <typename T, ushort FOURS>
         device const T* from = queries + ulong(token) * args.q_token + ulong(mine) * args.q_head;
         paged::take_query(from, width, args.score_factor, lane, query[h]);
         if (cache::ROTATED) {
-            paged::rotate(query[h], width, lane);
+            paged::rotate_query(query[h], width, lane);
         }
         turned[h] = float2(0.0f);
-        if (paged_latents::ROTARY) {
+        if (paged::ROTARY) {
             from = rotary + ulong(token) * args.rotary_token + ulong(mine) * args.rotary_head;
             UNROLL
             for (ushort k = 0; k < 2; k++) {
@@ -123,7 +121,7 @@ template <typename T, ushort FOURS>
                 *(threadgroup float4*)&tile[row][element] = cache::four_of(codes, scales, element, width);
             }
             float2 key = float2(0.0f);
-            if (paged_latents::ROTARY) {
+            if (paged::ROTARY) {
                 codes = pool + cache::codes_at(args.values, block, offset, 0);
                 UNROLL
                 for (ushort k = 0; k < 2; k++) {
@@ -188,7 +186,7 @@ template <typename T, ushort FOURS>
     for (ushort h = 0; h < HEADS; h++) {
         const float of_head = simd_shuffle(total, h * LANES), most = simd_shuffle(largest, h * LANES);
         if (cache::ROTATED) {
-            paged::unrotate(sums[h], width, lane);
+            paged::rotate_back(sums[h], width, lane);
         }
         if (head + h < heads) {
             const ulong row = ulong(token) * args.heads + head + h;
@@ -197,9 +195,9 @@ template <typename T, ushort FOURS>
             for (ushort i = 0; i < FOURS; i++) {
                 const uint element = paged::element_of(i, lane);
                 if (paged::WHOLE) {
-                    paged::store(y + row * width, element, width, sums[h][i] / of_head);
+                    paged::put_four(y + row * width, element, width, sums[h][i] / of_head);
                 } else {
-                    paged::store(parts + part * width, element, width, sums[h][i]);
+                    paged::put_four(parts + part * width, element, width, sums[h][i]);
                 }
             }
             if (paged::PARTS && lane == 0) {

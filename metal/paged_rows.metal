@@ -13,13 +13,6 @@
 
 using namespace metal;
 
-namespace paged_rows {
-
-// Values are rotary keys, which are stored their own way.
-constant bool ROTARY [[function_constant(38)]];
-
-} // namespace paged_rows
-
 // ---------------------------------------------------------------------------------------------------------------------
 // | buffer | what                                   |       |
 // |--------|----------------------------------------|-------|
@@ -90,7 +83,7 @@ template <typename T>
                                          : cache::scales_at(args.keys, block, offset, head);
         const uint before = is_value ? args.heads * args.keys.width + head * width : head * width;
         device T* to = y + ulong(row) * args.heads * (args.keys.width + args.values.width) + before;
-        if (paged_rows::ROTARY && is_value) {
+        if (paged::ROTARY && is_value) {
             for (uint i = lane; i < width; i += 32) {
                 to[i] = T(cache::of_rotary(pool + codes_at, i));
             }
@@ -99,9 +92,9 @@ template <typename T>
                 const uint first = start + lane * 4;
                 float4 x[1] = {cache::four_of(pool + codes_at, pool + scales_at, first, width)};
                 if (cache::ROTATED) {
-                    paged::unrotate(x, width, lane);
+                    paged::rotate_back(x, width, lane);
                 }
-                paged::store(to, first, width, x[0]);
+                paged::put_four(to, first, width, x[0]);
             }
         }
     }

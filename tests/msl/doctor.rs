@@ -49,6 +49,8 @@ fn the_doctor_finds_nothing_wrong() {
         "addition",
         "RoPE",
         "latent rows",
+        "paged attention",
+        "tokens of a paged cache",
     ] {
         assert!(number(family, "nmse") <= number(family, "bound"));
         assert!(number(family, "launches") >= 18.0, "{family}");

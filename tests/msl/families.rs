@@ -2,7 +2,7 @@
 
 use crate::faults::{Fault, PlanFault};
 use crate::runner::Work;
-use crate::{append, dense, linear, merged, moe, norm_rope};
+use crate::{append, dense, linear, merged, moe, norm_rope, paged};
 
 pub struct Family {
     /// Files of `metal/`, headers aside.
@@ -51,5 +51,11 @@ pub const FAMILIES: &[Family] = &[
         works: moe::works::all,
         faults: moe::faults::FAULTS,
         plan_faults: &[],
+    },
+    Family {
+        files: &["paged_latents.metal", "paged_heads.metal", "paged_rows.metal"],
+        works: paged::works::all,
+        faults: paged::faults::FAULTS,
+        plan_faults: paged::faults::PLAN_FAULTS,
     },
 ];

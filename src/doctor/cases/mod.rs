@@ -2,6 +2,7 @@
 
 mod attention;
 mod experts;
+mod paged;
 mod products;
 mod rows;
 
@@ -22,7 +23,7 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 15] = [
+const FAMILIES: [Family; 17] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
@@ -37,6 +38,8 @@ const FAMILIES: [Family; 15] = [
     ours("addition", rows::add),
     ours("RoPE", rows::rope),
     ours("latent rows", rows::latent),
+    ours("paged attention", paged::attention),
+    ours("tokens of a paged cache", paged::gather),
     Family {
         name: "attention",
         compare: attention::attention,

@@ -23,8 +23,8 @@ pub struct Op {
     pub meta: Map<String, Value>,
     /// Of its plan's operands, in order; those behind are scratch.
     pub roles: Vec<String>,
-    /// Of experts, the table of where they are: it matters what is in it.
-    pub places: Vec<u8>,
+    /// What is in operands of which that matters, by their role.
+    pub contents: Map<String, Value>,
 }
 
 impl Op {
@@ -36,7 +36,7 @@ impl Op {
             m,
             meta: Map::new(),
             roles: Vec::new(),
-            places: Vec::new(),
+            contents: Map::new(),
         }
     }
 
@@ -62,11 +62,16 @@ impl Op {
     }
 
     /// With the table that these experts have.
-    pub fn places(mut self, routed: &[Expert], shared: &[Expert]) -> Self {
+    pub fn places(self, routed: &[Expert], shared: &[Expert]) -> Self {
         let stack = Stack::of(routed, shared)
             .unwrap()
             .expect("experts that kernels take");
-        self.places = stack.bytes()[2].to_vec();
+        self.contents("places", stack.bytes()[2].to_vec())
+    }
+
+    /// With an operand that holds this.
+    pub fn contents(mut self, role: &str, bytes: Vec<u8>) -> Self {
+        self.contents.insert(role.into(), hex(&bytes).into());
         self
     }
 
@@ -111,9 +116,10 @@ impl Op {
             "len": operand.len,
             "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
         });
-        if role == "places" {
-            assert_eq!(operand.len, self.places.len(), "{}: the table", self.name);
-            described["contents"] = hex(&self.places).into();
+        if let Some(contents) = self.contents.get(role) {
+            let held = contents.as_str().map(str::len);
+            assert_eq!(held, Some(2 * operand.len), "{}: {role}", self.name);
+            described["contents"] = contents.clone();
         }
         described
     }

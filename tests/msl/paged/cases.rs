@@ -4,7 +4,7 @@ use crate::linear::cases::{DTYPES, activations};
 use crate::{grid, noise, values};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::{self, HeadView, PagedSequence, reference};
-use candle_mmfp4::kv::{CacheFormat, Encoding, RowKind, RowLayout, codec};
+use candle_mmfp4::kv::{CacheFormat, RowKind, RowLayout, codec};
 use candle_mmfp4::ops::{PagedAttention, PagedBatch};
 
 /// How parts of queries lie.
@@ -214,8 +214,6 @@ impl Case {
     }
 }
 
-pub const FORMATS: [CacheFormat; 7] = CacheFormat::ALL;
-
 /// Depths around blocks and tiles of tokens, one that takes several splits, and where queries are several.
 fn sequences() -> Vec<Vec<(usize, usize)>> {
     let mut all: Vec<_> = [1, 15, 16, 17, 31, 32, 33, 255, 256, 257]
@@ -256,7 +254,7 @@ pub fn grid() -> Vec<Case> {
     let axes = [
         DTYPES.len(),
         KINDS.len(),
-        FORMATS.len(),
+        CacheFormat::ALL.len(),
         HEADS.len(),
         sequences.len(),
         WINDOWS.len(),
@@ -267,7 +265,7 @@ pub fn grid() -> Vec<Case> {
     let case = |at: [usize; 8]| {
         let kind = KINDS[at[1]];
         // Vectors that FP4 does not take are FP8.
-        let format = FORMATS[at[2]];
+        let format = CacheFormat::ALL[at[2]];
         let format = RowLayout::new(format, kind, 16).map_or(CacheFormat::Fp8, |_| format);
         let kv_heads = match kind {
             RowKind::Latent { .. } => 1,
@@ -285,9 +283,4 @@ pub fn grid() -> Vec<Case> {
         }
     };
     places.into_iter().map(case).collect()
-}
-
-/// Whether a layout's first vectors are stored so that not all numbers can be.
-pub fn is_exact(layout: &RowLayout) -> bool {
-    matches!(layout.parts()[0].encoding, Encoding::F16 | Encoding::BF16)
 }
