@@ -224,7 +224,7 @@ struct PagedArgs {
     uint heads;          // of queries
     uint together;       // heads of queries that a threadgroup takes, and with heads those of a kv head
     uint splits;
-    uint split_tokens;   // positions of a split
+    uint split_tokens;   // positions of a split, at least
     uint window;         // positions that a query sees
     uint q_token;        // elements from one token's queries to the next's
     uint q_head;

@@ -24,12 +24,23 @@ static inline float none() { return as_type<float>(0xff800000u); }
 
 static inline uint element_of(ushort i, ushort lane) { return (i * 32u + lane) * 4u; }
 
+// Splits of a context, at most: so many, and one more for so many positions. (src/metal/paged_attention.rs)
+static constant constexpr uint MOST_SPLITS = 26, FOR_ONE_MORE = 4096;
+
+// Positions of a split of a query's context, its first `end` positions.
+static inline uint split_tokens(uint end, constant PagedArgs& args) {
+    const uint most = MOST_SPLITS + end / FOR_ONE_MORE;
+    const uint block = args.keys.block_tokens;
+    return max(args.split_tokens, ((end - 1) / (most * block) + 1) * block);
+}
+
 // The positions of a split that the query at `position` sees: from x up to y, none where y is not more.
 static inline uint2 seen(uint position, uint split, constant PagedArgs& args) {
     const uint end = position + 1;
     const uint first = end > args.window ? end - args.window : 0;
-    const uint start = split * args.split_tokens;
-    return uint2(max(first, start), min(end, start + args.split_tokens));
+    const uint tokens = split_tokens(end, args);
+    const uint start = split * tokens;
+    return uint2(max(first, start), min(end, start + tokens));
 }
 
 // A query's vector, times a factor.

@@ -1,6 +1,6 @@
 //! Plans of attention over a paged cache: `metal/paged_latents.metal`, `metal/paged_heads.metal`, `metal/paged_rows.metal`.
 //!
-//! Positions are cut into splits, counted from position 0, whatever the batch. Each split of each query gives a part of its output,
+//! Positions are cut into splits, counted from position 0, as long as a query's own position says, whatever the batch. Each split of each query gives a part of its output,
 //! which [`Attention::merge`] (or a product that reads parts) puts together: so a query's output is the same bits beside whatever
 //! other queries.
 
@@ -17,8 +17,12 @@ use std::ops::Range;
 const OP: &str = "mmfp4-paged-attention";
 const GATHER: &str = "mmfp4-gather-paged";
 
-/// Positions of a split, or what whole blocks make of it.
+/// Positions of a split, or what whole blocks make of it: at least so many.
 const SPLIT: usize = 256;
+/// Splits of a context, at most, and positions for which there may be one more: what splits leave is written and read again, and
+/// is not to be much beside what is read anyway, which is weights and, for each position, a row of the cache.
+const MOST_SPLITS: usize = 26;
+const FOR_ONE_MORE: usize = 4096;
 /// Heads of latents that share a read, at most: twelve simdgroups of two, whose registers a GPU's core has.
 const MOST_HEADS: usize = 24;
 /// The widest latent, rotary key, and key or value of a head, that kernels take.
@@ -114,14 +118,21 @@ const fn write(operand: usize) -> Binding {
 }
 
 impl Attention<'_> {
-    /// Positions of a split.
+    /// Positions of a split, at least: a query's own position decides.
     pub fn split_tokens(&self) -> usize {
         SPLIT.next_multiple_of(self.layout.block_tokens())
     }
 
-    /// Splits that the longest sequence has: those of the parts of every query.
+    /// Splits that a query of the longest sequence may have: those of the parts of every query.
     pub fn splits(&self) -> usize {
-        self.longest.div_ceil(self.split_tokens()).max(1)
+        self.longest
+            .div_ceil(self.split_tokens())
+            .clamp(1, MOST_SPLITS + self.longest / FOR_ONE_MORE)
+    }
+
+    /// How many tokens have parts at a time.
+    pub fn at_once(&self) -> usize {
+        (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens.max(1))
     }
 
     /// Elements of an output of a head.
@@ -136,11 +147,6 @@ impl Attention<'_> {
             parts * self.width() * size_of::<f32>(),
             parts * 2 * size_of::<f32>(),
         ]
-    }
-
-    /// How many tokens have parts at a time.
-    pub fn at_once(&self) -> usize {
-        (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens.max(1))
     }
 
     /// The launch that writes all tokens' parts and stats: of each split that a query sees something of `Σ 2^(s − m) · v`, and the
@@ -224,8 +230,8 @@ impl Attention<'_> {
         }
         aligned(OP, "pool", self.pool.offset, 16)?;
         let splits = self.splits();
-        // A split's positions, of one that nobody reaches too.
-        narrow(OP, "tables", splits * self.split_tokens())?;
+        // A split's positions, of one that nobody reaches too: splits are longer by a part of a block than a context divided.
+        narrow(OP, "tables", self.longest + splits * self.split_tokens())?;
         narrow(OP, "queries", tokens.end)?;
         let (kernel, threads, groups, together) = match self.layout.kind() {
             RowKind::Latent { latent, .. } => {

@@ -62,7 +62,7 @@ pub const FAULTS: &[Fault] = &[
     Fault { what: "a query that does not see itself", file: PAGED,
         from: "const uint end = position + 1;", to: "const uint end = position;" },
     Fault { what: "splits that overlap", file: PAGED,
-        from: "min(end, start + args.split_tokens)", to: "min(end, start + args.split_tokens + 1)" },
+        from: "min(end, start + tokens)", to: "min(end, start + tokens + 1)" },
     Fault { what: "sums of weights not scaled down", file: PAGED,
         from: "total = fma(total, kept, sum);", to: "total += sum;" },
     Fault { what: "the largest score of one token in turn", file: PAGED,

@@ -92,6 +92,24 @@ fn deep_paged_caches_agree_with_the_reference() {
     }
 }
 
+/// Beyond 26 splits of 256 positions splits are longer; beside a longer sequence one may have less than it could.
+#[test]
+fn splits_grow_with_the_context() {
+    let Some(backend) = Backend::start() else { return };
+    for (kind, heads) in [(latent(64, 16), 2), (heads(1, 64, 64), 2)] {
+        let case = Case {
+            kind,
+            heads,
+            sequences: vec![(6657, 1), (8703, 2), (6656, 1), (300, 1)],
+            ..Case::default()
+        };
+        let (cache, queries) = (case.cache(), case.queries());
+        let y = attend(&backend, &case, &cache, &queries);
+        let error = error(&case, &cache, &queries, &y);
+        assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+    }
+}
+
 #[test]
 fn a_query_gives_the_same_bits_beside_whatever_others() {
     let Some(backend) = Backend::start() else { return };
