@@ -93,6 +93,22 @@ static_assert(sizeof(DenseArgs) == 40, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, x_row) == 12, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, weight_row) == 28, "as in src/metal/args.rs");
 static_assert(__builtin_offsetof(DenseArgs, second_n) == 36, "as in src/metal/args.rs");
+
+// A product with what attention's parts come to, each token's heads; the rows of the weight as of LinearArgs.
+struct MergedArgs {
+    uint m;           // tokens
+    uint n;           // rows of the weight a head has
+    uint k;           // columns of the weight and of a part
+    uint heads;
+    uint splits;      // parts of each
+    uint weight_row;
+    uint weight_head;
+    float factor;     // of a weight in FP4
+};
+static_assert(sizeof(MergedArgs) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MergedArgs, splits) == 16, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(MergedArgs, factor) == 28, "as in src/metal/args.rs");
+
 // The router of a mixture of experts.
 struct RouterArgs {
     uint tokens;
@@ -154,3 +170,90 @@ struct MoeTile {
     uint count; // 0 where there is no such tile
 };
 static_assert(sizeof(MoeTile) == 12, "as in src/metal/args.rs");
+
+// Where a vector of each token lies in a pool: a latent, a rotary key, heads' keys or values. All are bytes, but for the width and
+// tokens. The pool is whole blocks; within one, the codes of the token at `offset` begin at
+// codes + head · head_bytes + offset · code_stride, and its scales likewise.
+struct CachePart {
+    uint block_bytes;
+    uint block_tokens;
+    uint width;        // elements of the vector; 0 where there is no such part
+    uint codes;
+    uint code_stride;
+    uint scales;
+    uint scale_stride;
+    uint head_bytes;   // from one head's vectors to the next's; 0 where there are no heads
+};
+static_assert(sizeof(CachePart) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, width) == 8, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, code_stride) == 16, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, scale_stride) == 24, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(CachePart, head_bytes) == 28, "as in src/metal/args.rs");
+
+// What MLA keeps of a token, in a pool, and its queries. The latent is as wide as the pool's, the rotary key as `rows` says.
+struct AppendLatentsArgs {
+    CachePart latent;
+    CachePart key;
+    LatentArgs rows;
+};
+static_assert(sizeof(AppendLatentsArgs) == 100, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, key) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendLatentsArgs, rows) == 64, "as in src/metal/args.rs");
+
+// Keys and values of heads, in a pool.
+struct AppendHeadsArgs {
+    CachePart keys;
+    CachePart values;
+    uint heads;
+    uint key_token; // elements from one token to the next
+    uint key_head;  // elements from one head to the next
+    uint value_token;
+    uint value_head;
+};
+static_assert(sizeof(AppendHeadsArgs) == 84, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, values) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, heads) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(AppendHeadsArgs, value_head) == 80, "as in src/metal/args.rs");
+
+// Attention over a paged cache.
+struct PagedArgs {
+    CachePart keys;      // MLA: the latent, which is the value too
+    CachePart values;    // MLA: the rotary key
+    uint tokens;         // that the index tells of
+    uint first;          // the first of them that the launch takes
+    uint heads;          // of queries
+    uint together;       // heads of queries that a threadgroup takes, and with heads those of a kv head
+    uint splits;
+    uint split_tokens;   // positions of a split
+    uint window;         // positions that a query sees
+    uint q_token;        // elements from one token's queries to the next's
+    uint q_head;
+    uint rotary_token;   // the same of rotary parts
+    uint rotary_head;
+    float score_factor;  // what products become scores in base 2 by
+};
+static_assert(sizeof(PagedArgs) == 112, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, values) == 32, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, tokens) == 64, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, splits) == 80, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, q_token) == 92, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(PagedArgs, score_factor) == 108, "as in src/metal/args.rs");
+
+// Parts of attention that are merged.
+struct MergeArgs {
+    uint splits;
+    uint width;
+};
+static_assert(sizeof(MergeArgs) == 8, "as in src/metal/args.rs");
+
+// Tokens of a sequence, as numbers.
+struct GatherArgs {
+    CachePart keys;   // MLA: the latent
+    CachePart values; // MLA: the rotary key
+    uint heads;       // that there are of keys, and of values, if these have a width
+    uint table;       // where in the index the sequence's begins
+    uint first;       // the first position
+    uint positions;
+};
+static_assert(sizeof(GatherArgs) == 80, "as in src/metal/args.rs");
+static_assert(__builtin_offsetof(GatherArgs, heads) == 64, "as in src/metal/args.rs");

@@ -24,20 +24,13 @@
 #include <metal_simdgroup_matrix>
 
 #include "args.h"
+#include "dense.h"
 #include "rows.h"
 
 using namespace metal;
 
 namespace dense {
 
-// How the weight is stored.
-enum : ushort { F32 = 0, F16 = 1, BF16 = 2 };
-
-constant ushort KIND [[function_constant(24)]];
-// Bytes of the weight that a load takes, and of x at most: 16 or 8; rows of the weight, a multiple of eight elements long, begin
-// at multiples of it, and so do those of activations, or at a multiple of four elements; or 0, an element. The host has checked
-// it. (Files align tensors to eight bytes.)
-constant ushort LOADS [[function_constant(25)]];
 constant bool HAS_BIAS [[function_constant(26)]];
 // Simdgroups that have the same rows of W and share K, up to 8: those of a threadgroup where it is more than 1, for weights with
 // few rows. (dense_rows)
@@ -47,58 +40,6 @@ constant bool JOINED [[function_constant(28)]];
 
 // Simdgroups of a threadgroup of dense_rows: where each has rows of its own, and where they share K, at most.
 static constant constexpr ushort APART = 2, SHARING = 8;
-
-static inline uint element_size() { return KIND == F32 ? 4 : 2; }
-
-// An element of the weight.
-static inline float element(device const uchar* weight, ulong index) {
-    if (KIND == F32) {
-        return ((device const float*)weight)[index];
-    }
-    const ushort bits = ((device const ushort*)weight)[index];
-    return KIND == F16 ? float(as_type<half>(bits)) : as_type<float>(uint(bits) << 16);
-}
-
-// The two elements of a word.
-static inline float2 pair(uint word) {
-    if (KIND == F16) {
-        return float2(as_type<half2>(word));
-    }
-    return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
-}
-
-// Eight elements of the weight as they are stored: in `low` alone where an element has two bytes.
-struct Eight {
-    uint4 low;
-    uint4 high;
-};
-
-static inline uint4 sixteen_bytes(device const uchar* from) {
-    if (LOADS == 16) {
-        return *(device const uint4*)from;
-    }
-    const uint2 low = *(device const uint2*)from, high = *(device const uint2*)(from + 8);
-    return uint4(low.x, low.y, high.x, high.y);
-}
-
-static inline Eight stored(device const uchar* weight, ulong index) {
-    device const uchar* from = weight + index * element_size();
-    Eight eight;
-    eight.low = sixteen_bytes(from);
-    eight.high = KIND == F32 ? sixteen_bytes(from + 16) : uint4(0);
-    return eight;
-}
-
-static inline void values_of(Eight eight, thread float4& low, thread float4& high) {
-    if (KIND == F32) {
-        low = as_type<float4>(eight.low);
-        high = as_type<float4>(eight.high);
-    } else {
-        const float2 a = pair(eight.low.x), b = pair(eight.low.y), c = pair(eight.low.z), d = pair(eight.low.w);
-        low = float4(a.x, a.y, b.x, b.y);
-        high = float4(c.x, c.y, d.x, d.y);
-    }
-}
 
 // Eight activations.
 template <typename T>
@@ -111,49 +52,13 @@ static inline void activations(device const T* x, thread float4& low, thread flo
     }
 }
 
-// Where rows of the weight and of x are.
-template <typename T, ushort M, ushort ROWS>
-struct Operands {
-    device const uchar* w[ROWS];
+// Rows of x as they are.
+template <typename T, ushort M>
+struct Rows {
     device const T* x[M];
-};
 
-// Adds to each sum its products of TURNS times eight elements, `span` apart from `at` on. All of the weight's are asked for
-// before any is used.
-template <ushort TURNS, typename T, ushort M, ushort ROWS>
-static inline void add_along(
-    thread const Operands<T, M, ROWS>& of,
-    uint at,
-    uint span,
-    thread float (&sums)[ROWS * M]
-) {
-    Eight weights[TURNS][ROWS];
-    UNROLL
-    for (ushort t = 0; t < TURNS; t++) {
-        UNROLL
-        for (ushort r = 0; r < ROWS; r++) {
-            weights[t][r] = stored(of.w[r], at + t * span);
-        }
-    }
-    UNROLL
-    for (ushort t = 0; t < TURNS; t++) {
-        float4 low[ROWS], high[ROWS];
-        UNROLL
-        for (ushort r = 0; r < ROWS; r++) {
-            values_of(weights[t][r], low[r], high[r]);
-        }
-        UNROLL
-        for (ushort m = 0; m < M; m++) {
-            float4 x_low, x_high;
-            activations(&of.x[m][at + t * span], x_low, x_high);
-            UNROLL
-            for (ushort r = 0; r < ROWS; r++) {
-                const ushort i = r * M + m;
-                sums[i] = rows::add_dot(high[r], x_high, rows::add_dot(low[r], x_low, sums[i]));
-            }
-        }
-    }
-}
+    void eight(ushort m, uint at, thread float4& low, thread float4& high) const { activations(x[m] + at, low, high); }
+};
 
 // Adds to the sums of eight columns, which begin at `w` in the first row, the products of TURNS rows, `span` apart from `row` on;
 // rows are K elements apart. All of the weight's are asked for before any is used.
@@ -229,15 +134,16 @@ template <typename T, ushort M, ushort ROWS, ushort DEPTH>
     const uint first = block * together + (alone ? simdgroup * ROWS : 0);
     const uint first_x = group.y * M;
 
-    dense::Operands<T, M, ROWS> of;
+    device const uchar* of_w[ROWS];
+    dense::Rows<T, M> of_x;
     UNROLL
     for (ushort r = 0; r < ROWS; r++) {
         const uint row = args.weight_row + group.z * args.weight_head + rows::within(first + r, n);
-        of.w[r] = weight + ulong(row) * k * dense::element_size();
+        of_w[r] = weight + ulong(row) * k * dense::element_size();
     }
     UNROLL
     for (ushort m = 0; m < M; m++) {
-        of.x[m] = x + ulong(group.z) * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
+        of_x.x[m] = x + ulong(group.z) * args.x_head + ulong(rows::within(first_x + m, args.m)) * args.x_row;
     }
 
     float sums[ROWS * M];
@@ -253,23 +159,23 @@ template <typename T, ushort M, ushort ROWS, ushort DEPTH>
         const uint whole = k / span;
         uint turn = 0;
         for (; turn + DEPTH <= whole; turn += DEPTH) {
-            dense::add_along<DEPTH>(of, turn * span + first_lane * 8, span, sums);
+            dense::add_along<DEPTH, M>(of_w, of_x, turn * span + first_lane * 8, span, sums);
         }
         for (; turn < whole; turn++) {
-            dense::add_along<1>(of, turn * span + first_lane * 8, span, sums);
+            dense::add_along<1, M>(of_w, of_x, turn * span + first_lane * 8, span, sums);
         }
         const uint at = whole * span + first_lane * 8;
         if (at < k) {
-            dense::add_along<1>(of, at, span, sums);
+            dense::add_along<1, M>(of_w, of_x, at, span, sums);
         }
     } else {
         for (uint at = first_lane; at < k; at += lanes) {
             UNROLL
             for (ushort m = 0; m < M; m++) {
-                const float value = float(of.x[m][at]);
+                const float value = float(of_x.x[m][at]);
                 UNROLL
                 for (ushort r = 0; r < ROWS; r++) {
-                    sums[r * M + m] = fma(dense::element(of.w[r], at), value, sums[r * M + m]);
+                    sums[r * M + m] = fma(dense::element(of_w[r], at), value, sums[r * M + m]);
                 }
             }
         }

@@ -1,5 +1,6 @@
 // FP4 as it lies in a checkpoint: E2M1 codes, two to a byte, the first in the low nibble, and a scale for each group of
-// 16, 32, 64 or 128 along K. The only place in MSL that knows a code's value or a scale's bits.
+// 16, 32, 64 or 128 along K; and what a cache's numbers become. The only place in MSL that knows a code's value or a weight's
+// scale's bits.
 //
 // A code becomes a half by moving bits: its three bits of magnitude to the half's lowest exponent bits and highest
 // mantissa bit, its sign to the sign. That is the value times 2^-14, the code 0.5 being a subnormal half; UNIT takes it
@@ -43,10 +44,24 @@ static inline void decode(uint word, thread float4& low, thread float4& high) {
     high = float4(a.y, b.y, c.y, d.y);
 }
 
+// The four codes of a word's low half in order, divided by UNIT.
+static inline float4 decode_four(uint codes) {
+    return float4(
+        placed(((codes & 0xfu) | (codes & 0xf0u) << 12) << 9),
+        placed(((codes >> 8 & 0xfu) | (codes & 0xf000u) << 4) << 9)
+    );
+}
+
 // Two E4M3 numbers, at the low bytes of the halves of a word, divided by 256: as halves of the same bits, the sign moved up by a
 // carry. Subnormal ones are exact.
 static inline float2 e4m3(uint two) {
     return float2(as_type<half2>((two + (two & 0x00800080u)) << 7));
+}
+
+// The same where a number may be none: all ones but for the sign.
+static inline float2 e4m3_or_nan(uint two) {
+    const uint none = ((two & 0x007f007fu) + 0x00010001u) & 0x00800080u;
+    return float2(as_type<half2>((two + (two & 0x00800080u)) << 7 | none * 0xf8u));
 }
 
 // A group's scale, divided by what of_scales() puts back.
@@ -78,5 +93,16 @@ static inline float of_scales(float factor) {
     const float all = SCALE_KIND == E4M3 ? 256.0f : 1.0f;
     return FACTOR == MULTIPLIED ? all * factor : FACTOR == DIVIDED ? all / factor : all;
 }
+
+// The code of the magnitude nearest to `a`, a number without a sign, over the scale `by`: of two as near the even one; beyond 6 that of 6.
+// A border between codes has three significant bits at most: its product with a scale of few is exact. An infinite scale, or
+// NaN, has code 0.
+static inline uint encode(float a, float by) {
+    return uint(a > 0.25f * by) + uint(a >= 0.75f * by) + uint(a > 1.25f * by) + uint(a >= 1.75f * by)
+        + uint(a > 2.5f * by) + uint(a >= 3.5f * by) + uint(a > 5.0f * by);
+}
+
+// The value of a code without its sign.
+static inline float magnitude(uint code) { return UNIT * float(as_type<half>(ushort(code << 9))); }
 
 } // namespace fp4

@@ -46,33 +46,6 @@ namespace linear {
 // Simdgroups of a threadgroup of linear_rows, at most.
 static constant constexpr ushort SIMDGROUPS = 4;
 
-// Sixteen codes: the smallest group.
-static inline uint2 load_codes(device const uint* codes, uint word) {
-    if (fp4::WIDE) {
-        return *(device const uint2*)(codes + word);
-    }
-    return uint2(codes[word], codes[word + 1]);
-}
-
-// Rows of W from `first` of a head on.
-template <ushort ROWS>
-static inline void find(
-    device const uint* codes,
-    device const uchar* scales,
-    uint head_row,
-    uint first,
-    uint n,
-    uint k,
-    thread rows::Rows<ROWS>& found
-) {
-    UNROLL
-    for (ushort r = 0; r < ROWS; r++) {
-        const uint row = head_row + rows::within(first + r, n);
-        found.codes[r] = codes + row * (k / 8);
-        found.scales[r] = scales + ulong(row) * (k / fp4::GROUP) * rows::scale_size();
-    }
-}
-
 } // namespace linear
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +95,7 @@ template <typename T, ushort M, ushort ROWS>
 
     rows::Rows<ROWS> rows_of_w;
     const uint head_row = args.weight_row + group.z * args.weight_head;
-    linear::find(codes, scales, head_row, first, n, k, rows_of_w);
+    rows::find(codes, scales, head_row, first, n, k, rows_of_w);
     device const T* row_x[M];
     UNROLL
     for (ushort m = 0; m < M; m++) {
@@ -164,7 +137,7 @@ template <typename T, ushort M, ushort ROWS>
         float scale[ROWS];
         UNROLL
         for (ushort r = 0; r < ROWS; r++) {
-            words[r] = linear::load_codes(rows_of_w.codes[r], at / 8);
+            words[r] = rows::two_words(rows_of_w.codes[r] + at / 8);
             scale[r] = fp4::scale(rows_of_w.scales[r], at / fp4::GROUP);
         }
         float even[ROWS * M], odd[ROWS * M];
@@ -280,11 +253,11 @@ template <typename T>
         first_four[r] = 0.0f;
         second_four[r] = 0.0f;
     }
-    linear::find(codes, scales, head_row, first, args.n, k, rows_of_w);
+    rows::find(codes, scales, head_row, first, args.n, k, rows_of_w);
     for (uint at = lane * 32; at < rest; at += 1024) {
         rows::add<4>(rows_of_w, activations, at, first_four);
     }
-    linear::find(codes, scales, head_row, first + ROWS, args.n, k, rows_of_w);
+    rows::find(codes, scales, head_row, first + ROWS, args.n, k, rows_of_w);
     for (uint at = lane * 32; at < rest; at += 1024) {
         rows::add<4>(rows_of_w, activations, at, second_four);
     }
@@ -295,7 +268,7 @@ template <typename T>
         sums[r] = mine + simd_shuffle_xor(other, 16);
     }
     if (rest < k) {
-        linear::find(codes, scales, head_row, first + (upper ? ROWS : 0), args.n, k, rows_of_w);
+        rows::find(codes, scales, head_row, first + (upper ? ROWS : 0), args.n, k, rows_of_w);
         for (uint at = rest + lane % 16 * 32; at < k; at += 512) {
             rows::add<4>(rows_of_w, activations, at, sums);
         }

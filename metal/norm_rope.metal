@@ -10,100 +10,15 @@
 // | latent_rows_<type>  | norm of kv's first part, its rest turned; with HAS_QUERIES the queries turned too | x 0: a row; else a thread a pair | 1 + queries' pairs of a token, tokens |
 // | add_<type>          | x + delta                                       | 4 elements a thread  | elements of a row, rows    |
 //
-// A row's norm goes through it twice, and reads it from the cache the second time: each thread takes four elements (WIDE)
+// A row's norm goes through it twice, and reads it from the cache the second time: each thread takes four elements (FOURS)
 // or one in turn, keeps one sum in registers, and the simdgroups' sums meet in threadgroup memory.
 
 #include <metal_stdlib>
 
 #include "args.h"
+#include "norm_rope.h"
 
 using namespace metal;
-
-namespace norm_rope {
-
-// Rows begin at multiples of four elements, and are a multiple of four long: the host has checked it.
-constant bool WIDE [[function_constant(16)]];
-// Pairs are neighbours; otherwise the one is half a head behind the other.
-constant bool INTERLEAVED [[function_constant(17)]];
-constant bool HAS_QUERIES [[function_constant(18)]];
-
-// A threadgroup's simdgroups, at most.
-static constant constexpr ushort SIMDGROUPS = 32;
-
-template <typename T>
-static inline float4 load(device const T* from) {
-    return float4(*(device const vec<T, 4>*)from);
-}
-
-template <typename T>
-static inline void store(device T* to, float4 value) {
-    *(device vec<T, 4>*)to = vec<T, 4>(T(value.x), T(value.y), T(value.z), T(value.w));
-}
-
-// The sum over all threads of what each has.
-static inline float total(float own, threadgroup float* parts, ushort simdgroup, ushort lane, ushort simdgroups) {
-    const float sum = simd_sum(own);
-    if (lane == 0) {
-        parts[simdgroup] = sum;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    return simd_sum(lane < simdgroups ? parts[lane] : 0.0f);
-}
-
-// The sum of the squares of a thread's elements of a row.
-template <typename T>
-static inline float squares(device const T* x, uint d, uint index, uint threads) {
-    float sum = 0.0f;
-    if (WIDE) {
-        for (uint i = index * 4; i < d; i += threads * 4) {
-            const float4 value = load(x + i);
-            sum += dot(value, value);
-        }
-    } else {
-        for (uint i = index; i < d; i += threads) {
-            const float value = float(x[i]);
-            sum = fma(value, value, sum);
-        }
-    }
-    return sum;
-}
-
-// What a row of d elements with this sum of squares is multiplied by.
-static inline float factor(float squares, uint d, float eps) { return precise::rsqrt(squares / float(d) + eps); }
-
-// A thread's elements of a row, times the factor and the weight.
-template <typename T>
-static inline void scale(
-    device const T* x,
-    device const float* weight,
-    device T* y,
-    float by,
-    uint d,
-    uint index,
-    uint threads
-) {
-    if (WIDE) {
-        for (uint i = index * 4; i < d; i += threads * 4) {
-            store(y + i, load(x + i) * by * load(weight + i));
-        }
-    } else {
-        for (uint i = index; i < d; i += threads) {
-            y[i] = T(float(x[i]) * by * weight[i]);
-        }
-    }
-}
-
-// Turns pair i of a head.
-template <typename T>
-static inline void turn(device const T* x, device T* y, uint i, uint pairs, float cosine, float sine) {
-    const uint first = INTERLEAVED ? 2 * i : i;
-    const uint second = INTERLEAVED ? 2 * i + 1 : i + pairs;
-    const float a = float(x[first]), b = float(x[second]);
-    y[first] = T(a * cosine - b * sine);
-    y[second] = T(a * sine + b * cosine);
-}
-
-} // namespace norm_rope
 
 // ---------------------------------------------------------------------------------------------------------------------
 // | buffer | what      |       |
@@ -163,7 +78,7 @@ template <typename T>
     device const T* left = x + ulong(row) * args.x_row;
     device const T* right = delta + ulong(row) * args.delta_row;
     device T* sums = s + ulong(row) * args.d;
-    if (norm_rope::WIDE) {
+    if (norm_rope::FOURS) {
         for (uint i = index * 4; i < args.d; i += threads * 4) {
             norm_rope::store(sums + i, norm_rope::load(left + i) + norm_rope::load(right + i));
         }
@@ -198,15 +113,16 @@ template <typename T>
     ushort index [[thread_index_in_threadgroup]],
     ushort simdgroups [[simdgroups_per_threadgroup]]
 ) {
-    const uint place = group.x * simdgroups * 32 + index;
-    if (place < args.heads * args.pairs) {
-        const uint head = place / args.pairs, i = place % args.pairs;
-        const float cosine = cosines[ulong(group.y) * args.cos_row + i];
-        const float sine = sines[ulong(group.y) * args.sin_row + i];
-        device const T* from = x + ulong(group.y) * args.x_token + ulong(head) * args.x_head;
-        device T* to = y + (ulong(group.y) * args.heads + head) * args.pairs * 2;
-        norm_rope::turn(from, to, i, args.pairs, cosine, sine);
-    }
+    norm_rope::turn_one_of(
+        x + ulong(group.y) * args.x_token,
+        y + ulong(group.y) * args.heads * args.pairs * 2,
+        cosines + ulong(group.y) * args.cos_row,
+        sines + ulong(group.y) * args.sin_row,
+        group.x * simdgroups * 32 + index,
+        args.heads,
+        args.pairs,
+        args.x_head
+    );
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -252,13 +168,16 @@ template <typename T>
             norm_rope::turn(from + args.latent, to + args.latent, i, args.pairs, row_cosines[i], row_sines[i]);
         }
     } else if (norm_rope::HAS_QUERIES) {
-        const uint place = (group.x - 1) * threads + index;
-        if (place < args.heads * args.pairs) {
-            const uint head = place / args.pairs, i = place % args.pairs;
-            device const T* from = queries + ulong(group.y) * args.q_token + ulong(head) * args.q_head;
-            device T* to = turned + (ulong(group.y) * args.heads + head) * args.pairs * 2;
-            norm_rope::turn(from, to, i, args.pairs, row_cosines[i], row_sines[i]);
-        }
+        norm_rope::turn_one_of(
+            queries + ulong(group.y) * args.q_token,
+            turned + ulong(group.y) * args.heads * args.pairs * 2,
+            row_cosines,
+            row_sines,
+            (group.x - 1) * threads + index,
+            args.heads,
+            args.pairs,
+            args.q_head
+        );
     }
 }
 
@@ -285,7 +204,7 @@ template <typename T>
     device const T* left = x + ulong(group.y) * args.x_row;
     device const T* right = delta + ulong(group.y) * args.delta_row;
     device T* to = y + ulong(group.y) * args.d;
-    if (norm_rope::WIDE) {
+    if (norm_rope::FOURS) {
         const uint i = first + index * 4;
         if (i < args.d) {
             norm_rope::store(to + i, norm_rope::load(left + i) + norm_rope::load(right + i));

@@ -78,6 +78,33 @@ struct Rows {
     device const uchar* scales[ROWS];
 };
 
+// Rows of W from `first` of a head on.
+template <ushort ROWS>
+static inline void find(
+    device const uint* codes,
+    device const uchar* scales,
+    uint head_row,
+    uint first,
+    uint n,
+    uint k,
+    thread Rows<ROWS>& found
+) {
+    UNROLL
+    for (ushort r = 0; r < ROWS; r++) {
+        const uint row = head_row + within(first + r, n);
+        found.codes[r] = codes + row * (k / 8);
+        found.scales[r] = scales + ulong(row) * (k / fp4::GROUP) * scale_size();
+    }
+}
+
+// Two words of a row's codes: sixteen, the smallest group.
+static inline uint2 two_words(device const uint* codes) {
+    if (fp4::WIDE) {
+        return *(device const uint2*)codes;
+    }
+    return uint2(codes[0], codes[1]);
+}
+
 // Adds to each row's sum its product of WORDS words of codes, 1, 2 or 4 from the code `at` on, with activations. What has two
 // words or more is a whole group or more, or a part of one.
 template <ushort WORDS, ushort ROWS, typename X>

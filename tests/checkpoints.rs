@@ -4,116 +4,24 @@ mod common;
 
 use candle_core::Device;
 use candle_mmfp4::Error;
-use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::checkpoint::{
+    Checkpoint, LoadOptions, LoadReport, QuantizeOptions, quantize_checkpoint, quantize_folder,
+};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::models::glm4_moe_lite::{Config, Logits, Model};
-use common::{bf16_demo, mmfp4_demo, repository, values};
+use common::draft::{Draft, GROUP_64, Stored, tiny, write_json};
+use common::{bf16_demo, mmfp4_demo, values};
 use proptest::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 use tempfile::TempDir;
 
-/// A group that every linear layer of the tiny model can be divided into; not so 128.
-const GROUP_64: Format = Format {
-    group: 64,
-    kind: ScaleKind::F16,
-};
 const UP: &str = "model.layers.1.mlp.experts.3.up_proj";
 const TOKENS: [u32; 7] = [5, 99, 3, 511, 0, 42, 42];
-
-#[derive(Clone)]
-struct Stored {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-/// A model folder in memory, to be changed and written.
-#[derive(Clone)]
-struct Draft {
-    config: Value,
-    tensors: BTreeMap<String, Stored>,
-}
-
-impl Draft {
-    fn read(folder: &Path) -> Self {
-        let config = std::fs::read(folder.join("config.json")).unwrap();
-        let checkpoint = Checkpoint::open(folder).unwrap();
-        let tensors = checkpoint.tensors().map(|(name, t)| {
-            let (dtype, shape, bytes) = (t.dtype, t.shape.clone(), t.bytes.to_vec());
-            (name.to_string(), Stored { dtype, shape, bytes })
-        });
-        Self {
-            config: serde_json::from_slice(&config).unwrap(),
-            tensors: tensors.collect(),
-        }
-    }
-
-    fn plain() -> Self {
-        Self::read(&tiny())
-    }
-
-    fn packed() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let target = folder.path().join("packed");
-        let source = Checkpoint::open(tiny()).unwrap();
-        quantize_folder(&source, &target, GROUP_64, ScaleRule::SquaredError).unwrap();
-        Self::read(&target)
-    }
-
-    fn get(&mut self, name: &str) -> &mut Stored {
-        self.tensors.get_mut(name).unwrap_or_else(|| panic!("{name}"))
-    }
-
-    fn rename(&mut self, from: &str, to: &str) {
-        let tensor = self.tensors.remove(from).unwrap();
-        self.tensors.insert(to.into(), tensor);
-    }
-
-    fn write(&self) -> TempDir {
-        self.write_split(|_| "model.safetensors")
-    }
-
-    /// Each tensor into the file that `file` says, with an index if there is more than one.
-    fn write_split(&self, file: impl Fn(&str) -> &'static str) -> TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        let files: BTreeSet<_> = self.tensors.keys().map(|name| file(name)).collect();
-        for name in &files {
-            let here = self.tensors.iter().filter(|(tensor, _)| file(tensor) == *name);
-            let views = here.map(|(tensor, t)| {
-                (
-                    tensor,
-                    TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap(),
-                )
-            });
-            let bytes = safetensors::serialize(views, None).unwrap();
-            std::fs::write(folder.path().join(name), bytes).unwrap();
-        }
-        if files.len() > 1 {
-            let map: BTreeMap<_, _> = self.tensors.keys().map(|name| (name, file(name))).collect();
-            write_json(
-                folder.path(),
-                "model.safetensors.index.json",
-                &json!({"weight_map": map}),
-            );
-        }
-        write_json(folder.path(), "config.json", &self.config);
-        folder
-    }
-}
-
-fn tiny() -> PathBuf {
-    repository("tests/data/tiny-models/plain")
-}
-
-fn write_json(folder: &Path, name: &str, value: &Value) {
-    std::fs::write(folder.join(name), value.to_string()).unwrap();
-}
 
 fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model, LoadReport)> {
     // What is compared here differs by nothing but the order of sums.
@@ -663,7 +571,12 @@ fn the_bundled_model_is_remade_byte_for_byte() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("demo-model");
     let source = Checkpoint::open(bf16_demo()).unwrap();
-    quantize_folder(&source, &target, Format::mmfp4(), ScaleRule::SquaredError).unwrap();
+    // As examples/quantize.rs.
+    let options = QuantizeOptions {
+        shard_bytes: 7_000_000,
+        ..QuantizeOptions::new(Format::mmfp4())
+    };
+    quantize_checkpoint(&source, &target, &options, |_, _| {}).unwrap();
     let names = |folder: &Path| -> BTreeSet<_> {
         let entries = std::fs::read_dir(folder).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
@@ -735,8 +648,15 @@ fn quantising_writes_a_whole_folder_or_nothing() {
         )
     };
 
-    let error = quantize(&tiny(), Format::mxfp4()).unwrap_err().to_string();
-    assert!(error.contains("`format`") && error.contains("E8M0"), "{error}");
+    let odd = Format {
+        group: 64,
+        kind: ScaleKind::E8M0,
+    };
+    let error = quantize(&tiny(), odd).unwrap_err().to_string();
+    assert!(
+        error.contains("`format`") && error.contains("E8M0 every 64"),
+        "{error}"
+    );
     let mut nan = Draft::plain();
     nan.get(&format!("{UP}.weight")).bytes[20..22].copy_from_slice(&0x7fc0u16.to_le_bytes());
     let error = quantize(nan.write().path(), GROUP_64).unwrap_err();

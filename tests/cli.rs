@@ -405,6 +405,16 @@ fn mistakes_are_one_line_with_a_remedy() {
         &["bench", "--profile", "--csv"],
         &["bench", "-r", "0"],
         &["doctor", "--context", "many"],
+        &["doctor", "--kv-cache", "int8"],
+        &["generate", "--kv-cache", "fp16"],
+        &["generate", "--kv-cache", "bf16,fp8"],
+        &["generate", "--kv-memory", "2GB"],
+        &["generate", "--kv-memory", "-1"],
+        &["generate", "--kv-memory", "1G", "--context", "5"],
+        &["generate", "--kv-memory", "1G", "--kv-cache", "contiguous"],
+        &["perplexity", "text", "--kv-cache", ""],
+        &["bench", "--kv-cache", "bf16,int8"],
+        &["bench", "--kv-memory", "1G", "--kv-cache", "contiguous"],
         &["doctor", "--device", "gpu"],
         &["perplexity"],
         &["no-such-command"],
@@ -418,6 +428,34 @@ fn mistakes_are_one_line_with_a_remedy() {
     let output = run(command.env("RUST_LOG", "x=y=z"));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("RUST_LOG=mmfp4=debug"), "{output:?}");
+}
+
+#[test]
+fn the_cache_is_what_was_asked_for() {
+    for kind in ["f16", "bf16", "fp8", "fp4", "fp4-32-rotated", "contiguous"] {
+        let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--kv-cache", kind]));
+        assert_eq!(stdout(&output).trim_end(), ANSWER, "{kind}");
+    }
+    // 1,920 bytes a token in BF16, 16 tokens a block.
+    for (size, told) in [
+        ("30719", "a block at least: 16 tokens, 30720 bytes"),
+        (
+            "30K",
+            "blocks of 16 tokens are needed, 1 of the cache's 1 are free",
+        ),
+    ] {
+        let line = failure(&["generate", "-p", QUESTION, "--kv-memory", size], 1);
+        assert!(line.contains(told), "{line}");
+    }
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--kv-memory", "0.25M"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--context", "64"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    #[cfg(target_os = "linux")]
+    for command in [&["generate"][..], &["perplexity", "Cargo.toml"]] {
+        let line = failure(&[command, &["--kv-memory", "4096T"]].concat(), 1);
+        assert!(line.contains("the memory that is available"), "{line}");
+    }
 }
 
 #[test]
@@ -1091,6 +1129,7 @@ fn the_doctor_examines_machine_and_kernels() {
         "addition",
         "RoPE",
         "latent rows",
+        "storing in a paged cache",
         "attention",
     ] {
         assert_eq!(named(&format!(": {family}")).len(), named(": linear").len());

@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to weights and layers.
 
 use super::keep::Keep;
-use super::marlin;
+use super::layouts::{self, Found};
 use super::quality::Survey;
 use super::report::{Kept, LoadReport, RoundedHead};
 use super::safetensors::Checkpoint;
@@ -127,7 +127,26 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self.stored_weight(module, n, k)?;
+        self.quantized(module, self.take(layouts::read(self.checkpoint, module, (n, k))?))
+    }
+
+    /// Whether the checkpoint has a module.
+    pub fn has_module(&self, module: &str) -> bool {
+        self.checkpoint.has_module(module)
+    }
+
+    /// As [`weight`](Self::weight), of a module that has a matrix `[N, K]` a head: `[heads · N, K]`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
+    pub fn stack(&self, module: &str, heads: usize, n: usize, k: usize) -> Result<Weight> {
+        let found = layouts::read_stack(self.checkpoint, module, (heads * n, k))?;
+        self.quantized(module, self.take(found))
+    }
+
+    /// A weight quantised, if that was asked for.
+    fn quantized(&self, module: &str, weight: Weight) -> Result<Weight> {
+        let (n, k) = weight.shape();
         let (Some(format), Weight::Dense(dense)) = (self.options.quantize, &weight) else {
             if let Weight::Fp4(tensor) = &weight {
                 self.survey.borrow_mut().linear(tensor, true);
@@ -241,27 +260,15 @@ impl<'a> Loader<'a> {
         report
     }
 
-    fn stored_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let name = format!("{module}.weight");
-        let stored = self.checkpoint.get(&name)?;
-        let weight = if marlin::is_packed(stored) {
-            let weight = marlin::read(self.checkpoint, module, n, k)?;
-            for beside in marlin::scale_names(module) {
-                self.mark_used(beside);
-            }
-            for beside in [format!("{module}.group_size"), format!("{name}.group_size")] {
-                self.mark_used(beside);
-            }
-            weight.into()
-        } else {
-            stored.matrix(&name, n, k)?.into()
-        };
-        self.mark_used(name);
-        Ok(weight)
+    /// Keeps account of a weight that was read.
+    fn take(&self, found: Found) -> Weight {
+        found.used.into_iter().for_each(|name| self.mark_used(name));
+        self.report.borrow_mut().layouts.extend(found.layout);
+        found.weight
     }
 
     fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self.stored_weight(module, n, k)?;
+        let weight = self.take(layouts::read(self.checkpoint, module, (n, k))?);
         self.survey.borrow_mut().sensitive(module, &weight);
         // A pattern that names it is met, if not by this.
         self.keep.reason(&format!("{module}.weight"));

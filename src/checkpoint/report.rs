@@ -1,5 +1,7 @@
 //! What loading found.
 
+use super::Layout;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// A number of tensors and the bytes they take.
@@ -41,6 +43,8 @@ pub struct RoundedHead {
 pub struct LoadReport {
     /// FP4 weights used where they lie in the file.
     pub fp4: Tally,
+    /// The layouts that they are stored in.
+    pub layouts: BTreeSet<Layout>,
     /// Weights quantised while loading.
     pub quantized: Tally,
     /// Weights in floating point, used where they lie.
@@ -60,18 +64,26 @@ pub struct LoadReport {
     pub warnings: Vec<String>,
 }
 
-impl LoadReport {
-    /// The reasons why weights stay in floating point, each with its first weight and the number of them.
-    fn kept_by_reason(&self) -> Vec<(&Kept, usize)> {
-        let mut reasons: Vec<(&Kept, usize)> = Vec::new();
-        for kept in &self.kept {
-            match reasons.iter_mut().find(|(first, _)| first.reason == kept.reason) {
-                Some((_, count)) => *count += 1,
-                None => reasons.push((kept, 1)),
-            }
+/// A line a reason why weights stay in floating point, with its first weight and the number of them.
+pub(super) fn write_kept(f: &mut fmt::Formatter<'_>, kept: &[Kept]) -> fmt::Result {
+    let mut reasons: Vec<(&Kept, usize)> = Vec::new();
+    for kept in kept {
+        match reasons.iter_mut().find(|(first, _)| first.reason == kept.reason) {
+            Some((_, count)) => *count += 1,
+            None => reasons.push((kept, 1)),
         }
-        reasons
     }
+    for (first, count) in reasons {
+        match count {
+            1 => write!(f, "\n{} stays in floating point: {}", first.name, first.reason)?,
+            _ => write!(
+                f,
+                "\n{count} weights stay in floating point, the first {}: {}",
+                first.name, first.reason
+            )?,
+        }
+    }
+    Ok(())
 }
 
 impl fmt::Display for LoadReport {
@@ -117,16 +129,7 @@ impl fmt::Display for LoadReport {
                 ")"
             })?;
         }
-        for (first, count) in self.kept_by_reason() {
-            match count {
-                1 => write!(f, "\n{} stays in floating point: {}", first.name, first.reason)?,
-                _ => write!(
-                    f,
-                    "\n{count} weights stay in floating point, the first {}: {}",
-                    first.name, first.reason
-                )?,
-            }
-        }
+        write_kept(f, &self.kept)?;
         for warning in &self.warnings {
             write!(f, "\nwarning: {warning}")?;
         }

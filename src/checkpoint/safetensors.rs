@@ -154,6 +154,11 @@ impl Checkpoint {
         from.take_while(move |(name, _)| name.starts_with(prefix))
     }
 
+    /// Whether there are tensors of a module.
+    pub fn has_module(&self, module: &str) -> bool {
+        self.tensors_with_prefix(&format!("{module}.")).next().is_some()
+    }
+
     /// Bytes of all tensors but those whose names begin with one of `ignored`.
     pub fn size_without(&self, ignored: &[String]) -> u64 {
         let counts = |name: &&str| !ignored.iter().any(|prefix| name.starts_with(prefix));

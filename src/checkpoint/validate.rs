@@ -1,9 +1,9 @@
 //! What quantising a whole checkpoint cost, tensor by tensor.
 
-use super::marlin;
+use super::layouts;
 use super::safetensors::Checkpoint;
 use super::write::is_linear;
-use crate::fp4::{Format, ScaleRule, Validation, quantize, validate};
+use crate::fp4::{Format, ScaleRule, Validation, Weight, quantize, validate};
 use crate::{Error, Result};
 
 /// What a floating-point checkpoint is compared with.
@@ -31,7 +31,7 @@ pub fn validate_checkpoint<'a>(
             continue;
         };
         let is_compared = match quantized {
-            Quantized::Stored(other) => other.find(name).is_some_and(marlin::is_packed),
+            Quantized::Stored(other) => layouts::holds(other, module),
             Quantized::Simulated(format) => is_linear(module) && k.is_multiple_of(format.group),
         };
         if is_compared && stored.float_kind(name).is_ok() {
@@ -44,7 +44,13 @@ pub fn validate_checkpoint<'a>(
     Ok(matrices.into_iter().map(move |(name, module, stored, (n, k))| {
         let values = stored.matrix(name, n, k)?.to_f32();
         let packed = match quantized {
-            Quantized::Stored(other) => marlin::read(other, module, n, k)?,
+            Quantized::Stored(other) => match layouts::read(other, module, (n, k))?.weight {
+                Weight::Fp4(packed) => packed,
+                _ => {
+                    let folder = Some(other.folder().to_path_buf());
+                    return Err(Error::tensor(name, folder, "not packed there"));
+                }
+            },
             Quantized::Simulated(format) => quantize(name, &values, (n, k), format, ScaleRule::default())?,
         };
         Ok((name, validate(&values, &packed)?))
@@ -52,7 +58,7 @@ pub fn validate_checkpoint<'a>(
 }
 
 fn nothing(original: &Checkpoint, quantized: Quantized<'_>) -> Error {
-    let packed = |checkpoint: &Checkpoint| checkpoint.tensors().any(|(_, stored)| marlin::is_packed(stored));
+    let packed = |checkpoint: &Checkpoint| checkpoint.tensors().any(|(_, stored)| layouts::is_packed(stored));
     if packed(original) {
         let remedy = "give the floating-point original first";
         return Error::file(original.folder(), "its weights are quantised already", remedy);

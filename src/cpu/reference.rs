@@ -247,6 +247,39 @@ pub fn paged_attention(paged: PagedAttention<'_>) -> Vec<f32> {
     y
 }
 
+/// What parts of attention over runs of positions come to: of each row its `splits` parts of `width` elements, and of each of
+/// them `(m, l)`, the largest score in base 2 and the sum of 2 to the power of the scores less it; gives
+/// `Σ 2^(m - M) · part / Σ 2^(m - M) · l`, `M` being the row's largest `m`.
+///
+/// ```
+/// use candle_mmfp4::cpu::reference::merge_parts;
+///
+/// // Two splits, of which the second weighs a quarter, and one without tokens.
+/// let stats = [3., 1., 1., 1., f32::NEG_INFINITY, 0.];
+/// assert_eq!(merge_parts(&[5., 10., 0.], &stats, 3, 1), [6.]);
+/// ```
+///
+/// # Panics
+/// Where there are not as many `stats` as parts.
+pub fn merge_parts(parts: &[f32], stats: &[f32], splits: usize, width: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(parts.len() / splits);
+    let rows = parts
+        .chunks_exact(splits * width)
+        .zip(stats.chunks_exact(2 * splits));
+    for (parts, stats) in rows {
+        let of = |at| stats.iter().skip(at).step_by(2).map(|stat| f64::from(*stat));
+        let largest = of(0).fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = of(0).map(|m| (m - largest).exp2()).collect();
+        let sum: f64 = weights.iter().zip(of(1)).map(|(weight, l)| weight * l).sum();
+        for c in 0..width {
+            let column = parts[c..].iter().step_by(width).zip(&weights);
+            let mixed: f64 = column.map(|(part, weight)| weight * f64::from(*part)).sum();
+            y.push((mixed / sum) as f32);
+        }
+    }
+    y
+}
+
 /// `x / √(mean(x²) + eps) · weight` for each row, as long as `weight`; see [`cpu::rms_norm`](super::rms_norm).
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut y = Vec::with_capacity(x.len());

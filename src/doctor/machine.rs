@@ -17,7 +17,7 @@ pub(super) fn look(options: &Options, add: &mut dyn FnMut(Check)) -> Result<Mach
         processor: facts::processor(),
         physical_cores: num_cpus::get_physical(),
         memory_bytes: facts::memory(),
-        available_bytes: memory::available().or_else(facts::available),
+        available_bytes: memory::available(),
         gpu: None,
     };
     add(system(&machine));

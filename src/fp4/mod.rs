@@ -22,19 +22,23 @@
 mod bytes;
 pub mod code;
 mod dense;
+mod format;
 mod gather;
 mod int8;
 mod quantize;
 mod scale;
+mod search;
 mod tensor;
 mod validate;
 
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
+pub use format::Format;
 pub(crate) use gather::gather;
 pub(crate) use int8::INT8_BLOCK;
 pub use int8::Int8Tensor;
-pub use quantize::{Format, ScaleRule, quantize};
+pub use quantize::{quantize, quantize_dense, shared_factor};
 pub use scale::ScaleKind;
+pub use search::ScaleRule;
 pub use tensor::{Factor, Fp4Tensor, GROUPS, Parts};
 pub use validate::{BlockError, Validation, validate};

@@ -200,6 +200,42 @@ impl DenseArgs {
     }
 }
 
+/// A product with what attention's parts come to.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct MergedArgs {
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+    pub heads: u32,
+    pub splits: u32,
+    pub weight_row: u32,
+    pub weight_head: u32,
+    pub factor: f32,
+}
+
+const _: () = {
+    assert!(size_of::<MergedArgs>() == 32);
+    assert!(offset_of!(MergedArgs, splits) == 16);
+    assert!(offset_of!(MergedArgs, factor) == 28);
+};
+
+impl MergedArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([
+            self.m,
+            self.n,
+            self.k,
+            self.heads,
+            self.splits,
+            self.weight_row,
+            self.weight_head,
+            self.factor.to_bits(),
+        ])
+    }
+}
+
 /// The router of a mixture of experts.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -311,6 +347,205 @@ impl MoePlace {
     }
 }
 
+/// Where a vector of each token lies in a pool.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CachePart {
+    pub block_bytes: u32,
+    pub block_tokens: u32,
+    pub width: u32,
+    pub codes: u32,
+    pub code_stride: u32,
+    pub scales: u32,
+    pub scale_stride: u32,
+    pub head_bytes: u32,
+}
+
+const _: () = {
+    assert!(size_of::<CachePart>() == 32);
+    assert!(offset_of!(CachePart, width) == 8);
+    assert!(offset_of!(CachePart, code_stride) == 16);
+    assert!(offset_of!(CachePart, scale_stride) == 24);
+    assert!(offset_of!(CachePart, head_bytes) == 28);
+};
+
+impl CachePart {
+    /// As a kernel reads it, a part of other structs. Every field is four bytes: there are no gaps.
+    pub fn words(&self) -> [u32; 8] {
+        [
+            self.block_bytes,
+            self.block_tokens,
+            self.width,
+            self.codes,
+            self.code_stride,
+            self.scales,
+            self.scale_stride,
+            self.head_bytes,
+        ]
+    }
+}
+
+/// What MLA keeps of a token, in a pool, and its queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct AppendLatentsArgs {
+    pub latent: CachePart,
+    pub key: CachePart,
+    pub rows: LatentArgs,
+}
+
+/// Keys and values of heads, in a pool.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AppendHeadsArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub heads: u32,
+    pub key_token: u32,
+    pub key_head: u32,
+    pub value_token: u32,
+    pub value_head: u32,
+}
+
+const _: () = {
+    assert!(size_of::<AppendLatentsArgs>() == 100);
+    assert!(offset_of!(AppendLatentsArgs, key) == 32);
+    assert!(offset_of!(AppendLatentsArgs, rows) == 64);
+    assert!(size_of::<AppendHeadsArgs>() == 84);
+    assert!(offset_of!(AppendHeadsArgs, values) == 32);
+    assert!(offset_of!(AppendHeadsArgs, heads) == 64);
+    assert!(offset_of!(AppendHeadsArgs, value_head) == 80);
+};
+
+impl AppendLatentsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = words(self.latent.words().into_iter().chain(self.key.words()));
+        bytes.extend(self.rows.bytes());
+        bytes
+    }
+}
+
+impl AppendHeadsArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let rest = [
+            self.heads,
+            self.key_token,
+            self.key_head,
+            self.value_token,
+            self.value_head,
+        ];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(rest),
+        )
+    }
+}
+
+/// Attention over a paged cache.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct PagedArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub tokens: u32,
+    pub first: u32,
+    pub heads: u32,
+    pub together: u32,
+    pub splits: u32,
+    pub split_tokens: u32,
+    pub window: u32,
+    pub q_token: u32,
+    pub q_head: u32,
+    pub rotary_token: u32,
+    pub rotary_head: u32,
+    pub score_factor: f32,
+}
+
+/// Parts of attention that are merged.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct MergeArgs {
+    pub splits: u32,
+    pub width: u32,
+}
+
+/// Tokens of a sequence, as numbers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct GatherArgs {
+    pub keys: CachePart,
+    pub values: CachePart,
+    pub heads: u32,
+    pub table: u32,
+    pub first: u32,
+    pub positions: u32,
+}
+
+const _: () = {
+    assert!(size_of::<PagedArgs>() == 112);
+    assert!(offset_of!(PagedArgs, values) == 32);
+    assert!(offset_of!(PagedArgs, tokens) == 64);
+    assert!(offset_of!(PagedArgs, splits) == 80);
+    assert!(offset_of!(PagedArgs, q_token) == 92);
+    assert!(offset_of!(PagedArgs, score_factor) == 108);
+    assert!(size_of::<MergeArgs>() == 8);
+    assert!(size_of::<GatherArgs>() == 80);
+    assert!(offset_of!(GatherArgs, heads) == 64);
+};
+
+impl PagedArgs {
+    /// As a kernel reads them. Every field is four bytes: there are no gaps.
+    pub fn bytes(&self) -> Vec<u8> {
+        let own = [
+            self.tokens,
+            self.first,
+            self.heads,
+            self.together,
+            self.splits,
+            self.split_tokens,
+            self.window,
+            self.q_token,
+            self.q_head,
+            self.rotary_token,
+            self.rotary_head,
+            self.score_factor.to_bits(),
+        ];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
+    }
+}
+
+impl MergeArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        words([self.splits, self.width])
+    }
+}
+
+impl GatherArgs {
+    /// As a kernel reads them.
+    pub fn bytes(&self) -> Vec<u8> {
+        let own = [self.heads, self.table, self.first, self.positions];
+        words(
+            self.keys
+                .words()
+                .into_iter()
+                .chain(self.values.words())
+                .chain(own),
+        )
+    }
+}
+
 /// Bytes of a `MoeTile`, which kernels write and read.
 pub(super) const MOE_TILE: usize = 12;
 
@@ -361,6 +596,27 @@ mod tests {
             assert_eq!(add.bytes(), words(1..=3));
             let dense = std::mem::transmute::<[u32; 10], DenseArgs>([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
             assert_eq!(dense.bytes(), words(1..=10));
+            let merged = std::mem::transmute::<[u32; 8], MergedArgs>([1, 2, 3, 4, 5, 6, 7, 8]);
+            assert_eq!(merged.bytes(), words(1..=8));
+            let part = std::mem::transmute::<[u32; 8], CachePart>([1, 2, 3, 4, 5, 6, 7, 8]);
+            assert_eq!(part.words(), [1, 2, 3, 4, 5, 6, 7, 8]);
+            let all: [u32; 25] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 25], AppendLatentsArgs>(all).bytes(),
+                words(all)
+            );
+            let all: [u32; 21] = std::array::from_fn(|i| i as u32);
+            assert_eq!(
+                std::mem::transmute::<[u32; 21], AppendHeadsArgs>(all).bytes(),
+                words(all)
+            );
+            let numbered: [u32; 28] = std::array::from_fn(|i| i as u32);
+            let paged = std::mem::transmute::<[u32; 28], PagedArgs>(numbered);
+            assert_eq!(paged.bytes(), words(0..28));
+            let gather = std::mem::transmute::<[u32; 20], GatherArgs>(std::array::from_fn(|i| i as u32));
+            assert_eq!(gather.bytes(), words(0..20));
+            let merge = std::mem::transmute::<[u32; 2], MergeArgs>([1, 2]);
+            assert_eq!(merge.bytes(), words(1..=2));
         }
     }
 

@@ -272,17 +272,11 @@ impl Product<'_> {
     }
 
     fn constants(&self, beside: Option<Beside<'_>>) -> Vec<(u16, Constant)> {
-        let kind = match self.weight.kind() {
-            FloatKind::F32 => 0,
-            FloatKind::F16 => 1,
-            FloatKind::BF16 => 2,
-        };
-        vec![(24, Constant::U16(kind)), (25, Constant::U16(self.loads(beside)))]
+        stored(self.weight, self.loads(beside)).into()
     }
 
-    /// Bytes that a load of the weights may take: 0, an element. (Buffers begin at pages.)
+    /// Bytes that a load may take: 0, an element. (Buffers begin at pages.)
     fn loads(&self, beside: Option<Beside<'_>>) -> u16 {
-        let (_, k) = self.weight.shape();
         let size = self.dtype.size_in_bytes();
         // Along the columns of a weight activations are read one by one.
         let activations_at = |bytes: usize| {
@@ -291,19 +285,32 @@ impl Product<'_> {
                     && (self.x_row * size).is_multiple_of(bytes)
                     && (self.x_head * size).is_multiple_of(bytes)
         };
-        let weights_at = |bytes: usize| {
-            let starts = |weight: &DenseTensor| weight.bytes().offset().is_multiple_of(bytes);
-            starts(self.weight) && beside.is_none_or(|beside| starts(beside.weight))
-        };
-        if !k.is_multiple_of(8) || !activations_at(4 * size) {
-            0
-        } else if weights_at(16) && activations_at(16) {
-            16
-        } else if weights_at(8) {
-            8
-        } else {
-            0
+        let other = beside.map_or(16, |beside| loads(beside.weight));
+        match loads(self.weight).min(other) {
+            _ if !activations_at(4 * size) => 0,
+            16 if !activations_at(16) => 8,
+            bytes => bytes,
         }
+    }
+}
+
+/// The constants of `metal/dense.h`, for loads of so many bytes.
+pub(super) fn stored(weight: &DenseTensor, loads: u16) -> [(u16, Constant); 2] {
+    let kind = match weight.kind() {
+        FloatKind::F32 => 0,
+        FloatKind::F16 => 1,
+        FloatKind::BF16 => 2,
+    };
+    [(24, Constant::U16(kind)), (25, Constant::U16(loads))]
+}
+
+/// Bytes that a load of a weight may take: 16, 8 or, an element, 0.
+pub(super) fn loads(weight: &DenseTensor) -> u16 {
+    let starts = |bytes: usize| weight.bytes().offset().is_multiple_of(bytes);
+    match weight.shape().1.is_multiple_of(8) {
+        true if starts(16) => 16,
+        true if starts(8) => 8,
+        _ => 0,
     }
 }
 
@@ -347,7 +354,7 @@ impl Shares {
 }
 
 /// Refuses a weight that kernels cannot load.
-fn loadable(weight: &DenseTensor) -> Result<()> {
+pub(super) fn loadable(weight: &DenseTensor) -> Result<()> {
     aligned(OP, "weight", weight.bytes().offset(), weight.kind().size())
 }
 

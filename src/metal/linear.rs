@@ -179,7 +179,7 @@ pub fn every_kernel(format: Format, dtype: DType) -> Result<Vec<Plan>> {
 }
 
 /// A weight that stands for others of its shape and format.
-fn zeros((n, k): (usize, usize), format: Format) -> Result<Fp4Tensor> {
+pub(super) fn zeros((n, k): (usize, usize), format: Format) -> Result<Fp4Tensor> {
     let parts = Parts {
         shape: (n, k),
         group: format.group,
@@ -431,7 +431,7 @@ impl Shares {
 }
 
 /// What every scale is multiplied or divided by.
-fn factor_of(weight: &Fp4Tensor) -> f32 {
+pub(super) fn factor_of(weight: &Fp4Tensor) -> f32 {
     match weight.factor() {
         Factor::None => 1.0,
         Factor::Mul(factor) | Factor::Div(factor) => factor,
@@ -439,7 +439,7 @@ fn factor_of(weight: &Fp4Tensor) -> f32 {
 }
 
 /// Refuses codes and scales that kernels cannot load.
-fn loadable(weight: &Fp4Tensor) -> Result<()> {
+pub(super) fn loadable(weight: &Fp4Tensor) -> Result<()> {
     aligned(OP, "codes", weight.codes().offset(), 4)?;
     aligned(OP, "scales", weight.scales().offset(), weight.scale_kind().size())
 }

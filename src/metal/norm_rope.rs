@@ -31,7 +31,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    fn read(self) -> Binding {
+    pub(super) fn read(self) -> Binding {
         Binding::Read {
             operand: self.operand,
             offset: self.offset,
@@ -60,7 +60,7 @@ pub struct Heads {
 }
 
 impl Heads {
-    fn read(self) -> Binding {
+    pub(super) fn read(self) -> Binding {
         Binding::Read {
             operand: self.operand,
             offset: self.offset,
@@ -82,11 +82,11 @@ pub struct Angles {
 }
 
 impl Angles {
-    fn interleaved(self) -> (u16, Constant) {
+    pub(super) fn interleaved(self) -> (u16, Constant) {
         (17, Constant::Bool(self.pairing == Pairing::Interleaved))
     }
 
-    fn bytes(self, tokens: usize) -> usize {
+    pub(super) fn bytes(self, tokens: usize) -> usize {
         2 * tokens * self.pairs * size_of::<f32>()
     }
 }
@@ -250,11 +250,11 @@ pub fn every_kernel(dtype: DType, pairing: Pairing) -> Result<Vec<Plan>> {
     Ok(launches.map(plan).into())
 }
 
-const fn write(operand: usize) -> Binding {
+pub(super) const fn write(operand: usize) -> Binding {
     Binding::Write { operand, offset: 0 }
 }
 
-const fn read(operand: usize) -> Binding {
+pub(super) const fn read(operand: usize) -> Binding {
     Binding::Read { operand, offset: 0 }
 }
 
@@ -354,6 +354,41 @@ impl Rope {
 }
 
 impl LatentRows {
+    /// Pairs of all heads of a token's queries.
+    pub(super) fn query_pairs(&self) -> usize {
+        self.queries
+            .map_or(0, |(queries, _)| queries.count * self.angles.pairs)
+    }
+
+    /// What its kernels are told, threadgroups having so many threads.
+    pub(super) fn args(&self, op: &'static str, threads: usize) -> Result<LatentArgs> {
+        narrow(op, "queries", self.query_pairs() + threads)?;
+        let queries = self.queries.as_ref().map(|(queries, _)| queries);
+        let of_queries = |value: fn(&Heads) -> usize| narrow(op, "queries", queries.map_or(0, value));
+        narrow(op, "kv", self.width())?;
+        Ok(LatentArgs {
+            latent: narrow(op, "kv", self.latent)?,
+            pairs: narrow(op, "cos", self.angles.pairs)?,
+            kv_row: narrow(op, "kv", self.kv.row)?,
+            cos_row: narrow(op, "cos", self.angles.cos.row)?,
+            sin_row: narrow(op, "sin", self.angles.sin.row)?,
+            heads: of_queries(|queries| queries.count)?,
+            q_token: of_queries(|queries| queries.token)?,
+            q_head: of_queries(|queries| queries.head)?,
+            eps: self.eps,
+        })
+    }
+
+    /// Whether latents can be loaded by fours.
+    pub(super) fn wide(&self) -> bool {
+        self.latent.is_multiple_of(STEP) && self.kv.wide(self.dtype)
+    }
+
+    /// Elements of a token.
+    pub(super) fn width(&self) -> usize {
+        self.latent + 2 * self.angles.pairs
+    }
+
     /// Its launch.
     ///
     /// # Errors
@@ -362,23 +397,7 @@ impl LatentRows {
         let (kind, angles) = (suffix(LATENT, self.dtype)?, self.angles);
         let (queries, turned) = self.queries.unzip();
         let threads = threads(self.latent);
-        let query_pairs = queries.map_or(0, |queries| queries.count * angles.pairs);
-        narrow(LATENT, "queries", query_pairs + threads)?;
-        let of_queries =
-            |value: fn(&Heads) -> usize| narrow(LATENT, "queries", queries.as_ref().map_or(0, value));
-        let width = self.latent + 2 * angles.pairs;
-        narrow(LATENT, "kv", width)?;
-        let args = LatentArgs {
-            latent: narrow(LATENT, "kv", self.latent)?,
-            pairs: narrow(LATENT, "cos", angles.pairs)?,
-            kv_row: narrow(LATENT, "kv", self.kv.row)?,
-            cos_row: narrow(LATENT, "cos", angles.cos.row)?,
-            sin_row: narrow(LATENT, "sin", angles.sin.row)?,
-            heads: of_queries(|queries| queries.count)?,
-            q_token: of_queries(|queries| queries.token)?,
-            q_head: of_queries(|queries| queries.head)?,
-            eps: self.eps,
-        };
+        let args = self.args(LATENT, threads)?;
         let operands = [
             Some(self.kv.read()),
             Some(read(self.weight)),
@@ -390,8 +409,9 @@ impl LatentRows {
             turned.map(write),
         ];
         // Rows of the output are as long as those of kv are taken.
-        let wide = self.latent.is_multiple_of(STEP) && width.is_multiple_of(STEP) && self.kv.wide(self.dtype);
-        let values = self.tokens * (width + 2 * query_pairs) * self.dtype.size_in_bytes();
+        let wide = self.width().is_multiple_of(STEP) && self.wide();
+        let query_pairs = self.query_pairs();
+        let values = self.tokens * (self.width() + 2 * query_pairs) * self.dtype.size_in_bytes();
         Ok(Launch {
             kernel: format!("latent_rows_{kind}"),
             constants: vec![

@@ -16,15 +16,29 @@ macro_rules! files {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[File] = files!("args.h", "fp4.h", "rows.h");
+pub const HEADERS: &[File] = files!(
+    "args.h",
+    "fp4.h",
+    "rows.h",
+    "dense.h",
+    "merge.h",
+    "cache.h",
+    "norm_rope.h",
+    "paged.h"
+);
 
 /// The kernels, a family of ops a file.
 pub const KERNELS: &[File] = files!(
     "linear.metal",
     "dense.metal",
+    "merged.metal",
     "norm_rope.metal",
+    "append.metal",
     "router.metal",
-    "moe.metal"
+    "moe.metal",
+    "paged_latents.metal",
+    "paged_heads.metal",
+    "paged_rows.metal"
 );
 
 /// All of it as one text, which needs no files beside it: headers first, once.

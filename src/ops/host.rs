@@ -21,11 +21,12 @@ pub(super) fn name_once(host: &Host, op: &'static str, why: &str) {
     }
 }
 
-/// Runs an op's plan.
+/// Runs an op's plan, which may write into a tensor that is there.
 pub(super) fn run<const N: usize>(
     host: &Host,
     planned: Planned<'_, N>,
     inputs: &[&CpuStorage],
+    written: Option<&mut CpuStorage>,
 ) -> Result<[(CpuStorage, Shape); N]> {
     let Planned {
         launches,
@@ -48,6 +49,9 @@ pub(super) fn run<const N: usize>(
     let mut operands: Vec<_> = bytes.into_iter().map(|bytes| Operand::Read(bytes)).collect();
     for input in inputs {
         operands.push(Operand::Read(contents(input)?));
+    }
+    if let Some(storage) = written {
+        operands.push(Operand::Write(contents_mut(storage)?));
     }
     for (storage, _) in &mut outputs {
         operands.push(Operand::Write(contents_mut(storage)?));
@@ -88,6 +92,7 @@ fn contents_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
         CpuStorage::F16(values) => Ok(bytes_of_mut(values)),
         CpuStorage::BF16(values) => Ok(bytes_of_mut(values)),
         CpuStorage::U32(values) => Ok(bytes_of_mut(values)),
+        CpuStorage::U8(values) => Ok(values),
         _ => Err(no_kernel()),
     }
 }

@@ -13,6 +13,7 @@ mod attention;
 mod host;
 mod latent;
 mod linear;
+mod merged;
 mod mlp;
 mod moe;
 mod norm;

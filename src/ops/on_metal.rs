@@ -6,11 +6,12 @@ use crate::metal::plan::Plan;
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, MetalStorage, Shape};
 
-/// Runs an op's plan on the device of its inputs.
+/// Runs an op's plan on the device of its inputs; it may write into a tensor that is there.
 pub(super) fn run<const N: usize>(
     op: &str,
     planned: Planned<'_, N>,
     inputs: &[&MetalStorage],
+    written: Option<&mut MetalStorage>,
 ) -> candle_core::Result<[(MetalStorage, Shape); N]> {
     let Some(device) = inputs.first().map(|input| input.device()) else {
         candle_core::bail!("{op}: no inputs")
@@ -30,6 +31,7 @@ pub(super) fn run<const N: usize>(
     }
     let mut operands: Vec<_> = bytes.into_iter().map(Operand::Bytes).collect();
     operands.extend(inputs.iter().map(|input| Operand::Buffer(input.buffer())));
+    operands.extend(written.iter().map(|storage| Operand::Buffer(storage.buffer())));
     operands.extend(made.iter().map(|buffer| Operand::Buffer(buffer)));
     device::run(device, &Plan { launches }, &operands)?;
     let mut made = made.into_iter();

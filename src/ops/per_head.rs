@@ -57,6 +57,11 @@ impl PerHead {
         Self { arithmetic, ..self }
     }
 
+    /// The whole weight, of which heads have parts.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// Applies the op to `x` `[…, heads, K]` ([`Orientation::Ordinary`]) or `[…, heads, len]`
     /// ([`Orientation::Transposed`]) in F32, F16 or BF16.
     ///

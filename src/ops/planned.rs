@@ -4,10 +4,11 @@ use crate::fp4::Bytes;
 use crate::metal::plan::Launch;
 use crate::{Error, Result};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Device, Layout, MetalStorage, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, MetalStorage, Shape, Storage, Tensor};
+use std::cell::Cell;
 
-/// What an op has a device run, and the plan's operands: first the bytes, then the op's inputs, the outputs, and memory
-/// between launches.
+/// What an op has a device run, and the plan's operands: first the bytes, then the op's inputs, the tensor that it
+/// [writes into](into), the outputs, and memory between launches.
 pub(super) struct Planned<'a, const N: usize> {
     pub launches: Vec<Launch>,
     /// Weights and tables, read where they lie.
@@ -73,7 +74,7 @@ pub(super) fn in_place_of_cpu<'a, const N: usize>(
         return Ok(None);
     };
     match plan()? {
-        Some(planned) => super::host::run(&host, planned, inputs).map(Some),
+        Some(planned) => super::host::run(&host, planned, inputs, None).map(Some),
         None => {
             super::host::name_once(&host, op, "for these operands");
             Ok(None)
@@ -99,7 +100,7 @@ pub(super) fn on_metal<'a, const N: usize>(
     plan: impl FnOnce() -> Result<Option<Planned<'a, N>>>,
 ) -> candle_core::Result<[(MetalStorage, Shape); N]> {
     match plan()? {
-        Some(planned) => super::on_metal::run(op, planned, inputs),
+        Some(planned) => super::on_metal::run(op, planned, inputs, None),
         None => super::no_metal(op),
     }
 }
@@ -129,8 +130,6 @@ pub(super) fn over<'a, const N: usize>(
             Storage::Cuda(_) => return Ok(None),
         }
     }
-    let tensor =
-        |(storage, shape): (Storage, Shape)| Tensor::from_storage(storage, shape, BackpropOp::none(), false);
     if of_cpu.len() == held.len() {
         let outputs = in_place_of_cpu(op, &of_cpu, plan)?;
         return Ok(outputs.map(|all| all.map(|(storage, shape)| tensor((Storage::Cpu(storage), shape)))));
@@ -142,6 +141,96 @@ pub(super) fn over<'a, const N: usize>(
         ));
     }
     Err(Error::argument(op, "inputs", "tensors of one device", "several").into())
+}
+
+fn tensor((storage, shape): (Storage, Shape)) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// Runs an op that writes into a tensor that is there, and may have outputs besides. `None` where the CPU is to run it: as of
+/// [`in_place_of_cpu`]. Where it fails before it runs, nothing is written.
+///
+/// Candle has the tensor for itself meanwhile: no input may share its memory.
+pub(super) fn into<'a, const N: usize>(
+    op: &'static str,
+    inputs: &[&Tensor],
+    written: &Tensor,
+    plan: impl FnOnce() -> Result<Option<Planned<'a, N>>>,
+) -> candle_core::Result<Option<[Tensor; N]>> {
+    let device = written.device();
+    if !runs_on(device) {
+        return Ok(None);
+    }
+    if inputs.iter().any(|input| !input.device().same_device(device)) {
+        return Err(Error::argument(op, "inputs", "tensors of one device", "several").into());
+    }
+    let Some(planned) = plan()? else {
+        if device.is_metal() {
+            return super::no_metal(op);
+        }
+        #[cfg(msl_host)]
+        if let Some(host) = crate::metal::host::Host::current() {
+            super::host::name_once(&host, op, "for these operands");
+        }
+        return Ok(None);
+    };
+    let held: Vec<_> = inputs.iter().map(|input| input.storage_and_layout()).collect();
+    let call = Into {
+        op,
+        inputs: held.iter().map(|(storage, _)| &**storage).collect(),
+        planned: Cell::new(Some(planned)),
+        outputs: Cell::new(None),
+    };
+    written.inplace_op1(&call)?;
+    Ok(call.outputs.into_inner().map(|all| all.map(tensor)))
+}
+
+/// A call of [`into`], as Candle runs it: once.
+struct Into<'a, const N: usize> {
+    op: &'static str,
+    inputs: Vec<&'a Storage>,
+    planned: Cell<Option<Planned<'a, N>>>,
+    outputs: Cell<Option<[(Storage, Shape); N]>>,
+}
+
+impl<const N: usize> InplaceOp1 for Into<'_, N> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    #[cfg(msl_host)]
+    fn cpu_fwd(&self, written: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        let inputs = self.inputs.iter().filter_map(|input| match input {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        });
+        if let (Some(host), Some(planned)) = (crate::metal::host::Host::current(), self.planned.take()) {
+            let outputs = super::host::run(&host, planned, &inputs.collect::<Vec<_>>(), Some(written))?;
+            let outputs = outputs.map(|(storage, shape)| (Storage::Cpu(storage), shape));
+            self.outputs.set(Some(outputs));
+        }
+        Ok(())
+    }
+
+    #[cfg(not(msl_host))]
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        candle_core::bail!("{}: the CPU's own kernels are to run this", self.op)
+    }
+
+    #[cfg(target_os = "macos")]
+    fn metal_fwd(&self, written: &mut MetalStorage, _: &Layout) -> candle_core::Result<()> {
+        let inputs = self.inputs.iter().filter_map(|input| match input {
+            Storage::Metal(storage) => Some(storage),
+            _ => None,
+        });
+        if let Some(planned) = self.planned.take() {
+            let inputs: Vec<_> = inputs.collect();
+            let outputs = super::on_metal::run(self.op, planned, &inputs, Some(written))?;
+            let outputs = outputs.map(|(storage, shape)| (Storage::Metal(storage), shape));
+            self.outputs.set(Some(outputs));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! What the tests share: where the models lie, and their references.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod draft;
+
 use candle_core::{Device, Tensor};
 use candle_mmfp4::checkpoint::{Checkpoint, StoredTensor};
 use safetensors::Dtype;

@@ -461,3 +461,10 @@ static inline float spread(thread float (&values)[2], uint lane) {
         o[m] = spread(values[m], lane);
     }
 }
+[[kernel]] void loads_by_the_group_beside_arrays_as_outputs(PARAMETERS) {
+    float values[2][2] = {{0, 1}, {2, 3}};
+    const float sum = spread(values[1], lane);
+    if (o[p.n] > 3) {
+        o[0] = simd_sum(sum);
+    }
+}

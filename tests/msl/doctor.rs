@@ -41,6 +41,7 @@ fn the_doctor_finds_nothing_wrong() {
         "normed linear",
         "per head",
         "per head, floating point",
+        "merged per head",
         "MLP",
         "mixture of experts",
         "routing",
@@ -48,6 +49,9 @@ fn the_doctor_finds_nothing_wrong() {
         "addition",
         "RoPE",
         "latent rows",
+        "paged attention",
+        "tokens of a paged cache",
+        "storing in a paged cache",
     ] {
         assert!(number(family, "nmse") <= number(family, "bound"));
         assert!(number(family, "launches") >= 18.0, "{family}");

@@ -2,7 +2,7 @@
 
 use crate::faults::{Fault, PlanFault};
 use crate::runner::Work;
-use crate::{dense, linear, moe, norm_rope};
+use crate::{append, dense, linear, merged, moe, norm_rope, paged};
 
 pub struct Family {
     /// Files of `metal/`, headers aside.
@@ -29,15 +29,33 @@ pub const FAMILIES: &[Family] = &[
         plan_faults: &[],
     },
     Family {
+        files: &["append.metal"],
+        works: append::works::all,
+        faults: append::faults::FAULTS,
+        plan_faults: append::faults::PLAN_FAULTS,
+    },
+    Family {
         files: &["dense.metal"],
         works: dense::works::all,
         faults: dense::faults::FAULTS,
         plan_faults: &[],
     },
     Family {
+        files: &["merged.metal"],
+        works: merged::works::all,
+        faults: merged::faults::FAULTS,
+        plan_faults: merged::plan_faults::FAULTS,
+    },
+    Family {
         files: &["moe.metal", "router.metal"],
         works: moe::works::all,
         faults: moe::faults::FAULTS,
         plan_faults: &[],
+    },
+    Family {
+        files: &["paged_latents.metal", "paged_heads.metal", "paged_rows.metal"],
+        works: paged::works::all,
+        faults: paged::faults::FAULTS,
+        plan_faults: paged::faults::PLAN_FAULTS,
     },
 ];

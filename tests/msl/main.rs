@@ -9,6 +9,7 @@
 //!
 //! Without clang 17 or newer it says that it is skipped; with `MMFP4_MSL_REQUIRED=1` that is a failure.
 
+mod append;
 mod backend;
 #[cfg(target_os = "linux")]
 mod checks;
@@ -25,9 +26,11 @@ mod faults;
 mod gpu_works;
 mod grid;
 mod linear;
+mod merged;
 mod model;
 mod moe;
 mod norm_rope;
+mod paged;
 #[cfg(target_os = "linux")]
 mod runner;
 #[cfg(target_os = "linux")]

@@ -265,6 +265,7 @@ fn decoded(bytes: &[u8], dtype: DType) -> Vec<f32> {
     let value = |b: &[u8]| match dtype {
         DType::F16 => half::f16::from_le_bytes(two(b)).to_f32(),
         DType::BF16 => half::bf16::from_le_bytes(two(b)).to_f32(),
+        DType::U8 => b[0].into(),
         DType::U32 => u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32,
         _ => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
     };

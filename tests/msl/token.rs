@@ -8,11 +8,12 @@ use crate::model::tolerance;
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::checkpoint::{LoadOptions, Synthetic};
 use candle_mmfp4::fp4::{Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Parts, Weight};
-use candle_mmfp4::kv::CacheKind;
+use candle_mmfp4::kv::CacheFormat;
 use candle_mmfp4::metal::host::Host;
-use candle_mmfp4::metal::plan::{Launch, Work};
+use candle_mmfp4::metal::plan::{Binding, Launch, Work};
 use candle_mmfp4::models::check_finite;
 use candle_mmfp4::models::glm4_moe_lite::{AttentionPath, Logits, Model, Sequence};
+use candle_mmfp4::nn::CacheSize;
 use candle_mmfp4::ops::Linear;
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
@@ -21,7 +22,11 @@ use std::sync::Arc;
 /// Tokens of the prompt whose operations are counted.
 const PROMPT: usize = 512;
 /// Tokens that a decoded token attends to, itself included.
-const CACHED: u64 = 8192;
+const CACHED: usize = 8192;
+/// The same, of what is told of each format of the cache.
+const DEPTHS: [usize; 4] = [512, 1024, 4096, CACHED];
+/// What a token may read, of what it cannot do without.
+const SHARE: f64 = 1.03;
 /// Rows of the output head while layers are looked at.
 const VOCABULARY: u64 = 256;
 /// Bytes of an activation.
@@ -32,37 +37,69 @@ struct Pass {
     launches: Vec<Launch>,
     /// Bytes of weights, as the model says.
     weights: u64,
-    /// Bytes of cache a token.
+    /// Bytes of the cache a token.
     cache: u64,
 }
 
-/// A pass of so many tokens over the first layers of GLM-4.7-Flash, the vocabulary being small.
-fn pass(layers: usize, tokens: usize, path: AttentionPath) -> Pass {
-    let mut json = flash();
-    json.insert("num_hidden_layers".into(), layers.into());
-    json.insert("num_nextn_predict_layers".into(), 0.into());
-    json.insert("vocab_size".into(), VOCABULARY.into());
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let model = folder.path().join("model");
-    let synthetic = Synthetic::new("shapes", &json).unwrap();
-    synthetic.ensure(&model, |_, _| {}).unwrap();
-    let options = LoadOptions {
-        activations: Some(DType::BF16),
-        ..LoadOptions::default()
-    };
-    let (mut model, _) = Model::from_folder(&model, &options, &Device::Cpu).unwrap();
-    model.set_attention_path(path);
-    let host = Arc::new(Host::recorder(false));
-    let (mut cache, prompt) = (model.new_cache(), vec![1; tokens]);
-    host.install(|| model.forward(&prompt, 0, &mut cache, Logits::Last))
-        .unwrap();
-    // What is counted here is nothing if the CPU did it.
-    assert_eq!(host.without_kernel(), ["mmfp4-attention"]);
-    let plans = host.recorded().into_iter().flat_map(|run| run.plan.launches);
-    Pass {
-        launches: plans.collect(),
-        weights: model.bytes_read(tokens),
-        cache: model.cache_bytes_per_token(CacheKind::Contiguous).unwrap(),
+/// The first layers of GLM-4.7-Flash, the vocabulary being small.
+struct Layers {
+    model: Model,
+    _folder: tempfile::TempDir,
+}
+
+impl Layers {
+    fn new(layers: usize, path: AttentionPath) -> Self {
+        let mut json = flash();
+        json.insert("num_hidden_layers".into(), layers.into());
+        json.insert("num_nextn_predict_layers".into(), 0.into());
+        json.insert("vocab_size".into(), VOCABULARY.into());
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let files = folder.path().join("model");
+        let synthetic = Synthetic::new("shapes", &json).unwrap();
+        synthetic.ensure(&files, |_, _| {}).unwrap();
+        let options = LoadOptions {
+            activations: Some(DType::BF16),
+            ..LoadOptions::default()
+        };
+        let (mut model, _) = Model::from_folder(&files, &options, &Device::Cpu).unwrap();
+        model.set_attention_path(path);
+        Self {
+            model,
+            _folder: folder,
+        }
+    }
+
+    /// A pass of so many tokens, which attends to `total` with them.
+    fn pass(&self, tokens: usize, total: usize, format: CacheFormat) -> Pass {
+        let host = Arc::new(Host::recorder(false));
+        let mut cache = self
+            .model
+            .new_paged_cache(format, CacheSize::Tokens(total))
+            .unwrap();
+        let all = vec![1; total];
+        let run = || {
+            let (sequence, _) = cache.start(&[]);
+            if total > tokens {
+                // What the tokens before left is not looked at.
+                cache.begin(&[(sequence, &all[tokens..])])?;
+                cache.commit();
+            }
+            let new = [(sequence, &all[..tokens])];
+            self.model.forward_paged(&mut cache, &new, Logits::Last, None)
+        };
+        host.install(run).unwrap();
+        let on_cpu = host.without_kernel();
+        // What is counted here is nothing if the CPU did it.
+        match tokens {
+            1 => assert!(on_cpu.is_empty(), "{on_cpu:?}"),
+            _ => assert_eq!(on_cpu, ["mmfp4-attention"]),
+        }
+        let plans = host.recorded().into_iter().flat_map(|run| run.plan.launches);
+        Pass {
+            launches: plans.collect(),
+            weights: self.model.bytes_read(tokens),
+            cache: cache.layout().row_bytes() as u64,
+        }
     }
 }
 
@@ -77,11 +114,24 @@ fn size(name: &str) -> u64 {
     flash()[name].as_u64().unwrap()
 }
 
-/// A pass of one layer, of two, and the launches of the second, which is sparse: it stands before the head.
-fn layers(tokens: usize, path: AttentionPath) -> (Pass, Pass, Vec<Launch>) {
-    let (one, two) = (pass(1, tokens, path), pass(2, tokens, path));
-    let sparse = two.launches[one.launches.len() - 1..two.launches.len() - 1].to_vec();
-    (one, two, sparse)
+/// Models of one layer and of two, the second of which is sparse.
+struct Both {
+    one: Layers,
+    two: Layers,
+}
+
+impl Both {
+    fn new(path: AttentionPath) -> Self {
+        let [one, two] = [1, 2].map(|layers| Layers::new(layers, path));
+        Self { one, two }
+    }
+
+    /// A pass of one layer, of two, and the launches of the second: it stands before the head.
+    fn pass(&self, tokens: usize, total: usize, format: CacheFormat) -> (Pass, Pass, Vec<Launch>) {
+        let [one, two] = [&self.one, &self.two].map(|layers| layers.pass(tokens, total, format));
+        let sparse = two.launches[one.launches.len() - 1..two.launches.len() - 1].to_vec();
+        (one, two, sparse)
+    }
 }
 
 /// The output head of so many rows for one token, and its bytes. Its weight is memory that nobody writes or reads.
@@ -141,74 +191,168 @@ fn thousands(number: u64) -> String {
     grouped
 }
 
-fn total(launches: &[Launch], of: impl Fn(&Work) -> u64) -> u64 {
+fn sum(launches: &[Launch], of: impl Fn(&Work) -> u64) -> u64 {
     launches.iter().map(|launch| of(&launch.work)).sum()
 }
 
 /// What each launch of a decoded token is for, in order.
-const DECODED: [&str; 10] = [
+const DECODED: [&str; 12] = [
     "`q_a_proj` and `kv_a_proj_with_mqa`",
     "`q_a_layernorm` and `q_b_proj`",
-    "`kv_a_layernorm`, rotation of key and queries",
+    "`kv_a_layernorm`, rotation of key and queries, the token's row into the cache",
     "queries into latent space (`kv_b_proj`, transposed)",
-    "results out of it (`kv_b_proj`)",
+    "attention over 8,192 rows of the cache",
+    "its parts, and results out of latent space (`kv_b_proj`)",
     "`o_proj`",
     "residual sum, `post_attention_layernorm`",
     "router: scores, choice, weights",
     "gate, up and SiLU of four experts and the shared one",
     "down and the weighted sum",
+    "residual sum, the next layer's `input_layernorm`",
 ];
 
-/// Where attention stands among them: behind the queries in latent space.
-const ATTENTION: usize = 4;
-
-/// What attention over the cache cannot do without in a layer: bytes of the cache read and written, and of activations.
-fn attention(cache: u64) -> ([u64; 2], [u64; 2]) {
-    let (heads, latent) = (size("num_attention_heads"), size("kv_lora_rank"));
-    let queries = heads * (latent + size("qk_rope_head_dim")) * ACTIVATION;
-    ([CACHED * cache, cache], [queries, heads * latent * ACTIVATION])
+/// Bytes that launches of a decoded token move.
+#[derive(Clone, Copy, Default)]
+struct Moved {
+    dispatches: u64,
+    weights: u64,
+    cache: u64,
+    activations: u64,
+    /// What attention over splits of the context leaves, written and read.
+    parts: u64,
+    /// Of all that, what is read.
+    read: u64,
+    /// What would be read if attention left its outputs.
+    least: u64,
 }
 
-fn decode_tables() -> [String; 2] {
-    let (one, two, sparse) = layers(1, AttentionPath::Absorbed);
-    let (table, share) = decode_table(&sparse, one.cache, two.weights - one.weights);
-    assert!(share < 1.03, "{share}");
-    [table, floor_table(&one, &two, &sparse)]
+impl Moved {
+    /// Of a layer, for a token that attends to `total`, itself included, with rows of so many bytes.
+    fn of(layer: &[Launch], total: usize, row: u64) -> Self {
+        let kernels: Vec<_> = layer.iter().map(|launch| launch.kernel.as_str()).collect();
+        assert!(layer.len() <= DECODED.len(), "{kernels:?}");
+        layer.iter().for_each(each_range_once);
+        let work = |kernel: &str| match kernels.iter().position(|name| name.starts_with(kernel)) {
+            Some(index) => layer[index].work,
+            None => panic!("no {kernel}: {kernels:?}"),
+        };
+        let (append, attention, merged) = (work("append_latents"), work("paged_latents"), work("merged_"));
+        let cached = total as u64 * row;
+        assert!(append.written >= row && attention.read >= cached);
+        // What is written and read again is the parts.
+        assert_eq!(attention.written, merged.read);
+        let read = sum(layer, |work| work.read);
+        let (cache, parts) = (cached + row, attention.written + merged.read);
+        let weights = sum(layer, |work| work.weights);
+        let outputs = size("num_attention_heads") * size("kv_lora_rank") * ACTIVATION;
+        Self {
+            dispatches: layer.len() as u64,
+            weights,
+            cache,
+            activations: read + sum(layer, |work| work.written) - cache - parts,
+            parts,
+            read: weights + read,
+            least: weights + read - merged.read + outputs,
+        }
+    }
+
+    fn plus(self, times: u64, other: Self) -> Self {
+        Self {
+            dispatches: self.dispatches + times * other.dispatches,
+            weights: self.weights + times * other.weights,
+            cache: self.cache + times * other.cache,
+            activations: self.activations + times * other.activations,
+            parts: self.parts + times * other.parts,
+            read: self.read + times * other.read,
+            least: self.least + times * other.least,
+        }
+    }
+
+    fn all(self) -> u64 {
+        self.weights + self.cache + self.activations + self.parts
+    }
+
+    fn share(self) -> f64 {
+        self.read as f64 / self.least as f64
+    }
 }
 
-/// The launches of a sparse layer, and the share of its weights that they move.
-fn decode_table(launches: &[Launch], cache: u64, weights: u64) -> (String, f64) {
+/// Requires that no two buffers of a launch begin at the same place.
+fn each_range_once(launch: &Launch) {
+    let mut seen = Vec::new();
+    for (_, binding) in &launch.bindings {
+        if let Binding::Read { operand, offset } | Binding::Write { operand, offset } = binding {
+            let found = (*operand, *offset);
+            assert!(!seen.contains(&found), "{}: operand {operand} twice", launch.kernel);
+            seen.push(found);
+        }
+    }
+}
+
+/// What a decoded token of GLM-4.7-Flash moves, part by part and as a whole.
+struct Token {
+    parts: [(String, Moved); 4],
+    all: Moved,
+}
+
+impl Token {
+    fn new(both: &Both, total: usize, format: CacheFormat) -> Self {
+        let (one, two, sparse) = both.pass(1, total, format);
+        let (layers, hidden) = (size("num_hidden_layers"), size("hidden_size"));
+        // A row of BF16 numbers, which the host decodes and hands over.
+        let embedding = Moved {
+            weights: hidden * 2,
+            activations: hidden * ACTIVATION,
+            read: hidden * 2,
+            least: hidden * 2,
+            ..Moved::default()
+        };
+        let (launches, head_bytes) = head(size("vocab_size"), true);
+        let read = sum(&launches, |work| work.weights + work.read);
+        let head_moved = Moved {
+            dispatches: launches.len() as u64,
+            weights: sum(&launches, |work| work.weights),
+            activations: sum(&launches, |work| work.read + work.written),
+            read,
+            least: read,
+            ..Moved::default()
+        };
+        let dense = Moved::of(&one.launches[..one.launches.len() - 1], total, one.cache);
+        let sparse = Moved::of(&sparse, total, one.cache);
+        let none = Moved::default();
+        let parts = [
+            ("a row of the embedding".into(), embedding),
+            ("layer 0, with a dense MLP".into(), dense),
+            (format!("{} sparse layers", layers - 1), none.plus(layers - 1, sparse)),
+            ("output head in MMFP4".into(), head_moved),
+        ];
+        let all = parts.iter().fold(none, |all, (_, part)| all.plus(1, *part));
+        // Counted apart from the plans: what models of one layer and of two say, with another head.
+        let (_, small_head) = head(VOCABULARY, true);
+        let needed = one.weights - small_head + head_bytes + (layers - 1) * (two.weights - one.weights);
+        assert_planned(all.weights, needed);
+        Self { parts, all }
+    }
+}
+
+fn decode_tables() -> [String; 3] {
+    let both = Both::new(AttentionPath::Absorbed);
+    let (one, two, sparse) = both.pass(1, CACHED, CacheFormat::BF16);
+    [
+        decode_table(&sparse, one.cache, two.weights - one.weights),
+        floor_table(&Token::new(&both, CACHED, CacheFormat::BF16)),
+        cache_table(&both),
+    ]
+}
+
+/// The launches of a sparse layer.
+fn decode_table(launches: &[Launch], row: u64, weights: u64) -> String {
     let mut table = Table::default();
     table.head(&["dispatch", "kernel", "threadgroups", "weights", "read", "written"]);
-    let mut names = DECODED.iter().map(ToString::to_string).collect::<Vec<_>>();
-    names.push("residual sum, the next layer's `input_layernorm`".into());
-    let kernels: Vec<_> = launches.iter().map(|launch| launch.kernel.as_str()).collect();
-    assert_eq!(kernels.len(), names.len(), "{kernels:?}");
-    assert!(
-        kernels[ATTENTION - 1].starts_with("linear_columns"),
-        "attention is elsewhere: {kernels:?}"
-    );
-    let ([read, appended], [queries, mixed]) = attention(cache);
-    for (index, (launch, name)) in launches.iter().zip(names).enumerate() {
-        if index == ATTENTION {
-            let candles = |what: &str, read: u64, written: u64| {
-                let [read, written] = [read, written].map(thousands);
-                [
-                    what.into(),
-                    "Candle's".into(),
-                    String::new(),
-                    "0".into(),
-                    read,
-                    written,
-                ]
-            };
-            table.row(candles("the row of this token into the cache", cache, appended));
-            let over = format!("attention over {} cached rows", thousands(CACHED));
-            table.row(candles(&over, read + queries, mixed));
-        }
+    for (launch, name) in launches.iter().zip(DECODED) {
         let [x, y, z] = launch.threadgroups;
         table.row([
-            name,
+            name.into(),
             format!("`{}`", launch.kernel),
             format!("{x} × {y} × {z}"),
             thousands(launch.work.weights),
@@ -216,26 +360,26 @@ fn decode_table(launches: &[Launch], cache: u64, weights: u64) -> (String, f64) 
             thousands(launch.work.written),
         ]);
     }
-    // Counted apart from the plans: what the model says that a token reads. Its norms are f32 in both.
-    let planned = total(launches, |work| work.weights);
-    let bytes = planned + total(launches, |work| work.read + work.written);
+    let moved = Moved::of(launches, CACHED, row);
     table.row([
-        "all of this crate's".into(),
+        "all".into(),
         format!("{} dispatches", launches.len()),
         String::new(),
-        thousands(planned),
-        thousands(total(launches, |work| work.read)),
-        thousands(total(launches, |work| work.written)),
+        thousands(moved.weights),
+        thousands(sum(launches, |work| work.read)),
+        thousands(sum(launches, |work| work.written)),
     ]);
-    let share = bytes as f64 / weights as f64;
-    assert_planned(planned, weights);
-    let text = format!(
-        "{}\nThe model needs {} bytes of weights for a token and such a layer; with activations the plans move {share:.3} × as\n\
-         many.\n",
+    // Counted apart from the plans: what the model says that a token reads. Its norms are f32 in both.
+    assert_planned(moved.weights, weights);
+    format!(
+        "{}\nThe model needs {} bytes of weights for a token and such a layer; the cache has {} for {} tokens. What the plans\n\
+         read is {:.3} × that, with the activations between dispatches.\n",
         table.0,
         thousands(weights),
-    );
-    (text, share)
+        thousands(CACHED as u64 * row),
+        thousands(CACHED as u64),
+        moved.read as f64 / (weights + CACHED as u64 * row) as f64,
+    )
 }
 
 /// Requires that plans read the weights that a token needs, to a thousandth.
@@ -246,81 +390,59 @@ fn assert_planned(planned: u64, weights: u64) {
     );
 }
 
-/// All that a token cannot do without, part by part.
-fn floor_table(one: &Pass, two: &Pass, sparse: &[Launch]) -> String {
-    let layers = size("num_hidden_layers");
-    let (vocabulary, hidden) = (size("vocab_size"), size("hidden_size"));
-    let (head_launches, head_bytes) = head(vocabulary, true);
-    let ([read, appended], [queries, mixed]) = attention(one.cache);
-    // A row of BF16 numbers, which the host decodes and hands over.
-    let embedding = hidden * 2;
-    let moved = |work: &Work| work.read + work.written;
-    let part = |name: String, launches: &[Launch], times: u64| {
-        let of = |what: &dyn Fn(&Work) -> u64| times * total(launches, what);
-        (
-            name,
-            (times * launches.len() as u64).to_string(),
-            [of(&|work| work.weights), 0, of(&moved)],
-        )
-    };
-    let dense = &one.launches[..one.launches.len() - 1];
-    let parts = [
-        (
-            "a row of the embedding".to_string(),
-            "the host's".to_string(),
-            [embedding, 0, hidden * ACTIVATION],
-        ),
-        part("layer 0, with a dense MLP".into(), dense, 1),
-        part(format!("{} sparse layers", layers - 1), sparse, layers - 1),
-        (
-            format!("attention over {} tokens in {layers} layers", thousands(CACHED)),
-            "Candle's".into(),
-            [
-                0,
-                layers * (read + appended),
-                layers * (queries + mixed + one.cache),
-            ],
-        ),
-        part("output head in MMFP4".into(), &head_launches, 1),
-    ];
+/// All that a token moves, part by part.
+fn floor_table(token: &Token) -> String {
     let mut table = Table::default();
-    table.head(&["part", "dispatches", "weights", "cache", "activations", "all"]);
-    let mut sums = [0; 3];
-    let mut row = |name: &str, dispatches: &str, bytes: [u64; 3]| {
-        let all = thousands(bytes.iter().sum());
-        let [weights, cache, activations] = bytes.map(thousands);
-        table.row([name.into(), dispatches.into(), weights, cache, activations, all]);
-    };
-    for (name, dispatches, bytes) in &parts {
-        row(name, dispatches, *bytes);
-        sums.iter_mut().zip(bytes).for_each(|(sum, bytes)| *sum += bytes);
+    let names = ["part", "dispatches", "weights", "cache", "activations", "attention's parts", "all"];
+    table.head(&names);
+    let whole = ("**a token**".to_string(), token.all);
+    for (name, moved) in token.parts.iter().chain([&whole]) {
+        let dispatches = match moved.dispatches {
+            0 => "the host's".into(),
+            count => count.to_string(),
+        };
+        let bytes = [moved.weights, moved.cache, moved.activations, moved.parts, moved.all()];
+        table.row([name.clone(), dispatches].into_iter().chain(bytes.map(thousands)));
     }
-    let dispatches = dense.len() as u64 + (layers - 1) * sparse.len() as u64 + head_launches.len() as u64;
-    row(
-        "**the floor of a token**",
-        &format!("{dispatches} of this crate's"),
-        sums,
-    );
-
-    // Counted apart from the plans: what models of one layer and of two say, with another head.
-    let (_, small_head) = head(VOCABULARY, true);
-    let needed = one.weights - small_head + head_bytes + (layers - 1) * (two.weights - one.weights);
-    assert_planned(sums[0], needed);
-
-    let floor: u64 = sums.iter().sum();
-    let (_, bf16_head) = head(vocabulary, false);
-    let with_bf16_head = floor - head_bytes + bf16_head;
+    let (_, fp4_head) = head(size("vocab_size"), true);
+    let (_, bf16_head) = head(size("vocab_size"), false);
+    let (all, with_bf16_head) = (token.all.all(), token.all.all() - fp4_head + bf16_head);
     let milliseconds = |bytes: u64| bytes as f64 / 1e11 * 1e3;
     format!(
-        "{}\nAt 100 GB/s a token takes {:.1} ms at least. With an output head in BF16, which is {} bytes instead of {}, the\n\
-         floor is {} bytes, {:.1} ms.\n",
+        "{}\nAt 100 GB/s a token takes {:.1} ms at least. With an output head in BF16, which is {} bytes instead of {}, these\n\
+         are {} bytes, {:.1} ms.\n",
         table.0,
-        milliseconds(floor),
+        milliseconds(all),
         thousands(bf16_head),
-        thousands(head_bytes),
+        thousands(fp4_head),
         thousands(with_bf16_head),
         milliseconds(with_bf16_head),
     )
+}
+
+/// Of each format what a token reads of the cache, and of all that it reads the share of what it cannot do without.
+fn cache_table(both: &Both) -> String {
+    let mut table = Table::default();
+    let depths = DEPTHS.map(|depth| format!("at {}", thousands(depth as u64)));
+    let names = ["cache", "bytes a token and layer"].map(String::from);
+    let names: Vec<_> = names.into_iter().chain(depths).collect();
+    table.head(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    for name in ["f16", "bf16", "fp8", "fp4"] {
+        let format = name.parse().unwrap();
+        let mut cells = vec![format!("`{name}`")];
+        for depth in DEPTHS {
+            let Token { all, .. } = Token::new(both, depth, format);
+            let row = all.cache / size("num_hidden_layers") / (depth as u64 + 1);
+            if cells.len() == 1 {
+                cells.push(row.to_string());
+            }
+            assert!(all.share() <= SHARE, "{name} at {depth}: {}", all.share());
+            let cached = all.cache - row * size("num_hidden_layers");
+            cells.push(format!("{}, {:.3} ×", thousands(cached), all.share()));
+        }
+        table.row(cells);
+    }
+    table.0
 }
 
 /// How far whole models may be off: what tests/msl/model.rs requires.
@@ -339,7 +461,8 @@ fn logits_table() -> String {
 }
 
 fn prompt_table() -> String {
-    let (_, _, launches) = layers(PROMPT, AttentionPath::Materialised);
+    let both = Both::new(AttentionPath::Materialised);
+    let (_, _, launches) = both.pass(PROMPT, PROMPT, CacheFormat::BF16);
     let mut table = Table::default();
     table.head(&[
         "kernel",
@@ -361,9 +484,9 @@ fn prompt_table() -> String {
     table.row([
         format!("{} dispatches", launches.len()),
         String::new(),
-        thousands(total(&launches, |work| work.weights)),
-        thousands(total(&launches, |work| work.read + work.written)),
-        thousands(total(&launches, |work| work.operations)),
+        thousands(sum(&launches, |work| work.weights)),
+        thousands(sum(&launches, |work| work.read + work.written)),
+        thousands(sum(&launches, |work| work.operations)),
     ]);
     table.0
 }
@@ -372,10 +495,11 @@ fn prompt_table() -> String {
 fn docs_metal_md_says_what_the_plans_say() {
     let path = repository("docs/metal.md");
     let mut text = std::fs::read_to_string(&path).unwrap();
-    let [decode, floor] = decode_tables();
+    let [decode, floor, cache] = decode_tables();
     for (name, table) in [
         ("decode", decode),
         ("floor", floor),
+        ("cache", cache),
         ("prompt", prompt_table()),
         ("logits", logits_table()),
     ] {
@@ -430,6 +554,20 @@ fn no_value_is_read_on_the_host_between_embedding_and_logits() {
         }
         assert_eq!(host.without_kernel(), ["mmfp4-attention"]);
     }
+    // Over a paged cache, attention included.
+    let (host, mut absorbing) = (Arc::new(Host::recorder(false)), load(false));
+    absorbing.set_attention_path(AttentionPath::Absorbed);
+    let mut cache = absorbing
+        .new_paged_cache(CacheFormat::fp4(), CacheSize::Tokens(64))
+        .unwrap();
+    let (sequence, _) = cache.start(&[]);
+    for tokens in [&[1, 2, 3, 4, 5, 6, 7, 8, 9][..], &[10], &[11, 12]] {
+        let new = [(sequence, tokens)];
+        let logits = host.install(|| absorbing.forward_paged(&mut cache, &new, Logits::All, None));
+        let logits = crate::values(&logits.unwrap());
+        assert!(logits.iter().all(|logit| logit.is_nan()));
+    }
+    assert!(host.without_kernel().is_empty());
     // What does read values, as docs/metal.md says, is seen to.
     let host = Arc::new(Host::recorder(false));
     let mut cache = separate.new_cache();

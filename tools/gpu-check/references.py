@@ -1,4 +1,5 @@
 """What each op should give, in torch: a function an op, over its operands by role. Sums and products in f64."""
+import cache
 import data
 import torch
 
@@ -142,7 +143,59 @@ def latent_rows(operands, meta):
     return [rows, *(rope(operands, meta) if "queries" in operands else [])]
 
 
+def _tokens(operands, meta, first, end):
+    """The vectors of the one sequence's tokens at these positions: [positions, width] of each."""
+    index = operands["index"].view(torch.int32).long()
+    tokens = meta["block"][0]
+    at = torch.arange(first, end, device=index.device)
+    slots = index[3 * meta["m"] :][at // tokens] * tokens + at % tokens
+    return [vector[slots] for vector in data.vectors(operands["pool"], meta)]
+
+
+def paged_attention(operands, meta):
+    """One sequence, whose last tokens ask; `kv_heads`: 0 where all heads share latents, which are the values too."""
+    m, heads, kv_heads = meta["m"], meta["heads"], meta["kv_heads"]
+    positions = operands["index"].view(torch.int32)[m : 2 * m].long()
+    end = int(positions.max()) + 1
+    vectors = _tokens(operands, meta, 0, end)
+    parts = [_typed(operands, role, meta).view(m, heads, -1) for role in ("queries", "rotary") if role in operands]
+    queries = torch.cat(parts, 2)
+    if kv_heads:
+        of_heads = torch.arange(heads, device=queries.device) // (heads // kv_heads)
+        keys, values = (torch.stack(half, 1)[:, of_heads] for half in (vectors[:kv_heads], vectors[kv_heads:]))
+    else:
+        keys, values = (x[:, None].expand(-1, heads, -1) for x in (torch.cat(vectors, 1), vectors[0]))
+    scores = torch.einsum("mhd,thd->mht", queries, keys) * meta["scale"]
+    hidden = torch.arange(end, device=queries.device)[None, None] > positions[:, None, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(2)
+    return [torch.einsum("mht,thd->mhd", weights, values)]
+
+
+def gather_paged(operands, meta):
+    return [torch.cat(_tokens(operands, meta, *meta["positions"]), 1)]
+
+
+def append_latents(operands, meta):
+    """The rows of latent_rows, stored; and queries."""
+    rows, turned = latent_rows(operands, meta)
+    vectors = rows.float().split([part["width"] for part in meta["parts"]], 1)
+    return [cache.stored(operands, meta, vectors), turned]
+
+
+def append_heads(operands, meta):
+    """Keys and values, stored as they are."""
+    vectors = []
+    for role in ("x.keys", "x.values"):
+        x = operands[role].view(data.DTYPES[meta["dtype"]]).float()
+        vectors += x.view(meta["m"], meta["heads"], -1).unbind(1)
+    return [cache.stored(operands, meta, vectors)]
+
+
 REFERENCES = {
+    "paged_attention": paged_attention,
+    "gather_paged": gather_paged,
+    "append_latents": append_latents,
+    "append_heads": append_heads,
     "linear": linear,
     "per_head": per_head,
     "experts": experts,

@@ -103,7 +103,7 @@ impl<'a> PagedAttention<'a> {
     }
 
     /// The positions that the query at `position` sees.
-    fn visible(&self, position: usize) -> Range<usize> {
+    pub(crate) fn visible(&self, position: usize) -> Range<usize> {
         let end = position + 1;
         end.saturating_sub(self.window.unwrap_or(end))..end
     }
@@ -138,10 +138,14 @@ impl<'a> PagedAttention<'a> {
             return error("queries", expected, "fewer".into());
         };
         debug_assert_eq!(count, self.count());
-        let (tokens, blocks) = (
-            self.layout.block_tokens(),
-            self.pool.len() / self.layout.block_bytes(),
-        );
+        self.check_tables(self.pool.len())
+    }
+
+    /// Whether the blocks of the sequences are those of a pool of so many bytes.
+    pub(crate) fn check_tables(&self, pool: usize) -> Result<()> {
+        let error =
+            |argument, expected: String, found: String| Err(Error::argument(OP, argument, expected, found));
+        let (tokens, blocks) = (self.layout.block_tokens(), pool / self.layout.block_bytes());
         for (index, sequence) in self.sequences.iter().enumerate() {
             if sequence.queries > sequence.len {
                 let expected = format!(
@@ -273,6 +277,10 @@ impl Chunk<'_> {
 
     /// Lines of the bytes that the next chunk reads, this part of so many: to be asked for while this one is computed, and
     /// all the while, as memory answers only so many questions at a time.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "the loops of other processors do not ask ahead")
+    )]
     #[inline(always)]
     pub fn ahead(&self, part: Range<usize>, parts: usize) -> impl Iterator<Item = *const u8> {
         // A head's bytes of a block are together, and so are a latent's of a token: of either a token has the same share.

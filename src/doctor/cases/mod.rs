@@ -1,7 +1,9 @@
 //! Each kind of kernel, on small inputs, beside the plain reference.
 
+mod append;
 mod attention;
 mod experts;
+mod paged;
 mod products;
 mod rows;
 
@@ -22,13 +24,14 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 14] = [
+const FAMILIES: [Family; 18] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
     ours("normed linear", products::normed),
     ours("per head", products::per_head),
     ours("per head, floating point", products::per_head_dense),
+    ours("merged per head", products::merged),
     ours("MLP", experts::mlp),
     ours("mixture of experts", experts::moe),
     ours("routing", experts::router),
@@ -36,6 +39,9 @@ const FAMILIES: [Family; 14] = [
     ours("addition", rows::add),
     ours("RoPE", rows::rope),
     ours("latent rows", rows::latent),
+    ours("paged attention", paged::attention),
+    ours("tokens of a paged cache", paged::gather),
+    ours("storing in a paged cache", append::append),
     Family {
         name: "attention",
         compare: attention::attention,

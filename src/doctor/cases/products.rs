@@ -7,6 +7,7 @@ use crate::doctor::runner::{DTYPES, FORMATS};
 use crate::fp4::{Format, Weight};
 use crate::metal::linear::FEW;
 use crate::ops::{JoinedLinear, Linear, NormedLinear, Orientation, PerHead, RmsNorm, validate_kernel_output};
+use candle_core::DType;
 
 /// Weights for which launch plans share rows out in other ways than for the small one: several simdgroups on the two parts
 /// or the four of a row, more rows than those that are shared out thinly, so many that none are shared, an output head's.
@@ -169,6 +170,44 @@ fn both_ways(bench: &mut Bench<'_>, weight: &Weight, arithmetic: Arithmetic, nam
             let case = format!("{orientation:?}, {m} rows, {dtype:?}, {name}");
             bench.see(case, bound_of(dtype), comparison);
         }
+    }
+    Ok(())
+}
+
+/// The ordinary ones, of parts of attention.
+pub(super) fn merged(bench: &mut Bench<'_>) -> Result<()> {
+    let k = 256;
+    for format in FORMATS {
+        let weight = bench.weight(HEADS.heads * HEADS.stride, k, format)?;
+        for arithmetic in bench.runner.arithmetics() {
+            let name = format!("groups of {}, {arithmetic:?}", format.group);
+            of_parts(bench, &weight, *arithmetic, &name)?;
+        }
+    }
+    for kind in FLOATS {
+        let weight = bench.dense(HEADS.heads * HEADS.stride, k, kind)?;
+        of_parts(
+            bench,
+            &weight,
+            Arithmetic::default(),
+            &format!("weight in {kind:?}"),
+        )?;
+    }
+    Ok(())
+}
+
+fn of_parts(bench: &mut Bench<'_>, weight: &Weight, arithmetic: Arithmetic, name: &str) -> Result<()> {
+    let (k, splits) = (weight.shape().1, 3);
+    let op = PerHead::new(weight.clone(), HEADS, Orientation::Ordinary)?.with_arithmetic(arithmetic);
+    // More tokens are merged by themselves.
+    for (m, dtype) in rows_and_dtypes().filter(|(m, _)| *m <= FEW) {
+        let parts = bench.tensor(&[m, HEADS.heads, splits, k], DType::F32)?;
+        // Largest scores below 1, and sums of at least half as much.
+        let stats = (bench.tensor(&[m, HEADS.heads, splits, 2], DType::F32)?.abs()? + 0.5)?;
+        let x = reference::merge_parts(&to_f32(&parts)?, &to_f32(&stats)?, splits, k);
+        let expected = reference::per_head(weight, HEADS, &x, m, arithmetic);
+        let case = format!("{m} tokens, {splits} parts, {dtype:?}, {name}");
+        bench.compare(case, &op.forward_merged(&parts, &stats, dtype)?, expected)?;
     }
     Ok(())
 }

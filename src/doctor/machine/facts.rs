@@ -51,18 +51,12 @@ mod of_linux {
         let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kib * 1024)
     }
-
-    /// [`memory::available`](crate::memory::available) knows.
-    pub fn available() -> Option<u64> {
-        None
-    }
 }
 
 /// Type-checked for the real target; not run yet.
 #[cfg(target_os = "macos")]
 mod of_macos {
     use std::ffi::CStr;
-    use std::mem::MaybeUninit;
 
     /// `macOS 15.1 (24B83), MacBookPro18,3`.
     pub fn system() -> String {
@@ -88,29 +82,6 @@ mod of_macos {
     pub fn memory() -> Option<u64> {
         let mut value = [0; size_of::<u64>()];
         (read(c"hw.memsize", &mut value)? == value.len()).then(|| u64::from_ne_bytes(value))
-    }
-
-    /// Bytes of pages that are free, or that the system can free at once.
-    pub fn available() -> Option<u64> {
-        let mut statistics = MaybeUninit::<libc::vm_statistics64>::zeroed();
-        let mut count = libc::HOST_VM_INFO64_COUNT;
-        // SAFETY: `count` says how many integers there is room for behind the pointer; the port is this process's own.
-        let status = unsafe {
-            #[allow(deprecated, reason = "libc wants another crate used, for this one call")]
-            let host = libc::mach_host_self();
-            libc::host_statistics64(
-                host,
-                libc::HOST_VM_INFO64,
-                statistics.as_mut_ptr().cast(),
-                &mut count,
-            )
-        };
-        // SAFETY: it consists of integers, for which the zeros it began with are valid.
-        let statistics = unsafe { statistics.assume_init() };
-        // SAFETY: no pointers are involved.
-        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
-        let pages = u64::from(statistics.free_count) + u64::from(statistics.inactive_count);
-        (status == libc::KERN_SUCCESS).then(|| pages * page)
     }
 
     fn text(name: &CStr) -> Option<String> {
@@ -152,10 +123,6 @@ mod unknown {
     }
 
     pub fn memory() -> Option<u64> {
-        None
-    }
-
-    pub fn available() -> Option<u64> {
         None
     }
 }

@@ -13,12 +13,12 @@
 
 use crate::Result;
 use crate::checkpoint::Loader;
-use crate::cpu::HeadRows;
 use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
+use crate::models::glm4_moe_lite::latent_heads::LatentHeads;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RmsNorm};
-use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear, Orientation, PerHead};
+use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear};
 use candle_core::{D, Module, Tensor};
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
@@ -98,9 +98,8 @@ pub(super) struct Attention {
     /// `q_a_layernorm` and `q_b_proj`.
     low_rank: Option<NormedLinear>,
     pub(super) rows: LatentRows,
-    kv_b: MmfP4Linear,
-    pub(super) absorb_query: PerHead,
-    pub(super) expand_value: PerHead,
+    /// `kv_b_proj`.
+    pub(super) kv_b: LatentHeads,
     attend: ops::Attention,
     output: MmfP4Linear,
     pub(super) heads: usize,
@@ -135,19 +134,6 @@ impl Attention {
             }
         };
         let kv_a = loader.linear(&name("kv_a_proj_with_mqa"), latent + rope, hidden, bias)?;
-        let kv_b = loader.linear(&name("kv_b_proj"), heads * (nope + value), latent, false)?;
-        // A head's rows of kv_b: first those of its keys, then those of its values.
-        let keys = HeadRows {
-            heads,
-            stride: nope + value,
-            start: 0,
-            len: nope,
-        };
-        let values = HeadRows {
-            start: nope,
-            len: value,
-            ..keys
-        };
         Ok(Self {
             input: JoinedLinear::new(vec![query.op().clone(), kv_a.op().clone()])?,
             low_rank,
@@ -155,11 +141,7 @@ impl Attention {
                 loader.rms_norm(&name("kv_a_layernorm"), latent, INNER_EPS)?,
                 config.rope_pairing,
             ),
-            absorb_query: PerHead::new(kv_b.weight().clone(), keys, Orientation::Transposed)?
-                .with_arithmetic(loader.arithmetic()),
-            expand_value: PerHead::new(kv_b.weight().clone(), values, Orientation::Ordinary)?
-                .with_arithmetic(loader.arithmetic()),
-            kv_b,
+            kv_b: LatentHeads::load(loader, prefix, config)?,
             attend: ops::Attention::new(heads, scale(config), None)?,
             output: loader.linear(&name("o_proj"), hidden, heads * value, bias)?,
             heads,
@@ -172,7 +154,8 @@ impl Attention {
 
     pub fn weights(&self) -> Vec<&Weight> {
         let input = self.input.parts().iter().map(ops::Linear::weight);
-        input.chain(self.linears().map(ops::Linear::weight)).collect()
+        let all = input.chain(self.linears().map(ops::Linear::weight));
+        all.chain(self.kv_b.weights()).collect()
     }
 
     /// Bytes of weights that a pass reads, each once: both ways to attend need all of them.
@@ -180,13 +163,14 @@ impl Attention {
         let input = self.input.parts().iter().map(ops::Linear::size_in_bytes);
         let linears = input.chain(self.linears().map(ops::Linear::size_in_bytes));
         let query_norm = self.low_rank.as_ref().map_or(0, |query| norm_bytes(query.norm()));
-        linears.sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
+        let kv_b = self.kv_b.weights().into_iter().map(Weight::size_in_bytes);
+        linears.chain(kv_b).sum::<usize>() + query_norm + norm_bytes(self.rows.norm())
     }
 
-    /// All linear layers but those of the input.
+    /// All linear layers but those of the input, and `kv_b_proj`.
     fn linears(&self) -> impl Iterator<Item = &ops::Linear> {
         let query = self.low_rank.iter().map(NormedLinear::linear);
-        query.chain([self.kv_b.op(), self.output.op()])
+        query.chain([self.output.op()])
     }
 
     /// `x` is `[N, hidden]`, the tokens of all segments; `cached` takes a segment's index and new rows
@@ -266,10 +250,10 @@ impl Attention {
     /// Attends over the latents: queries `[n, H, nope]`, rotary parts `[n, H, rope]` and cached rows
     /// `[T, latent + rope]` to `[n, H · value]`.
     fn absorbed(&self, nope: &Tensor, rope: &Tensor, all: &Tensor, position: usize) -> Result<Tensor> {
-        let query = self.absorb_query.forward(nope)?;
+        let query = self.kv_b.absorb_query.forward(nope)?;
         let latents = all.narrow(1, 0, self.latent)?;
         let mixed = self.attend.forward(&[&query, rope], &[all], &latents, position)?;
-        let values = self.expand_value.forward(&mixed)?;
+        let values = self.kv_b.expand_value.forward(&mixed)?;
         Ok(values.reshape((nope.dim(0)?, self.heads * self.value))?)
     }
 
@@ -281,12 +265,7 @@ impl Attention {
         all: &Tensor,
         position: usize,
     ) -> Result<Tensor> {
-        let expanded = self.kv_b.forward(&all.narrow(1, 0, self.latent)?)?;
-        let expanded = expanded.reshape((all.dim(0)?, self.heads, self.nope + self.value))?;
-        let (keys, values) = (
-            expanded.narrow(2, 0, self.nope)?,
-            expanded.narrow(2, self.nope, self.value)?,
-        );
+        let (keys, values) = self.kv_b.expand(&all.narrow(1, 0, self.latent)?)?;
         let key_rope = all.narrow(1, self.latent, self.rope)?;
         let mixed = self
             .attend

@@ -1,6 +1,6 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
-use crate::checkpoint::ModelFiles;
+use crate::checkpoint::{ModelFiles, check_config};
 use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
@@ -375,17 +375,9 @@ impl Fields<'_> {
     }
 
     fn check_quantization(&self) -> Result<()> {
-        let Some(value) = self.present("quantization_config") else {
-            return Ok(());
-        };
-        match value.get("quant_method").and_then(Value::as_str) {
-            Some("mmfp4") => Ok(()),
-            method => Err(refuse(
-                "quantization_config.quant_method",
-                method.unwrap_or("missing"),
-                "only mmfp4 is implemented; take an MMFP4 checkpoint, or the BF16 original and quantise it while loading",
-            )),
-        }
+        let fields = ["quantization_config", "quantization"].into_iter();
+        let mut told = fields.filter_map(|field| Some((field, self.present(field)?)));
+        told.try_for_each(|(field, value)| check_config(field, value))
     }
 }
 

@@ -11,6 +11,7 @@ mod config;
 mod decoder;
 pub mod experts;
 mod forward;
+mod latent_heads;
 mod paged;
 
 pub use attention::AttentionPath;

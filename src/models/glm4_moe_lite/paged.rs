@@ -140,10 +140,10 @@ impl Attention {
     ) -> Result<Tensor> {
         let (nope, rope) = (pass.of_absorbing(nope)?, pass.of_absorbing(rope)?);
         let batch = pass.absorbed.as_ref().unwrap_or(pass.cache.batch());
-        let query = self.absorb_query.forward(&nope)?;
+        let query = self.kv_b.absorb_query.forward(&nope)?;
         let values = pass
             .attend
-            .forward_expanded(&[&query, &rope], pool, batch, &self.expand_value)?;
+            .forward_expanded(&[&query, &rope], pool, batch, &self.kv_b.expand_value)?;
         Ok(values.reshape((nope.dim(0)?, self.heads * self.value))?)
     }
 }

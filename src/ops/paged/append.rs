@@ -3,11 +3,15 @@
 use super::PagedBatch;
 use crate::cpu::{self, Executor, Floats, NewHeads, NewLatents, Pairing};
 use crate::kv::{RowKind, RowLayout, Slots};
+use crate::metal::append as metal;
+use crate::metal::norm_rope::LatentRows;
 use crate::ops::activations::to_f32;
 use crate::ops::norm::RmsNorm;
-use crate::ops::{planned, rope};
+use crate::ops::planned::{self, Planned};
+use crate::ops::rope;
+use crate::ops::rows::{heads as heads_of, rows};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, MetalStorage, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, MetalStorage, Shape, Storage, Tensor};
 use std::borrow::Cow;
 
 const LATENTS: &str = "mmfp4-append-latents";
@@ -89,14 +93,14 @@ impl AppendLatents {
         batch: &PagedBatch,
     ) -> candle_core::Result<()> {
         let slots = batch.slots();
-        check_pool(LATENTS, &self.layout, pool, batch)?;
-        check_rows(LATENTS, "kv", kv, &[slots.len(), self.latent + self.rope])?;
-        rope::check_angles(LATENTS, [slots.len(), self.rope / 2], cos.layout(), sin.layout())?;
+        self.check(pool, kv, cos, sin, batch)?;
         if slots.is_empty() {
             return Ok(());
         }
-        crate::ops::without_kernel(LATENTS);
         let kv = prepared(kv, 1)?;
+        if let Some([]) = self.on_device(pool, &kv, None, (cos, sin), batch, [])? {
+            return Ok(());
+        }
         let call = LatentCall {
             op: self,
             cos,
@@ -120,9 +124,104 @@ impl AppendLatents {
         sin: &Tensor,
         batch: &PagedBatch,
     ) -> candle_core::Result<Tensor> {
+        self.check(pool, kv, cos, sin, batch)?;
+        let fits =
+            matches!(queries.dims(), &[tokens, _, d] if tokens == batch.tokens() && d == self.rope && d > 0);
+        if !fits || queries.dtype() != kv.dtype() {
+            let expected = format!(
+                "[{}, heads, {}] in {:?}, of a layout with rotary keys",
+                batch.tokens(),
+                self.rope,
+                kv.dtype()
+            );
+            let found = format!("{:?} in {:?}", queries.dims(), queries.dtype());
+            return Err(Error::argument(LATENTS, "queries", expected, found).into());
+        }
+        if queries.elem_count() > 0 {
+            let (kv, queries) = (prepared(kv, 1)?, prepared_heads(queries)?);
+            let turned = [(queries.shape().clone(), queries.dtype())];
+            if let Some([turned]) = self.on_device(pool, &kv, Some(&queries), (cos, sin), batch, turned)? {
+                return Ok(turned);
+            }
+        }
         let turned = rope::Rope::new(self.pairing).forward(queries, cos, sin)?;
         self.forward(pool, kv, cos, sin, batch)?;
         Ok(turned)
+    }
+
+    /// Checks everything but the queries.
+    fn check(
+        &self,
+        pool: &Tensor,
+        kv: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        batch: &PagedBatch,
+    ) -> Result<()> {
+        let tokens = batch.tokens();
+        check_pool(LATENTS, &self.layout, pool, batch)?;
+        check_rows(LATENTS, "kv", kv, &[tokens, self.latent + self.rope])?;
+        rope::check_angles(LATENTS, [tokens, self.rope / 2], cos.layout(), sin.layout())
+    }
+
+    /// Runs it by kernels, where those run; `None` where the CPU's are to. The output is the queries, if there are any.
+    fn on_device<const N: usize>(
+        &self,
+        pool: &Tensor,
+        kv: &Tensor,
+        queries: Option<&Tensor>,
+        (cos, sin): (&Tensor, &Tensor),
+        batch: &PagedBatch,
+        outputs: [(Shape, DType); N],
+    ) -> candle_core::Result<Option<[Tensor; N]>> {
+        let Some(index) = batch.index() else {
+            crate::ops::without_kernel(LATENTS);
+            return Ok(None);
+        };
+        let (cos, sin) = (planned::prepared(cos, 1)?, planned::prepared(sin, 1)?);
+        let inputs = [kv, &cos, &sin, index];
+        let inputs: Vec<_> = inputs.into_iter().chain(queries).collect();
+        // Operands: the norm, the inputs, the pool, the queries turned.
+        let rows_at = 1 + inputs.len();
+        planned::into(LATENTS, &inputs, pool, || {
+            let dtype = kv.dtype();
+            let (of_cos, of_sin) = ((cos.layout(), cos.dtype()), (sin.layout(), sin.dtype()));
+            let Some(mut angles) = rope::angles(LATENTS, self.pairing, self.rope / 2, of_cos, of_sin, 2)?
+            else {
+                return Ok(None);
+            };
+            if self.rope == 0 {
+                // Nothing is turned, and there is no angle to bind: something that is there takes their place.
+                (angles.cos.operand, angles.sin.operand) = (0, 0);
+            }
+            let queries = queries
+                .map(|queries| heads_of(LATENTS, "queries", queries.layout(), dtype, 5))
+                .transpose()?;
+            let op = metal::AppendLatents {
+                latents: LatentRows {
+                    dtype,
+                    tokens: batch.tokens(),
+                    latent: self.latent,
+                    eps: self.norm.eps(),
+                    kv: rows(LATENTS, "kv", kv.layout(), dtype, 1)?,
+                    weight: 0,
+                    angles,
+                    rows: rows_at,
+                    queries: queries.map(|queries| (queries, rows_at + 1)),
+                },
+                pool: metal::Pool {
+                    layout: &self.layout,
+                    offset: pool.layout().start_offset(),
+                    slots: 4,
+                },
+            };
+            Ok(Some(Planned {
+                launches: vec![op.launch()?],
+                bytes: vec![self.norm.bytes()],
+                outputs,
+                scratch: Vec::new(),
+            }))
+        })
     }
 }
 
@@ -260,9 +359,53 @@ impl AppendHeads {
         if slots.is_empty() {
             return Ok(());
         }
-        crate::ops::without_kernel(HEADS);
+        let (keys, values) = (prepared_heads(keys)?, prepared_heads(values)?);
+        if self.on_device(pool, &keys, &values, batch)? {
+            return Ok(());
+        }
         let call = HeadsCall { op: self, slots };
-        pool.inplace_op3(&prepared_heads(keys)?, &prepared_heads(values)?, &call)
+        pool.inplace_op3(&keys, &values, &call)
+    }
+
+    /// Runs it by kernels, where those run; whether they did.
+    fn on_device(
+        &self,
+        pool: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        batch: &PagedBatch,
+    ) -> candle_core::Result<bool> {
+        let Some(index) = batch.index() else {
+            crate::ops::without_kernel(HEADS);
+            return Ok(false);
+        };
+        if keys.dtype() != values.dtype() {
+            // A kernel takes both in one dtype. This one holds what they are.
+            let (keys, values) = (keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
+            return self.on_device(pool, &keys, &values, batch);
+        }
+        let dtype = keys.dtype();
+        let done = planned::into(HEADS, &[keys, values, index], pool, || {
+            let op = metal::AppendHeads {
+                dtype,
+                tokens: batch.tokens(),
+                keys: heads_of(HEADS, "keys", keys.layout(), dtype, 0)?,
+                values: heads_of(HEADS, "values", values.layout(), dtype, 1)?,
+                rows: 3,
+                pool: metal::Pool {
+                    layout: &self.layout,
+                    offset: pool.layout().start_offset(),
+                    slots: 2,
+                },
+            };
+            Ok(Some(Planned {
+                launches: vec![op.launch()?],
+                bytes: Vec::new(),
+                outputs: [],
+                scratch: Vec::new(),
+            }))
+        })?;
+        Ok(done.is_some())
     }
 }
 

@@ -2,9 +2,13 @@
 
 use super::PagedBatch;
 use crate::cpu::{self, Executor, PagedSequence};
-use crate::kv::RowLayout;
+use crate::kv::{RowKind, RowLayout};
+use crate::metal::paged_attention::{self as plans, At};
 use crate::ops::PerHead;
 use crate::ops::attention::{Input, Part, open};
+use crate::ops::merged::Merge;
+use crate::ops::planned::{self, Planned};
+use crate::ops::rows::{heads, prepared_heads};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use std::ops::Range;
@@ -81,15 +85,14 @@ impl PagedAttention {
     /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit, or a table names a block
     /// beyond the pool.
     pub fn forward(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Tensor> {
-        crate::ops::without_kernel(OP);
         let (n, sequences) = (batch.tokens(), batch.sequences().collect::<Vec<_>>());
-        let fits = |part: &&&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
-        if queries.is_empty() || !queries.iter().all(|part| fits(&part)) {
-            let expected = format!("parts [{n}, {}, d]", self.heads);
-            let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
-            return Err(Error::argument(OP, "queries", expected, format!("{found:?}")));
-        }
+        self.check_queries(queries, batch)?;
         let value = cpu::value_width(&self.layout);
+        if planned::runs_on(pool.device())
+            && let Some(y) = self.on_device(queries, pool, batch)?
+        {
+            return Ok(y);
+        }
         let inputs: Vec<_> = queries.iter().map(|part| open("queries", part)).collect();
         let parts = inputs
             .iter()
@@ -120,7 +123,158 @@ impl PagedAttention {
         batch: &PagedBatch,
         values: &PerHead,
     ) -> Result<Tensor> {
+        if planned::runs_on(pool.device())
+            && values.takes_parts(batch.tokens(), self.heads, cpu::value_width(&self.layout))
+            && let Some(y) = self.expanded_on_device(queries, pool, batch, values)?
+        {
+            return Ok(y);
+        }
         Ok(values.forward(&self.forward(queries, pool, batch)?)?)
+    }
+
+    /// What a device gives of few tokens; `None` where no kernel takes these operands, or parts are more than it has at a time.
+    fn expanded_on_device(
+        &self,
+        queries: &[&Tensor],
+        pool: &Tensor,
+        batch: &PagedBatch,
+        values: &PerHead,
+    ) -> Result<Option<Tensor>> {
+        self.check_queries(queries, batch)?;
+        let Some(operands) = self.operands(queries, pool, batch)? else {
+            return Ok(None);
+        };
+        let inputs = operands.inputs();
+        let (bytes, shape) = (values.regions(), values.merged_shape(batch.tokens()));
+        let attention = operands.attention(self, bytes.len())?;
+        if attention.at_once() < batch.tokens() {
+            return Ok(None);
+        }
+        let plan = || {
+            let y = bytes.len() + inputs.len();
+            let merge = Merge {
+                weight: 0,
+                parts: y + 1,
+                stats: y + 2,
+                y,
+            };
+            let sizes = (batch.tokens(), attention.splits());
+            let Some(merged) = values.merged_launch(merge, sizes, operands.dtype())? else {
+                return Ok(None);
+            };
+            Ok(Some(Planned {
+                launches: vec![attention.parts(merge.parts, merge.stats)?, merged],
+                bytes: bytes.clone(),
+                outputs: [(shape.clone(), operands.dtype())],
+                scratch: attention.scratch(batch.tokens()).to_vec(),
+            }))
+        };
+        Ok(planned::over(OP, &inputs, plan)?.map(|[y]| y))
+    }
+
+    /// Checks that queries are parts of as many rows as a batch has tokens, of all heads.
+    fn check_queries(&self, queries: &[&Tensor], batch: &PagedBatch) -> Result<()> {
+        let n = batch.tokens();
+        let fits = |part: &&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
+        if !queries.is_empty() && queries.iter().all(fits) {
+            return Ok(());
+        }
+        let expected = format!("parts [{n}, {}, d]", self.heads);
+        let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
+        Err(Error::argument(OP, "queries", expected, format!("{found:?}")))
+    }
+
+    /// What a device gives; `None` where nothing stands in for the CPU's kernels, or no kernel takes these operands.
+    fn on_device(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Option<Tensor>> {
+        let Some(operands) = self.operands(queries, pool, batch)? else {
+            if pool.device().is_metal() {
+                crate::ops::no_metal(OP)?;
+            }
+            crate::ops::without_kernel(OP);
+            return Ok(None);
+        };
+        let inputs = operands.inputs();
+        let plan = || {
+            let (y, value) = (inputs.len(), cpu::value_width(&self.layout));
+            let (launches, scratch) = operands.attention(self, 0)?.launches(y, y + 1)?;
+            Ok(Some(Planned {
+                launches,
+                bytes: Vec::new(),
+                outputs: [((batch.tokens(), self.heads, value).into(), operands.dtype())],
+                scratch,
+            }))
+        };
+        Ok(planned::over(OP, &inputs, plan)?.map(|[y]| y))
+    }
+
+    /// The operands of plans, checked; `None` for what no kernel takes.
+    fn operands<'a>(
+        &self,
+        queries: &[&Tensor],
+        pool: &'a Tensor,
+        batch: &'a PagedBatch,
+    ) -> Result<Option<Operands<'a>>> {
+        let dtype = queries[0].dtype();
+        let same = queries.iter().all(|part| part.dtype() == dtype);
+        let Some(index) = batch.index() else {
+            return Ok(None);
+        };
+        if !same || !plans::takes(&self.layout) {
+            return Ok(None);
+        }
+        let width: usize = queries.iter().map(|part| part.dims()[2]).sum();
+        let key = cpu::key_width(&self.layout);
+        if width != key {
+            let expected = format!("a width of {key}, as the keys, in all parts");
+            return Err(Error::argument(OP, "queries", expected, width.to_string()));
+        }
+        check_pool(OP, pool)?;
+        let sequences: Vec<_> = batch.sequences().collect();
+        let call = self.call(&[], &[], &sequences);
+        call.check_tables(pool.elem_count())?;
+        let mut all = Operands {
+            queries: Vec::new(),
+            pool,
+            index,
+            tokens: batch.tokens(),
+            longest: 0,
+            seen: 0,
+            pairs: 0,
+        };
+        for sequence in sequences.iter().filter(|sequence| sequence.queries > 0) {
+            let first = sequence.len - sequence.queries;
+            all.longest = all.longest.max(sequence.len);
+            all.seen += sequence.len - call.visible(first).start;
+            all.pairs += (first..sequence.len)
+                .map(|at| call.visible(at).len())
+                .sum::<usize>();
+        }
+        let widths: &[usize] = match self.layout.kind() {
+            RowKind::Latent { latent, rope: 0 } => &[latent],
+            RowKind::Latent { latent, rope } => &[latent, rope],
+            RowKind::Heads { key_dim, .. } => &[key_dim],
+        };
+        if queries
+            .iter()
+            .map(|part| part.dims()[2])
+            .eq(widths.iter().copied())
+        {
+            all.queries = queries
+                .iter()
+                .map(|part| prepared_heads(part))
+                .collect::<candle_core::Result<_>>()?;
+        } else {
+            let joined = match queries {
+                [one] => prepared_heads(one)?,
+                several => Tensor::cat(several, 2)?,
+            };
+            let mut start = 0;
+            for width in widths {
+                all.queries.push(joined.narrow(2, start, *width)?);
+                start += width;
+            }
+        }
+        Ok(Some(all))
     }
 
     fn call<'a>(
@@ -141,12 +295,63 @@ impl PagedAttention {
     }
 }
 
+/// What plans of attention read.
+struct Operands<'a> {
+    /// As one part, or of MLA with rotary keys two.
+    queries: Vec<Tensor>,
+    pool: &'a Tensor,
+    index: &'a Tensor,
+    tokens: usize,
+    longest: usize,
+    seen: usize,
+    pairs: usize,
+}
+
+impl Operands<'_> {
+    fn dtype(&self) -> DType {
+        self.queries[0].dtype()
+    }
+
+    /// The tensors, in their order among a plan's operands.
+    fn inputs(&self) -> Vec<&Tensor> {
+        self.queries.iter().chain([self.pool, self.index]).collect()
+    }
+
+    /// Their plan, where they stand among a plan's operands from `start` on.
+    fn attention<'a>(&self, op: &'a PagedAttention, start: usize) -> Result<plans::Attention<'a>> {
+        let (dtype, parts) = (self.dtype(), self.queries.len());
+        let lie = |part: usize| heads(OP, "queries", self.queries[part].layout(), dtype, start + part);
+        Ok(plans::Attention {
+            layout: &op.layout,
+            dtype,
+            scale: op.scale,
+            window: op.window,
+            tokens: self.tokens,
+            longest: self.longest,
+            seen: self.seen,
+            pairs: self.pairs,
+            queries: lie(0)?,
+            rotary: (parts > 1).then(|| lie(1)).transpose()?,
+            pool: at(self.pool, start + parts),
+            index: at(self.index, start + parts + 1),
+        })
+    }
+}
+
+/// Where a tensor that lies together begins, as this operand.
+fn at(tensor: &Tensor, operand: usize) -> At {
+    At {
+        operand,
+        offset: tensor.layout().start_offset() * tensor.dtype().size_in_bytes(),
+    }
+}
+
 /// The tokens at these positions of a batch's sequence as numbers `[positions, layout.width()]` of a dtype, for attention
 /// that expands keys and values; see [`cpu::gather`].
 ///
 /// # Errors
-/// [`Error::Argument`] where `pool` is no contiguous U8 tensor on the CPU, the batch has no such sequence, or its table is
-/// too short or names a block beyond the pool.
+/// [`Error::Argument`] where `pool` is no contiguous U8 tensor, the batch has no such sequence, or its table is too short or
+/// names a block beyond the pool.
 pub fn gather_paged(
     layout: &RowLayout,
     pool: &Tensor,
@@ -155,7 +360,6 @@ pub fn gather_paged(
     positions: Range<usize>,
     dtype: DType,
 ) -> Result<Tensor> {
-    crate::ops::without_kernel(GATHER);
     let Some(PagedSequence { table, .. }) = batch.sequences().nth(sequence) else {
         let expected = format!("below {}, the batch's", batch.sequences().count());
         return Err(Error::argument(
@@ -172,11 +376,67 @@ pub fn gather_paged(
         let expected = format!("blocks for {} tokens", positions.end);
         return Err(Error::argument(GATHER, "table", expected, format!("for {held}")));
     }
+    if planned::runs_on(pool.device()) {
+        match batch.table_start(sequence).zip(batch.index()) {
+            Some((start, index)) => {
+                check_pool(GATHER, pool)?;
+                check_blocks(layout, pool, table, &positions)?;
+                let plan = || {
+                    let gather = plans::Gather {
+                        layout,
+                        dtype,
+                        positions: positions.clone(),
+                        table: start,
+                        pool: at(pool, 0),
+                        index: at(index, 1),
+                        y: 2,
+                    };
+                    let launches = match positions.len() {
+                        0 => Vec::new(),
+                        _ => vec![gather.launch()?],
+                    };
+                    Ok(Some(Planned {
+                        launches,
+                        bytes: Vec::new(),
+                        outputs: [(shape.into(), dtype)],
+                        scratch: Vec::new(),
+                    }))
+                };
+                if let Some([rows]) = planned::over(GATHER, &[pool, index], plan)? {
+                    return Ok(rows);
+                }
+            }
+            None if pool.device().is_metal() => return Ok(crate::ops::no_metal(GATHER)?),
+            None => crate::ops::without_kernel(GATHER),
+        }
+    }
     let mut rows = vec![0.0; shape.0 * shape.1];
     with_bytes(pool, |pool| {
         cpu::gather(&*Executor::current()?, layout, pool, table, positions, &mut rows)
     })?;
     Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+/// Checks that the blocks of these positions, which the table has, are the pool's.
+fn check_blocks(layout: &RowLayout, pool: &Tensor, table: &[u32], positions: &Range<usize>) -> Result<()> {
+    let (tokens, held) = (layout.block_tokens(), pool.elem_count() / layout.block_bytes());
+    let blocks = &table[positions.start.min(positions.end) / tokens..positions.end.div_ceil(tokens)];
+    match blocks.iter().find(|block| **block as usize >= held) {
+        Some(block) => {
+            let expected = format!("blocks below {held}, the pool's");
+            Err(Error::argument(GATHER, "table", expected, block.to_string()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Checks that a pool is bytes that lie together.
+fn check_pool(op: &'static str, pool: &Tensor) -> Result<()> {
+    if pool.dtype() == DType::U8 && pool.is_contiguous() {
+        return Ok(());
+    }
+    let found = format!("{:?} with strides {:?}", pool.dtype(), pool.stride());
+    Err(Error::argument(op, "pool", "contiguous U8 bytes", found))
 }
 
 /// Calls `f` with the bytes of a pool.

@@ -136,6 +136,12 @@ impl PagedBatch {
         })
     }
 
+    /// Where in that copy the table of a sequence begins.
+    pub(crate) fn table_start(&self, sequence: usize) -> Option<usize> {
+        let lies = self.sequences.get(sequence)?;
+        Some(3 * self.tokens() + lies.table.start)
+    }
+
     /// The copy for a device: see [`on_device`](Self::on_device).
     pub(crate) fn index(&self) -> Option<&Tensor> {
         self.index.as_ref()

@@ -3,18 +3,19 @@
 use crate::faults::Fault;
 
 const FILE: &str = "dense.metal";
+const HEADER: &str = "dense.h";
 
 #[rustfmt::skip]
 pub const FAULTS: &[Fault] = &[
-    Fault { what: "the halves of a word of weights swapped", file: FILE,
+    Fault { what: "the halves of a word of weights swapped", file: HEADER,
         from: "return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));", to: "return float2(as_type<float>(word & 0xffff0000u), as_type<float>(word << 16));" },
-    Fault { what: "bfloat weights taken for half", file: FILE,
+    Fault { what: "bfloat weights taken for half", file: HEADER,
         from: "return KIND == F16 ? float(as_type<half>(bits)) : as_type<float>(uint(bits) << 16);", to: "return float(as_type<half>(bits));" },
-    Fault { what: "loads of 16 bytes where 8 are aligned", file: FILE,
+    Fault { what: "loads of 16 bytes where 8 are aligned", file: HEADER,
         from: "if (LOADS == 16) {\n        return", to: "if (LOADS != 0) {\n        return" },
     Fault { what: "a weight's rows read past the last", file: FILE,
         from: "args.weight_row + group.z * args.weight_head + rows::within(first + r, n);", to: "args.weight_row + group.z * args.weight_head + first + r;" },
-    Fault { what: "dense sums in half", file: FILE,
+    Fault { what: "dense sums in half", file: HEADER,
         from: "sums[i] = rows::add_dot(high[r], x_high, rows::add_dot(low[r], x_low, sums[i]));", to: "sums[i] = float(half(rows::add_dot(high[r], x_high, rows::add_dot(low[r], x_low, sums[i]))));" },
     Fault { what: "a simdgroup's share of K left out", file: FILE,
         from: "for (ushort s = 0; s < dense::SHARES; s++) {", to: "for (ushort s = 1; s < dense::SHARES; s++) {" },

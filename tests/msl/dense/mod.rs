@@ -1,6 +1,6 @@
 //! Products with weights in floating point: metal/dense.metal.
 
-mod cases;
+pub mod cases;
 #[cfg(target_os = "linux")]
 pub mod faults;
 #[cfg(target_os = "linux")]

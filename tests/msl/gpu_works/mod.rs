@@ -2,9 +2,11 @@
 //!
 //! Each family of kernels adds its ops here, their operands' roles, and a reference to `tools/gpu-check/references.py`.
 
+mod append;
 mod linear;
 mod moe;
 mod norm_rope;
+mod paged;
 mod record;
 
 use candle_core::{DType, Device, Tensor};
@@ -21,7 +23,15 @@ fn gpu_works() {
     let usual = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/gpu-check");
     let folder = std::env::var_os("MMFP4_GPU_WORKS").map_or(usual, Into::into);
     std::fs::create_dir_all(&folder).unwrap();
-    let works = [linear::fp4(), linear::dense(), moe::works(), norm_rope::works()].concat();
+    let works = [
+        linear::fp4(),
+        linear::dense(),
+        moe::works(),
+        norm_rope::works(),
+        paged::works(),
+        append::works(),
+    ]
+    .concat();
     std::fs::write(folder.join("works.json"), serde_json::to_string(&works).unwrap()).unwrap();
     let missing = unlaunched(&works);
     println!("{} works; kernels in none: {missing:?}", works.len());

@@ -9,6 +9,9 @@ use candle_mmfp4::metal::plan::{Binding, Constant, Launch};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
+/// The operand that says where a paged cache's tokens lie.
+const INDEX: &str = "index";
+
 /// An op that is to be recorded.
 pub struct Op {
     /// What it is for.
@@ -23,8 +26,8 @@ pub struct Op {
     pub meta: Map<String, Value>,
     /// Of its plan's operands, in order; those behind are scratch.
     pub roles: Vec<String>,
-    /// Of experts, the table of where they are: it matters what is in it.
-    pub places: Vec<u8>,
+    /// What is in operands of which that matters, by their role.
+    pub contents: Map<String, Value>,
 }
 
 impl Op {
@@ -36,7 +39,7 @@ impl Op {
             m,
             meta: Map::new(),
             roles: Vec::new(),
-            places: Vec::new(),
+            contents: Map::new(),
         }
     }
 
@@ -62,11 +65,16 @@ impl Op {
     }
 
     /// With the table that these experts have.
-    pub fn places(mut self, routed: &[Expert], shared: &[Expert]) -> Self {
+    pub fn places(self, routed: &[Expert], shared: &[Expert]) -> Self {
         let stack = Stack::of(routed, shared)
             .unwrap()
             .expect("experts that kernels take");
-        self.places = stack.bytes()[2].to_vec();
+        self.contents("places", stack.bytes()[2].to_vec())
+    }
+
+    /// With an operand that holds this.
+    pub fn contents(mut self, role: &str, bytes: Vec<u8>) -> Self {
+        self.contents.insert(role.into(), hex(&bytes).into());
         self
     }
 
@@ -78,7 +86,9 @@ impl Op {
 
     /// Its launches and operands.
     pub fn record<T>(self, forward: impl FnOnce() -> candle_core::Result<T>) -> Value {
-        let host = Arc::new(Host::recorder(false));
+        // Where tokens lie matters, and is in an operand; of the others only the size does.
+        let needed = self.roles.iter().any(|role| role == INDEX) && !self.contents.contains_key(INDEX);
+        let host = Arc::new(Host::recorder(needed));
         host.install(forward).unwrap();
         let [recorded] = host.recorded().try_into().expect("one plan");
         let name = format!("{}, {}, {}", self.name, self.dtype.as_str(), self.m);
@@ -111,9 +121,12 @@ impl Op {
             "len": operand.len,
             "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
         });
-        if role == "places" {
-            assert_eq!(operand.len, self.places.len(), "{}: the table", self.name);
-            described["contents"] = hex(&self.places).into();
+        if let Some(contents) = self.contents.get(role) {
+            let held = contents.as_str().map(str::len);
+            assert_eq!(held, Some(2 * operand.len), "{}: {role}", self.name);
+            described["contents"] = contents.clone();
+        } else if role == INDEX {
+            described["contents"] = hex(&operand.bytes).into();
         }
         described
     }

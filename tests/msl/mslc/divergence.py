@@ -254,7 +254,7 @@ class _Body:
         return j
 
     def _raise(self, i, level):
-        if self.source[i] not in self.memory:
+        if self.source.tokens[i].kind == "word" and self.source[i] not in self.memory:
             key = self._resolve(i) + self._member(i)
             self.levels[key] = max(self.levels.get(key, UNIFORM), level)
 

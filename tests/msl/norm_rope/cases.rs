@@ -142,6 +142,33 @@ pub enum HeadsLie {
     Transposed,
 }
 
+impl HeadsLie {
+    /// Activations `[tokens, heads, d]`.
+    pub fn take(self, shape: (usize, usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
+        self.lay(shape, |count| activations((1, count), dtype, 6).flatten_all())
+    }
+
+    /// `[tokens, heads, d]` of a vector of as many elements as that takes.
+    pub fn lay(
+        self,
+        (tokens, heads, d): (usize, usize, usize),
+        of: impl FnOnce(usize) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Together => of(tokens * heads * d)?.reshape((tokens, heads, d)),
+            Self::Narrowed => of(tokens * heads * (d + 5))?
+                .reshape((tokens, heads, d + 5))?
+                .narrow(2, 5, d),
+            Self::HeadsFirst => of(tokens * heads * d)?
+                .reshape((heads, tokens, d))?
+                .transpose(0, 1),
+            Self::Transposed => of(tokens * heads * d)?
+                .reshape((tokens, d, heads))?
+                .transpose(1, 2),
+        }
+    }
+}
+
 impl Default for Tokens {
     fn default() -> Self {
         Self {
@@ -203,20 +230,8 @@ impl Tokens {
 
     /// Heads of queries.
     pub fn queries(&self) -> candle_core::Result<Tensor> {
-        let (tokens, heads, d) = (self.tokens, self.heads, 2 * self.pairs);
-        let of = |count| activations((1, count), self.dtype, 6);
-        match self.lies {
-            HeadsLie::Together => of(tokens * heads * d).reshape((tokens, heads, d)),
-            HeadsLie::Narrowed => of(tokens * heads * (d + 5))
-                .reshape((tokens, heads, d + 5))?
-                .narrow(2, 5, d),
-            HeadsLie::HeadsFirst => of(tokens * heads * d)
-                .reshape((heads, tokens, d))?
-                .transpose(0, 1),
-            HeadsLie::Transposed => of(tokens * heads * d)
-                .reshape((tokens, d, heads))?
-                .transpose(1, 2),
-        }
+        self.lies
+            .take((self.tokens, self.heads, 2 * self.pairs), self.dtype)
     }
 
     /// Cosines, and sines as rows of a wider tensor.

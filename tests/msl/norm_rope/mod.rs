@@ -1,6 +1,6 @@
 //! Norms, rotary position embedding, sums and what MLA keeps of a token: metal/norm_rope.metal.
 
-mod cases;
+pub mod cases;
 #[cfg(target_os = "linux")]
 pub mod faults;
 #[cfg(target_os = "linux")]

@@ -1,0 +1,172 @@
+//! The tensors of one linear layer.
+
+use crate::checkpoint::safetensors::{Checkpoint, StoredTensor};
+use crate::{Error, Result};
+use safetensors::Dtype;
+use std::cell::RefCell;
+
+/// A linear layer's tensors: those under its own name or, of an expert, its share of those of all experts.
+#[derive(Debug)]
+pub(super) struct Siblings<'a> {
+    checkpoint: &'a Checkpoint,
+    /// What their names begin with.
+    module: String,
+    share: Share,
+    used: RefCell<Vec<String>>,
+}
+
+/// How much of the tensors is the layer's.
+#[derive(Debug, Clone, Copy)]
+enum Share {
+    /// All.
+    Whole,
+    /// One of a stack.
+    One(usize),
+    /// All of a stack, its matrices one below the other.
+    Stacked,
+}
+
+/// A tensor and its name.
+#[derive(Debug)]
+pub(super) struct Named {
+    pub name: String,
+    pub tensor: StoredTensor,
+}
+
+impl Named {
+    pub fn problem(&self, problem: impl Into<String>) -> Error {
+        self.tensor.problem(&self.name, problem)
+    }
+
+    pub fn expect_shape(&self, expected: &[usize]) -> Result<()> {
+        self.tensor.expect_shape(&self.name, expected)
+    }
+
+    /// The one number that it is, a tensor's factor.
+    pub fn factor(&self) -> Result<f32> {
+        let one = StoredTensor {
+            shape: vec![self.tensor.shape.iter().product()],
+            ..self.tensor.clone()
+        };
+        let factor = one.vector(&self.name, 1)?[0];
+        match factor.is_normal() && factor > 0.0 {
+            true => Ok(factor),
+            false => Err(self.problem(format!("it is {factor}; expected a number above 0"))),
+        }
+    }
+}
+
+impl<'a> Siblings<'a> {
+    /// Of a module under its own name or, of an expert that is not there, under that of all.
+    pub fn of(checkpoint: &'a Checkpoint, module: &str) -> Self {
+        let own = Self::new(checkpoint, module.to_string(), Share::Whole);
+        let of_all = || {
+            let (module, share) = of_switch(module)?;
+            Some(Self::new(checkpoint, module, share)).filter(Self::is_there)
+        };
+        match own.is_there() {
+            true => own,
+            false => of_all().unwrap_or(own),
+        }
+    }
+
+    /// Of a module whose weight has a matrix a head.
+    pub fn stacked(checkpoint: &'a Checkpoint, module: &str) -> Self {
+        Self::new(checkpoint, module.to_string(), Share::Stacked)
+    }
+
+    fn new(checkpoint: &'a Checkpoint, module: String, share: Share) -> Self {
+        Self {
+            checkpoint,
+            module,
+            share,
+            used: RefCell::default(),
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        self.checkpoint.has_module(&self.module)
+    }
+
+    /// What messages call the layer.
+    pub fn name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.module)
+    }
+
+    pub fn has(&self, suffix: &str) -> bool {
+        self.checkpoint.find(&self.name(suffix)).is_some()
+    }
+
+    /// Whether one is there and has one of these dtypes.
+    pub fn is(&self, suffix: &str, dtypes: &[Dtype]) -> bool {
+        (self.checkpoint.find(&self.name(suffix))).is_some_and(|tensor| dtypes.contains(&tensor.dtype))
+    }
+
+    /// A tensor that has to be there.
+    pub fn get(&self, suffix: &str) -> Result<Named> {
+        let name = self.name(suffix);
+        let tensor = self.checkpoint.get(&name)?;
+        self.see(suffix);
+        let tensor = match self.share {
+            Share::Whole => tensor.clone(),
+            Share::One(index) => slice(&name, tensor, index)?,
+            Share::Stacked => below_one_another(&name, tensor)?,
+        };
+        Ok(Named { name, tensor })
+    }
+
+    /// Counts a tensor as used, if it is there.
+    pub fn see(&self, suffix: &str) {
+        if self.has(suffix) {
+            self.used.borrow_mut().push(self.name(suffix));
+        }
+    }
+
+    pub fn used(self) -> Vec<String> {
+        self.used.into_inner()
+    }
+}
+
+/// Where MLX keeps an expert: `….experts.3.up_proj` is the fourth of `….switch_mlp.up_proj`.
+fn of_switch(module: &str) -> Option<(String, Share)> {
+    let (layer, expert) = module.split_once(".experts.")?;
+    let (index, projection) = expert.split_once('.')?;
+    Some((
+        format!("{layer}.switch_mlp.{projection}"),
+        Share::One(index.parse().ok()?),
+    ))
+}
+
+/// Matrices `[H, N, K]` as one `[H · N, K]`; a factor of all stays.
+fn below_one_another(name: &str, stack: &StoredTensor) -> Result<StoredTensor> {
+    let rows = |a: usize, b: usize| {
+        let problem = format!("shape {:?} is larger than memory", stack.shape);
+        a.checked_mul(b).ok_or_else(|| stack.problem(name, problem))
+    };
+    let shape = match stack.shape[..] {
+        [heads, n, k] => vec![rows(heads, n)?, k],
+        _ => stack.shape.clone(),
+    };
+    Ok(StoredTensor {
+        shape,
+        ..stack.clone()
+    })
+}
+
+/// One of a stack of tensors.
+fn slice(name: &str, stack: &StoredTensor, index: usize) -> Result<StoredTensor> {
+    let of = stack.shape.first().copied().unwrap_or(0);
+    if index >= of {
+        let problem = format!("shape {:?}; expected more than {index} experts", stack.shape);
+        return Err(stack.problem(name, problem));
+    }
+    let size = stack.bytes.len() / of;
+    let bytes = stack.bytes.slice(index * size..(index + 1) * size);
+    let bytes = bytes.ok_or_else(|| stack.problem(name, "its data lies outside the file"))?;
+    Ok(StoredTensor {
+        dtype: stack.dtype,
+        shape: stack.shape[1..].to_vec(),
+        bytes,
+        file: stack.file.clone(),
+    })
+}
