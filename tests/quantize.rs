@@ -233,12 +233,12 @@ fn the_config_names_every_linear_layer_that_is_not_quantised() {
 
 #[test]
 fn a_shared_head_is_named_too() {
-    let source = candle_mmfp4_tied();
+    let source = tied();
     let target = tempfile::tempdir().unwrap();
     let target = target.path().join("nvfp4");
     write(&source, &target, &QuantizeOptions::new(Format::nvfp4())).unwrap();
     let ignored = config(&target)["quantization_config"]["ignore"].clone();
-    assert_eq!(ignored[0], "lm_head");
+    assert!(ignored.as_array().unwrap().contains(&json!("lm_head")), "{ignored}");
     assert!(
         Checkpoint::open(&target)
             .unwrap()
@@ -247,7 +247,7 @@ fn a_shared_head_is_named_too() {
     );
 }
 
-fn candle_mmfp4_tied() -> PathBuf {
+fn tied() -> PathBuf {
     common::repository("tests/data/tiny-models/tied-and-biased")
 }
 
