@@ -587,8 +587,18 @@ fn the_bundled_model_is_remade_byte_for_byte() {
     expected.retain(|name| name != "README.md");
     assert_eq!(names(&target), expected);
     for name in expected {
-        let same = std::fs::read(target.join(&name)).unwrap() == std::fs::read(bundled.join(&name)).unwrap();
-        assert!(same, "{} differs", name.display());
+        let [made, bundled] = [&target, &bundled].map(|folder| std::fs::read(folder.join(&name)).unwrap());
+        if name == "config.json" {
+            // It names the version that wrote it.
+            let parsed = [made, bundled].map(|text| {
+                let mut config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+                config["quantization_config"]["producer"]["version"].take();
+                config
+            });
+            assert_eq!(parsed[0], parsed[1]);
+            continue;
+        }
+        assert!(made == bundled, "{} differs", name.display());
     }
 }
 

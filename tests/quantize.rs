@@ -233,12 +233,15 @@ fn the_config_names_every_linear_layer_that_is_not_quantised() {
 
 #[test]
 fn a_shared_head_is_named_too() {
-    let source = candle_mmfp4_tied();
+    let source = tied();
     let target = tempfile::tempdir().unwrap();
     let target = target.path().join("nvfp4");
     write(&source, &target, &QuantizeOptions::new(Format::nvfp4())).unwrap();
     let ignored = config(&target)["quantization_config"]["ignore"].clone();
-    assert_eq!(ignored[0], "lm_head");
+    assert!(
+        ignored.as_array().unwrap().contains(&json!("lm_head")),
+        "{ignored}"
+    );
     assert!(
         Checkpoint::open(&target)
             .unwrap()
@@ -247,7 +250,7 @@ fn a_shared_head_is_named_too() {
     );
 }
 
-fn candle_mmfp4_tied() -> PathBuf {
+fn tied() -> PathBuf {
     common::repository("tests/data/tiny-models/tied-and-biased")
 }
 
@@ -445,6 +448,9 @@ fn interrupted(source: &Path, target: &Path, files: usize) -> PathBuf {
     partial
 }
 
+/// What is done to a finished file.
+type Damage<'a> = &'a dyn Fn(&Path);
+
 #[test]
 fn an_interrupted_run_is_continued_with_what_is_whole() {
     let place = tempfile::tempdir().unwrap();
@@ -464,7 +470,7 @@ fn an_interrupted_run_is_continued_with_what_is_whole() {
     };
     let empty = |path: &Path| std::fs::write(path, "").unwrap();
     let none = |_: &Path| {};
-    let cases: [(&str, &dyn Fn(&Path), usize); 4] = [
+    let cases: [(&str, Damage<'_>, usize); 4] = [
         ("whole", &none, 3),
         ("cut", &cut, 2),
         ("flipped", &flip, 2),

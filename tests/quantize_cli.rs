@@ -163,7 +163,7 @@ fn a_killed_run_is_continued() {
             .count();
         // The last may have been finished and not yet noted.
         assert!(
-            kept + 1 >= before.len() && said.contains(&format!("{kept} of them finished before")),
+            kept + 1 >= before.len() && said.contains(&format!("{kept} of which were finished before")),
             "{kept}: {said}"
         );
         return;
@@ -221,7 +221,7 @@ fn a_failed_write_is_told_and_the_rest_continued() {
         &["--shard-size", "9MB", "--skip-layers", "3,4"],
     ));
     assert!(
-        said.contains(&format!("{index} of them finished before")),
+        said.contains(&format!("{index} of which were finished before")),
         "{said}"
     );
     assert!(contents(&target) == contents(&place.path().join("straight")));

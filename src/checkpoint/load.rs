@@ -7,7 +7,7 @@ use super::report::{Kept, LoadReport, RoundedHead};
 use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
-use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize};
+use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize_dense};
 use crate::kv::CacheKind;
 use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
@@ -162,7 +162,7 @@ impl<'a> Loader<'a> {
             self.account(&weight);
             return Ok(weight);
         }
-        let packed = quantize(&name, &dense.to_f32(), (n, k), format, ScaleRule::default())?;
+        let packed = quantize_dense(&name, dense, format, ScaleRule::default(), None)?;
         self.survey.borrow_mut().linear(&packed, false);
         self.report.borrow_mut().quantized.add(packed.size_in_bytes());
         Ok(packed.into())

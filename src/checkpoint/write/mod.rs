@@ -86,18 +86,18 @@ pub struct QuantizeReport {
 
 impl fmt::Display for QuantizeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        let megabytes = |bytes: usize| bytes as f64 / 1e6;
         write!(
             f,
-            "{} weights in 4 bits ({:.2} GB), {} tensors as they were ({:.2} GB), {} files",
+            "{} weights in 4 bits ({:.1} MB), {} tensors as they were ({:.1} MB), files: {}",
             self.quantized.tensors,
-            gigabytes(self.quantized.bytes),
+            megabytes(self.quantized.bytes),
             self.copied.tensors,
-            gigabytes(self.copied.bytes),
+            megabytes(self.copied.bytes),
             self.shards
         )?;
         if self.resumed > 0 {
-            write!(f, ", {} of them finished before", self.resumed)?;
+            write!(f, ", {} of which were finished before", self.resumed)?;
         }
         super::report::write_kept(f, &self.kept)?;
         for warning in &self.warnings {
