@@ -146,7 +146,7 @@ impl<'a> Loader<'a> {
 
     /// A weight quantised, if that was asked for.
     fn quantized(&self, module: &str, weight: Weight) -> Result<Weight> {
-        let (n, k) = weight.shape();
+        let k = weight.shape().1;
         let (Some(format), Weight::Dense(dense)) = (self.options.quantize, &weight) else {
             if let Weight::Fp4(tensor) = &weight {
                 self.survey.borrow_mut().linear(tensor, true);
