@@ -5,7 +5,7 @@ use super::record::Op;
 use super::{DTYPES, EPS, LATENT, ROPE, zeros};
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::{PagedSequence, Pairing};
-use candle_mmfp4::kv::{CacheFormat, RowLayout};
+use candle_mmfp4::kv::{CacheFormat, Encoding, RowLayout};
 use candle_mmfp4::ops::{AppendHeads, AppendLatents, PagedBatch};
 use serde_json::{Value, json};
 
@@ -46,7 +46,11 @@ fn meta(layout: &RowLayout, outputs: &[&str]) -> Value {
             "code_stride": part.code_stride,
             "scales": part.scales,
             "scale_stride": part.scale_stride,
-            "rotation": layout.rotation(part.width).unwrap_or(1),
+            // A rotary key is not rotated, as wide as a block or not.
+            "rotation": match part.encoding {
+                Encoding::F16 | Encoding::BF16 => 1,
+                _ => layout.rotation(part.width).unwrap_or(1),
+            },
         })
     });
     json!({
