@@ -31,6 +31,7 @@ mod model;
 mod moe;
 mod norm_rope;
 mod paged;
+mod paged_model;
 #[cfg(target_os = "linux")]
 mod runner;
 #[cfg(target_os = "linux")]

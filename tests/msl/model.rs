@@ -1,5 +1,5 @@
-//! Whole models by Metal kernels: everything but attention over the cache, which the CPU computes on Linux and Candle's own
-//! kernels on a Mac.
+//! Whole models by Metal kernels over contiguous caches: everything but attention over the cache, which the CPU computes on
+//! Linux and Candle's own kernels on a Mac.
 
 use crate::backend::Backend;
 #[cfg(target_os = "linux")]
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 /// All that no kernel of this crate computes.
 const ON_CPU: [&str; 1] = ["mmfp4-attention"];
 /// Below this lead of the best logit over the next, what BF16 rounds may decide.
-const NEAR_TIE: f32 = 0.1;
+pub const NEAR_TIE: f32 = 0.1;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Normalised mean-square error of logits that rounding explains: at most, and in half of all cases. Half precision is that
@@ -36,7 +36,7 @@ pub fn tolerance(dtype: DType) -> [f64; 2] {
     }
 }
 
-fn load(folder: &Path, quantize: Option<Format>, activations: DType, device: &Device) -> Model {
+pub fn load(folder: &Path, quantize: Option<Format>, activations: DType, device: &Device) -> Model {
     let options = LoadOptions {
         quantize,
         activations: Some(activations),
@@ -63,7 +63,7 @@ fn feed(model: &Model, tokens: &[u32], chunk: usize) -> Tensor {
 }
 
 /// What a model of that folder is compared over: its longest case whole, its shortest token by token.
-fn feeds(golden: &Golden) -> [(&[u32], usize); 2] {
+pub fn feeds(golden: &Golden) -> [(&[u32], usize); 2] {
     let by_length = |case: &&Case| case.input_ids.len();
     let longest = golden.cases.iter().max_by_key(by_length).unwrap();
     let shortest = golden.cases.iter().min_by_key(by_length).unwrap();
@@ -114,7 +114,7 @@ fn multiplied_out(
 }
 
 /// The model in four bits with the cases of those goldens, and how it is to be quantised while it loads.
-fn in_four_bits(golden: &Golden) -> (PathBuf, Option<Format>) {
+pub fn in_four_bits(golden: &Golden) -> (PathBuf, Option<Format>) {
     match golden.folder == bf16_demo() {
         // As its users have it.
         true => (mmfp4_demo(), None),

@@ -47,6 +47,12 @@ def floats(size, meta, random):
     return _bytes(_noise(size, torch.float32, random))
 
 
+def stats(size, meta, random):
+    """Of each part of attention its largest score and the sum of its weights."""
+    largest = _noise(size // 2, torch.float32, random) * 3
+    return _bytes(torch.stack([largest, torch.rand(largest.shape, device=DEVICE, generator=random) + 0.5], 1))
+
+
 def shares(size, meta, random):
     return _bytes(torch.rand(size // 4, device=DEVICE, generator=random))
 
@@ -147,6 +153,8 @@ ROLES = {
     "pool": pool,
     "bias": floats,
     "norm": floats,
+    "parts": floats,
+    "stats": stats,
     "cos": floats,
     "sin": floats,
     "ids": ids,

@@ -52,6 +52,18 @@ def per_head(operands, meta):
     return [torch.einsum("mhr,hrk->mhk" if meta["transposed"] else "mhk,hrk->mhr", x, w)]
 
 
+def merged(operands, meta):
+    """A product a head with what parts of attention come to, `splits` of each head of a token."""
+    m, k, heads, splits = meta["m"], meta["k"], meta["heads"], meta["splits"]
+    parts = _floats(operands, "parts").view(m, heads, splits, k)
+    largest, sums = _floats(operands, "stats").view(m, heads, splits, 2).unbind(3)
+    weights = torch.exp2(largest - largest.amax(2, keepdim=True))
+    x = torch.einsum("mhs,mhsk->mhk", weights, parts) / (weights * sums).sum(2, keepdim=True)
+    w = data.weight(operands, meta).view(heads, meta["stride"], k)
+    w = w[:, meta["start"] : meta["start"] + meta["len"]].double()
+    return [torch.einsum("mhk,hrk->mhr", x, w)]
+
+
 class _Experts:
     """Weights that lie where a table says: for each expert, bytes of gate's codes and scales, up's and down's; three factors."""
 
@@ -198,6 +210,7 @@ REFERENCES = {
     "gather_paged": gather_paged,
     "linear": linear,
     "per_head": per_head,
+    "merged": merged,
     "experts": experts,
     "router": router,
     "rms_norm": rms_norm,

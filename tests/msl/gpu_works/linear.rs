@@ -77,9 +77,13 @@ pub fn dense() -> Vec<Value> {
         for m in [2, 4, 8, 33, 128] {
             both_ways(&mut works, BF16, dtype, m);
         }
+        for m in [2, 4, 8] {
+            works.push(merged(BF16, dtype, m));
+        }
         for kind in [FloatKind::F16, FloatKind::F32] {
             both_ways(&mut works, Stored::Dense(kind), dtype, 1);
             both_ways(&mut works, Stored::Dense(kind), dtype, 33);
+            works.push(merged(Stored::Dense(kind), dtype, 1));
         }
     }
     works
@@ -92,6 +96,33 @@ fn both_ways(works: &mut Vec<Value>, stored: Stored, dtype: DType, m: usize) {
     ]);
 }
 
+/// Splits of attention over 8,192 tokens.
+const SPLITS: usize = 27;
+
+/// MLA's values, of parts of attention.
+fn merged(stored: Stored, dtype: DType, m: usize) -> Value {
+    let HeadRows {
+        heads,
+        stride,
+        start,
+        len,
+    } = VALUES;
+    let op = PerHead::new(
+        stored.weight((heads * stride, LATENT)),
+        VALUES,
+        Orientation::Ordinary,
+    )
+    .unwrap();
+    let [parts, stats] = [LATENT, 2].map(|last| zeros(&[m, heads, SPLITS, last], DType::F32));
+    Op::new("kv_b, values of parts", "merged", dtype, m)
+        .weights(stored, 1)
+        .roles(&["parts", "stats", "y"])
+        .meta(json!({
+            "k": LATENT, "heads": heads, "stride": stride, "start": start, "len": len, "splits": SPLITS,
+        }))
+        .record(|| Ok(op.forward_merged(&parts, &stats, dtype)?))
+}
+
 /// The products of a layer's attention.
 fn layer(works: &mut Vec<Value>, stored: Stored, dtype: DType, m: usize) {
     works.extend([
@@ -100,6 +131,7 @@ fn layer(works: &mut Vec<Value>, stored: Stored, dtype: DType, m: usize) {
         product("o", stored, dtype, m, O),
         per_head("kv_b, queries", stored, dtype, m, KEYS, Orientation::Transposed),
         per_head("kv_b, values", stored, dtype, m, VALUES, Orientation::Ordinary),
+        merged(stored, dtype, m),
     ]);
 }
 
