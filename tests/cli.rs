@@ -437,14 +437,12 @@ fn the_cache_is_what_was_asked_for() {
         assert_eq!(stdout(&output).trim_end(), ANSWER, "{kind}");
     }
     // 1,920 bytes a token in BF16, 16 tokens a block.
+    let long = QUESTION.repeat(3);
     for (size, told) in [
         ("30719", "a block at least: 16 tokens, 30720 bytes"),
-        (
-            "30K",
-            "blocks of 16 tokens are needed, 1 of the cache's 1 are free",
-        ),
+        ("30K", "of 16 tokens are needed, 1 of the cache's 1 are free"),
     ] {
-        let line = failure(&["generate", "-p", QUESTION, "--kv-memory", size], 1);
+        let line = failure(&["generate", "-p", &long, "--kv-memory", size], 1);
         assert!(line.contains(told), "{line}");
     }
     let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--kv-memory", "0.25M"]));

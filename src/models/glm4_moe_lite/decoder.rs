@@ -237,21 +237,22 @@ fn check_memory(
     dtype: DType,
 ) -> Result<()> {
     let cache = cache_bytes(config, options, dtype)?;
+    let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
-        let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
         return crate::metal::device::check_memory(device, needed);
     }
-    if options.kv_size.is_some() {
-        let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
-        return nn::check_cache_memory(cache, row, device);
+    let _ = needed;
+    match options.kv_size {
+        None => Ok(()),
+        Some(_) => {
+            let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
+            nn::check_cache_memory(cache, row, device)
+        }
     }
-    let _ = checkpoint;
-    Ok(())
 }
 
 /// Bytes of the weights at least.
-#[cfg(any(target_os = "macos", test))]
 fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
     match options.quantize {
