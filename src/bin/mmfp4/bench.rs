@@ -31,7 +31,7 @@ process, which fills it once.
   load, first_prompt, first_decode: loading, and then the first single token of a prompt and the first one after it, \
 in a process that has computed nothing before; later_prompt, later_decode: the same again, as the median.
 
-Each other test runs in a process of its own, after its files have been read once. The median of the repetitions counts; the \
+Each test runs in a process of its own, after its files have been read once. The median of the repetitions counts; the \
 spread is the largest less the smallest, as a share of it. Bytes are those of the weights that the tokens read at \
 least: each weight once a pass, of the experts as many as the tokens choose if no two choose alike; the cache is told \
 apart. The bandwidth is that of plain loads of the same weights by the same threads, 256 MB at a time between \
