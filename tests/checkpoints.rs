@@ -72,8 +72,11 @@ fn files_that_are_not_there() {
 
     write_json(empty.path(), "config.json", &Draft::plain().config);
     assert_refused(empty.path(), &["neither model.safetensors nor"]);
-    std::fs::write(empty.path().join("model-q4.gguf"), "GGUF").unwrap();
-    assert_refused(empty.path(), &["neither model.safetensors nor", "model-q4.gguf"]);
+    std::fs::write(empty.path().join("pytorch_model.bin"), "PK").unwrap();
+    assert_refused(
+        empty.path(),
+        &["neither model.safetensors nor", "pytorch_model.bin"],
+    );
 }
 
 #[test]

@@ -19,6 +19,7 @@
 //! | [`Format::mxfp4`] | 32 | E8M0 | none | 4.25 |
 //! | [`Format::nvfp4`] | 16 | E4M3 | a power of two, multiplied | 4.5 |
 
+mod blocks;
 mod bytes;
 pub mod code;
 mod dense;
@@ -31,6 +32,7 @@ mod search;
 mod tensor;
 mod validate;
 
+pub use blocks::BlockTensor;
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
 pub use format::Format;

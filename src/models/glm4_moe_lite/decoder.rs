@@ -94,12 +94,14 @@ impl Model {
         for (index, kind) in config.layers.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{index}.{part}");
             let feed_forward = FeedForward::load(&loader, &name("mlp"), *kind, &config)?;
+            let attention = Attention::load(&loader, &name("self_attn"), &config)?;
             if by_kernels {
                 feed_forward.check_kernels(&name("mlp"))?;
+                attention.check_kernels(&name("self_attn"))?;
             }
             layers.push(DecoderLayer {
                 input_norm: loader.rms_norm(&name("input_layernorm"), hidden, eps)?,
-                attention: Attention::load(&loader, &name("self_attn"), &config)?,
+                attention,
                 post_attention_norm: loader.rms_norm(&name("post_attention_layernorm"), hidden, eps)?,
                 feed_forward,
             });
