@@ -283,7 +283,11 @@ fn each_range_once(launch: &Launch) {
     for (_, binding) in &launch.bindings {
         if let Binding::Read { operand, offset } | Binding::Write { operand, offset } = binding {
             let found = (*operand, *offset);
-            assert!(!seen.contains(&found), "{}: operand {operand} twice", launch.kernel);
+            assert!(
+                !seen.contains(&found),
+                "{}: operand {operand} twice",
+                launch.kernel
+            );
             seen.push(found);
         }
     }
@@ -323,7 +327,10 @@ impl Token {
         let parts = [
             ("a row of the embedding".into(), embedding),
             ("layer 0, with a dense MLP".into(), dense),
-            (format!("{} sparse layers", layers - 1), none.plus(layers - 1, sparse)),
+            (
+                format!("{} sparse layers", layers - 1),
+                none.plus(layers - 1, sparse),
+            ),
             ("output head in MMFP4".into(), head_moved),
         ];
         let all = parts.iter().fold(none, |all, (_, part)| all.plus(1, *part));
@@ -393,7 +400,15 @@ fn assert_planned(planned: u64, weights: u64) {
 /// All that a token moves, part by part.
 fn floor_table(token: &Token) -> String {
     let mut table = Table::default();
-    let names = ["part", "dispatches", "weights", "cache", "activations", "attention's parts", "all"];
+    let names = [
+        "part",
+        "dispatches",
+        "weights",
+        "cache",
+        "activations",
+        "attention's parts",
+        "all",
+    ];
     table.head(&names);
     let whole = ("**a token**".to_string(), token.all);
     for (name, moved) in token.parts.iter().chain([&whole]) {
@@ -401,7 +416,13 @@ fn floor_table(token: &Token) -> String {
             0 => "the host's".into(),
             count => count.to_string(),
         };
-        let bytes = [moved.weights, moved.cache, moved.activations, moved.parts, moved.all()];
+        let bytes = [
+            moved.weights,
+            moved.cache,
+            moved.activations,
+            moved.parts,
+            moved.all(),
+        ];
         table.row([name.clone(), dispatches].into_iter().chain(bytes.map(thousands)));
     }
     let (_, fp4_head) = head(size("vocab_size"), true);
