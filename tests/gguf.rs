@@ -18,6 +18,9 @@ use common::{assert_nmse, mmfp4_demo, repository, values};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 
+/// Blocks of a matrix `[N, K]`.
+type Pack = fn((usize, usize), &[f32]) -> Packed;
+
 fn options(quantize: Option<Format>) -> LoadOptions {
     LoadOptions {
         quantize,
@@ -56,7 +59,7 @@ const LINEARS: usize = 3 * 5 + 3 + 2 * 3 * 9;
 
 #[test]
 fn the_same_codes_give_the_same_logits() {
-    let cases: [(fn((usize, usize), &[f32]) -> Packed, _, _); 2] = [
+    let cases: [(Pack, _, _); 2] = [
         (mxfp4, Format::mxfp4(), Layout::GgufMxfp4),
         (nvfp4, Format::nvfp4(), Layout::GgufNvfp4),
     ];
@@ -124,7 +127,7 @@ fn floats_are_used_where_they_lie() {
 }
 
 /// The tiny model with the weights that `pack` makes of its own, in F32.
-fn decoded(pack: &dyn Fn((usize, usize), &[f32]) -> Packed) -> Draft {
+fn decoded(pack: &impl Fn((usize, usize), &[f32]) -> Packed) -> Draft {
     let mut draft = Draft::plain();
     for (name, tensor) in &mut draft.tensors {
         if !(name.ends_with("_proj.weight") || name.ends_with("_with_mqa.weight")) {
