@@ -1,14 +1,18 @@
-//! Speed by the depth of the cache, as `mmfp4 bench --json` measured it: a plot, and its table in Markdown on stdout.
+//! Speed by the depth of the cache, as `mmfp4 bench --json` measured it: a plot, and its table in Markdown on stdout or,
+//! where a page is named, in the place that it has for it.
 //!
 //! ```sh
 //! mmfp4 bench --synthetic glm-4.7-flash -p 0 -n 32 -d 0,512,1024,2048,4096,8192 --kv-cache bf16,fp8,fp4 --json |
-//!     cargo run --release --features bench --example plot_depth -- docs/kv-cache-depth.svg
+//!     cargo run --release --features bench --example plot_depth -- docs/kv-cache-depth.svg docs/kv-cache.md
 //! ```
 
 use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
 use serde::Deserialize;
 use std::path::Path;
+
+/// What stands before and after the table in a page.
+const PLACE: [&str; 2] = ["<!-- plot_depth -->\n", "<!-- /plot_depth -->\n"];
 
 /// Told apart by those who are colour-blind as well (Okabe and Ito).
 const COLORS: [RGBColor; 5] = [
@@ -36,24 +40,48 @@ struct Row {
 }
 
 fn main() -> Result<()> {
-    let path = std::env::args_os()
-        .nth(1)
-        .context("usage: plot_depth SVG < JSON")?;
+    let mut paths = std::env::args_os().skip(1);
+    let picture = paths.next().context("usage: plot_depth SVG [PAGE] < JSON")?;
     let rows: Vec<Row> = serde_json::from_reader(std::io::stdin().lock())
         .context("expected the JSON of `mmfp4 bench -d 0,... --kv-cache ... --json`")?;
     let rows: Vec<Row> = rows.into_iter().filter(|row| row.test == "tg").collect();
     ensure!(!rows.is_empty(), "expected rows of the test tg, found none");
-    print!("{}", table(&rows));
-    // A reader of the file sees the old plot or the new one, nothing in between.
-    let path = Path::new(&path);
-    let unfinished = path.with_extension("svg.tmp");
-    std::fs::write(&unfinished, plot(&rows)?).with_context(|| unfinished.display().to_string())?;
+    match paths.next() {
+        None => print!("{}", table(&rows)),
+        Some(page) => {
+            let page = Path::new(&page);
+            let text = std::fs::read_to_string(page).with_context(|| page.display().to_string())?;
+            let text = placed(&text, &table(&rows))
+                .with_context(|| format!("{}: expected {PLACE:?}, one after the other", page.display()))?;
+            replace(page, &text)?;
+        }
+    }
+    replace(Path::new(&picture), &plot(&rows)?)
+}
+
+/// Writes a file that its readers find as it was or as it is to be, not in between.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let unfinished = path.with_extension("tmp");
+    std::fs::write(&unfinished, text).with_context(|| unfinished.display().to_string())?;
     std::fs::rename(&unfinished, path).with_context(|| path.display().to_string())
 }
 
+/// A page with another table in its place.
+fn placed(page: &str, table: &str) -> Option<String> {
+    let (before, rest) = page.split_once(PLACE[0])?;
+    let (_, after) = rest.split_once(PLACE[1])?;
+    Some(format!("{before}{}{table}{}{after}", PLACE[0], PLACE[1]))
+}
+
+/// What all rows share.
+fn setup(row: &Row) -> String {
+    format!("{}, {}, {} threads", row.model, row.cpu, row.threads)
+}
+
 fn table(rows: &[Row]) -> String {
-    let mut text = String::from(
-        "| cache | depth | tokens/s | of depth 0 | cache, MB | time ÷ bound | |\n|---|---|---|---|---|---|---|\n",
+    let mut text = format!(
+        "{}:\n\n| cache | depth | tokens/s | of depth 0 | cache, MB | time ÷ bound | |\n|---|---|---|---|---|---|---|\n",
+        setup(&rows[0])
     );
     for row in rows {
         let show = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
@@ -77,14 +105,12 @@ fn plot(rows: &[Row]) -> Result<String> {
     caches.dedup();
     let deepest = rows.iter().map(|row| row.depth).max().unwrap_or(0).max(1);
     let fastest = rows.iter().map(|row| row.tokens_per_s).fold(0.0, f64::max);
-    let first = &rows[0];
 
     let mut svg = String::new();
     let area = SVGBackend::with_string(&mut svg, (860, 480)).into_drawing_area();
     area.fill(&WHITE)?;
-    let title = format!("{}, {}, {} threads", first.model, first.cpu, first.threads);
     let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 20))
+        .caption(setup(&rows[0]), ("sans-serif", 20))
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(64)

@@ -4,8 +4,8 @@
 //! demo model, byte for byte (remove the old one first).
 
 use anyhow::Context;
-use candle_mmfp4::checkpoint::{Checkpoint, quantize_folder};
-use candle_mmfp4::fp4::{Format, ScaleRule};
+use candle_mmfp4::checkpoint::{Checkpoint, QuantizeOptions, quantize_checkpoint};
+use candle_mmfp4::fp4::Format;
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -13,12 +13,12 @@ fn main() -> anyhow::Result<()> {
         .next()
         .zip(arguments.next())
         .context("usage: quantize SOURCE TARGET")?;
-    quantize_folder(
-        &Checkpoint::open(source)?,
-        &target,
-        Format::mmfp4(),
-        ScaleRule::SquaredError,
-    )?;
-    println!("{target}");
+    let options = QuantizeOptions {
+        // Small enough for two files, so that what reads the demo model reads an index too.
+        shard_bytes: 7_000_000,
+        ..QuantizeOptions::new(Format::mmfp4())
+    };
+    let report = quantize_checkpoint(&Checkpoint::open(source)?, &target, &options, |_, _| {})?;
+    println!("{target}: {report}");
     Ok(())
 }

@@ -61,7 +61,7 @@ static inline ushort sixteen_bits(float x) {
 }
 
 // Rotates the blocks of a chunk.
-static inline void rotate(threadgroup float* values, uint count, uint block, ushort index, uint threads) {
+static inline void rotate_vector(threadgroup float* values, uint count, uint block, ushort index, uint threads) {
     for (uint i = index; i < count; i += threads) {
         if (cache::turns(i % block)) {
             values[i] = -values[i];
@@ -131,6 +131,8 @@ static inline void store_fp4(
         }
         const uint chosen = !finite ? NAN_SCALE : ideal == INFINITE_SCALE ? INFINITE_SCALE : best;
         const float by = cache::fp4_scale(chosen);
+        // What is too small for any scale has the scale 0, and where the scale is no number, no code is nearest.
+        const bool has_codes = chosen != 0 && chosen < INFINITE_SCALE;
         if (first + index < tasks) {
             if (candidate == 0) {
                 scales[group] = uchar(chosen);
@@ -139,8 +141,7 @@ static inline void store_fp4(
                 uint byte = 0;
                 for (ushort half_byte = 0; half_byte < 2; half_byte++) {
                     const float x = mine[i + half_byte];
-                    // Nothing but zeros, or what is too small for any scale, has the scale 0.
-                    const uint code = chosen == 0 ? 0 : fp4::encode(fabs(x), by);
+                    const uint code = has_codes ? fp4::encode(fabs(x), by) : 0;
                     const uint sign = x < 0.0f && code != 0 ? 8 : 0;
                     byte |= (code | sign) << (4 * half_byte);
                 }
@@ -182,7 +183,7 @@ static inline void store_fp8(
 }
 
 // Stores a chunk of a vector, `count` numbers, that threads have just written to `values`. All threads of a threadgroup call it.
-static inline void store(
+static inline void store_vector(
     threadgroup float* values,
     uint count,
     uint width,
@@ -196,7 +197,7 @@ static inline void store(
     const uint threads = simdgroups * 32;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (cache::ROTATED) {
-        rotate(values, count, cache::rotation_block(width), index, threads);
+        rotate_vector(values, count, cache::rotation_block(width), index, threads);
     }
     if (cache::ENCODING == cache::FP4) {
         store_fp4(values, count, codes, scales, index, threads);
@@ -277,7 +278,7 @@ template <typename T>
             for (uint i = index; i < count; i += threads) {
                 values[i] = float(from[start + i]) * by * weight[start + i];
             }
-            append::store(
+            append::store_vector(
                 values,
                 count,
                 latent,
@@ -344,7 +345,7 @@ template <typename T>
         for (uint i = index; i < count; i += threads) {
             numbers[i] = float(from[start + i]);
         }
-        append::store(
+        append::store_vector(
             numbers,
             count,
             width,

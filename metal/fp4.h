@@ -95,8 +95,7 @@ static inline float of_scales(float factor) {
 }
 
 // The code of the magnitude nearest to `a`, a number without a sign, over the scale `by`: of two as near the even one; beyond 6 that of 6.
-// A border between codes has three significant bits at most: its product with a scale of few is exact. An infinite scale, or
-// NaN, has code 0.
+// A border between codes has three significant bits at most: its product with a scale of few is exact.
 static inline uint encode(float a, float by) {
     return uint(a > 0.25f * by) + uint(a >= 0.75f * by) + uint(a > 1.25f * by) + uint(a >= 1.75f * by)
         + uint(a > 2.5f * by) + uint(a >= 3.5f * by) + uint(a > 5.0f * by);

@@ -113,7 +113,7 @@ pub enum Error {
     /// A cache whose blocks do not suffice.
     #[error(
         "{needed} blocks of {tokens_per_block} tokens are needed, {free} of the cache's {total} are free; free a sequence, \
-         shorten it, or make the cache larger"
+         shorten it, or make the cache larger (--kv-memory)"
     )]
     OutOfBlocks {
         /// The blocks that the tokens to be held take.

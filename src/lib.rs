@@ -45,7 +45,7 @@
 //! | [`cpu`] | the kernels, and that reference |
 //! | [`metal`] | Metal kernels and their launch plans; what runs them |
 //! | [`models`] | [`glm4_moe_lite`](models::glm4_moe_lite), and looking into a forward pass |
-//! | [`checkpoint`] | safetensors folders read where they lie, quantised and written; the hub |
+//! | [`checkpoint`] | safetensors folders and GGUF files read where they lie, quantised and written; the hub |
 //! | [`generation`] | tokenizer, chat template, sampling, sessions, batches |
 //! | [`memory`], [`bandwidth`] | how much of it this process takes, and how fast it is read |
 //! | [`doctor`] | what this machine is, and whether the kernels compute here what they should |

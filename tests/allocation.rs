@@ -16,6 +16,7 @@ use candle_mmfp4::fp4::{Format, ScaleRule, Weight, quantize};
 use candle_mmfp4::kv::{CacheFormat, RowLayout, Slots};
 use candle_mmfp4::models::Site;
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
+use candle_mmfp4::nn::CacheSize;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -280,4 +281,29 @@ fn a_decoded_token_allocates_its_ops_results() {
     // No scores, masks, expanded keys or copies of the cache.
     let (_, late) = fewest(&mut step);
     assert_eq!(early, late, "bytes in a step, after few tokens and after many");
+}
+
+#[test]
+fn a_token_decoded_over_blocks_allocates_no_more_at_depth() {
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let (model, _) = Model::from_folder(common::mmfp4_demo(), &Default::default(), &Device::Cpu).unwrap();
+    for format in CacheFormat::ALL {
+        let mut cache = model.new_paged_cache(format, CacheSize::Tokens(1024)).unwrap();
+        let (id, _) = cache.start(&[]);
+        let mut step = |token| {
+            let tokens = [token];
+            model
+                .forward_paged(&mut cache, &[(id, &tokens)], Logits::Last, None)
+                .unwrap();
+        };
+        (0..3).for_each(&mut step);
+        let (_, early) = fewest(|| step(5));
+        (0..600).for_each(&mut step);
+        let (_, late) = fewest(|| step(5));
+        // The tables of its blocks, 38 of them, and the tokens that a block is known by; no scores, no copy of what is cached.
+        assert!(
+            late <= early + 4096,
+            "{format}: {early} bytes in a step, and {late} after 600 tokens"
+        );
+    }
 }

@@ -4,7 +4,9 @@ mod common;
 
 use candle_core::Device;
 use candle_mmfp4::Error;
-use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::checkpoint::{
+    Checkpoint, LoadOptions, LoadReport, QuantizeOptions, quantize_checkpoint, quantize_folder,
+};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
 use candle_mmfp4::generation::Pipeline;
@@ -70,8 +72,11 @@ fn files_that_are_not_there() {
 
     write_json(empty.path(), "config.json", &Draft::plain().config);
     assert_refused(empty.path(), &["neither model.safetensors nor"]);
-    std::fs::write(empty.path().join("model-q4.gguf"), "GGUF").unwrap();
-    assert_refused(empty.path(), &["neither model.safetensors nor", "model-q4.gguf"]);
+    std::fs::write(empty.path().join("pytorch_model.bin"), "PK").unwrap();
+    assert_refused(
+        empty.path(),
+        &["neither model.safetensors nor", "pytorch_model.bin"],
+    );
 }
 
 #[test]
@@ -569,7 +574,12 @@ fn the_bundled_model_is_remade_byte_for_byte() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("demo-model");
     let source = Checkpoint::open(bf16_demo()).unwrap();
-    quantize_folder(&source, &target, Format::mmfp4(), ScaleRule::SquaredError).unwrap();
+    // As examples/quantize.rs.
+    let options = QuantizeOptions {
+        shard_bytes: 7_000_000,
+        ..QuantizeOptions::new(Format::mmfp4())
+    };
+    quantize_checkpoint(&source, &target, &options, |_, _| {}).unwrap();
     let names = |folder: &Path| -> BTreeSet<_> {
         let entries = std::fs::read_dir(folder).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
@@ -580,8 +590,18 @@ fn the_bundled_model_is_remade_byte_for_byte() {
     expected.retain(|name| name != "README.md");
     assert_eq!(names(&target), expected);
     for name in expected {
-        let same = std::fs::read(target.join(&name)).unwrap() == std::fs::read(bundled.join(&name)).unwrap();
-        assert!(same, "{} differs", name.display());
+        let [made, bundled] = [&target, &bundled].map(|folder| std::fs::read(folder.join(&name)).unwrap());
+        if name == "config.json" {
+            // It names the version that wrote it.
+            let parsed = [made, bundled].map(|text| {
+                let mut config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+                config["quantization_config"]["producer"]["version"].take();
+                config
+            });
+            assert_eq!(parsed[0], parsed[1]);
+            continue;
+        }
+        assert!(made == bundled, "{} differs", name.display());
     }
 }
 
@@ -641,8 +661,15 @@ fn quantising_writes_a_whole_folder_or_nothing() {
         )
     };
 
-    let error = quantize(&tiny(), Format::mxfp4()).unwrap_err().to_string();
-    assert!(error.contains("`format`") && error.contains("E8M0"), "{error}");
+    let odd = Format {
+        group: 64,
+        kind: ScaleKind::E8M0,
+    };
+    let error = quantize(&tiny(), odd).unwrap_err().to_string();
+    assert!(
+        error.contains("`format`") && error.contains("E8M0 every 64"),
+        "{error}"
+    );
     let mut nan = Draft::plain();
     nan.get(&format!("{UP}.weight")).bytes[20..22].copy_from_slice(&0x7fc0u16.to_le_bytes());
     let error = quantize(nan.write().path(), GROUP_64).unwrap_err();

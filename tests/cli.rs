@@ -405,6 +405,16 @@ fn mistakes_are_one_line_with_a_remedy() {
         &["bench", "--profile", "--csv"],
         &["bench", "-r", "0"],
         &["doctor", "--context", "many"],
+        &["doctor", "--kv-cache", "int8"],
+        &["generate", "--kv-cache", "fp16"],
+        &["generate", "--kv-cache", "bf16,fp8"],
+        &["generate", "--kv-memory", "2GB"],
+        &["generate", "--kv-memory", "-1"],
+        &["generate", "--kv-memory", "1G", "--context", "5"],
+        &["generate", "--kv-memory", "1G", "--kv-cache", "contiguous"],
+        &["perplexity", "text", "--kv-cache", ""],
+        &["bench", "--kv-cache", "bf16,int8"],
+        &["bench", "--kv-memory", "1G", "--kv-cache", "contiguous"],
         &["doctor", "--device", "gpu"],
         &["perplexity"],
         &["no-such-command"],
@@ -418,6 +428,32 @@ fn mistakes_are_one_line_with_a_remedy() {
     let output = run(command.env("RUST_LOG", "x=y=z"));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("RUST_LOG=mmfp4=debug"), "{output:?}");
+}
+
+#[test]
+fn the_cache_is_what_was_asked_for() {
+    for kind in ["f16", "bf16", "fp8", "fp4", "fp4-32-rotated", "contiguous"] {
+        let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--kv-cache", kind]));
+        assert_eq!(stdout(&output).trim_end(), ANSWER, "{kind}");
+    }
+    // 1,920 bytes a token in BF16, 16 tokens a block.
+    let long = QUESTION.repeat(3);
+    for (size, told) in [
+        ("30719", "a block at least: 16 tokens, 30720 bytes"),
+        ("30K", "of 16 tokens are needed, 1 of the cache's 1 are free"),
+    ] {
+        let line = failure(&["generate", "-p", &long, "--kv-memory", size], 1);
+        assert!(line.contains(told), "{line}");
+    }
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--kv-memory", "0.25M"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    let output = run(&mut mmfp4(&["generate", "-p", QUESTION, "--context", "64"]));
+    assert_eq!(stdout(&output).trim_end(), ANSWER);
+    #[cfg(target_os = "linux")]
+    for command in [&["generate"][..], &["perplexity", "Cargo.toml"]] {
+        let line = failure(&[command, &["--kv-memory", "4096T"]].concat(), 1);
+        assert!(line.contains("the memory that is available"), "{line}");
+    }
 }
 
 #[test]
@@ -723,9 +759,9 @@ fn bench_measures_each_test() {
         ("later_decode", 0, 1, 0),
         ("pp", 8, 0, 0),
         ("pp", 600, 0, 0),
-        ("tg", 0, 4, 0),
         ("pp", 8, 0, 5),
         ("pp", 600, 0, 5),
+        ("tg", 0, 4, 0),
         ("tg", 0, 4, 5),
     ];
     assert_eq!(rows.iter().map(kind).collect::<Vec<_>>(), expected);
@@ -765,24 +801,68 @@ fn bench_measures_each_test() {
         assert_eq!(median, times[times.len() / 2]);
         let spread = (times[times.len() - 1] - times[0]) / median;
         assert!((number(row, "spread") - spread).abs() < 1e-9);
-        // Six layers of 160 numbers a token.
+        // Six layers of 160 numbers a token, in BF16.
         let held = number(row, "depth") + tokens;
         if ["pp", "tg"].contains(&row["test"].as_str().unwrap()) {
-            assert_eq!(number(row, "cache_bytes"), held * 6.0 * 160.0 * 4.0);
+            assert_eq!(number(row, "cache_bytes"), held * 6.0 * 160.0 * 2.0);
         }
     }
-    let decode = number(&rows[7], "bytes_per_token");
+    let decode = number(&rows[9], "bytes_per_token");
     // All weights of the demo model are read once in 8 tokens, and more often in the two chunks of 600.
     assert!(decode > 4e6 && number(&rows[5], "bytes_per_token") < decode / 2.0);
     assert!(number(&rows[6], "bytes_per_token") < decode / 100.0);
     for text in [
-        "pp 600 at depth 5 (6 of 7)",
+        "pp 600 at depth 5, cache bf16 (5 of 6)",
+        "tg 4 at depth 0, 5, cache bf16 (6 of 6)",
         "demo model",
         "tg 4 at 5",
         "tokens/s",
     ] {
         assert!(stderr(&output).contains(text), "{text}: {}", stderr(&output));
     }
+}
+
+#[test]
+fn bench_tells_generation_by_depth() {
+    let sizes = ["-p", "0", "-n", "4", "-d", "40,0,17", "-r", "1"];
+    let more = ["--json", "--kv-cache", "fp8,contiguous"];
+    let output = run(&mut mmfp4(&[&["bench"][..], &sizes, &more].concat()));
+    let rows: Vec<Value> = serde_json::from_str(stdout(&output)).unwrap();
+    let rows: Vec<_> = rows.iter().filter(|row| row["test"] == "tg").collect();
+    let of = rows
+        .iter()
+        .map(|row| (row["kv_cache"].as_str().unwrap(), row["depth"].as_u64().unwrap()));
+    let depths = |cache| [0, 17, 40].map(|depth| (cache, depth));
+    assert_eq!(
+        of.collect::<Vec<_>>(),
+        [depths("fp8"), depths("contiguous")].concat()
+    );
+    for (cache, rows) in [("fp8", &rows[..3]), ("contiguous", &rows[3..])] {
+        // Of the demo model: 128 codes, a scale and 32 BF16s; 160 F32s.
+        let of_token = if cache == "fp8" { 208.0 } else { 640.0 } * 6.0;
+        for row in rows {
+            let number = |field: &str| row[field].as_f64().unwrap_or_else(|| panic!("{field} of {row}"));
+            let (ms, depth, first) = (number("latency_ms"), number("depth"), &rows[0]["latency_ms"]);
+            assert_eq!(number("cache_bytes"), (depth + 4.0) * of_token);
+            let first = first.as_f64().unwrap();
+            assert!((number("of_depth_0") * ms / first - 1.0).abs() < 1e-9, "{row}");
+            // Six layers, four heads, sums of 128 and scores of 160.
+            let operations = 6.0 * 4.0 * 2.0 * 288.0;
+            let seconds =
+                (of_token / number("read_bandwidth_gb_s")).max(operations / number("float_peak_gop_s")) / 1e9;
+            let bound = first + 4.0 * depth * seconds * 1e3;
+            assert!((number("bound_ms") / bound - 1.0).abs() < 1e-9, "{row}");
+            assert!((number("of_bound") * bound / ms - 1.0).abs() < 1e-9, "{row}");
+        }
+    }
+    let text = stderr(&output);
+    assert!(text.contains("÷ bound") && text.contains("of depth 0"), "{text}");
+    // Without depth 0 there is nothing to compare with.
+    let output = run(&mut mmfp4(&["bench", "-p", "0", "-n", "1", "-d", "3", "-r", "1"]));
+    assert!(
+        output.status.success() && !stderr(&output).contains("of depth 0"),
+        "{output:?}"
+    );
 }
 
 #[test]
@@ -844,7 +924,19 @@ fn bench_refuses_what_does_not_fit_in_memory() {
     std::fs::write(&config, fields.to_string()).unwrap();
     let model = folder.path().to_str().unwrap();
     let line = failure(
-        &["bench", "-m", model, "-p", "0", "-n", "1", "-d", "99999999999"],
+        &[
+            "bench",
+            "-m",
+            model,
+            "-p",
+            "0",
+            "-n",
+            "1",
+            "-d",
+            "99999999999",
+            "--kv-cache",
+            "contiguous",
+        ],
         1,
     );
     // 100,000,000,000 tokens, six layers of 160 numbers of four bytes each.
@@ -1035,6 +1127,7 @@ fn the_doctor_examines_machine_and_kernels() {
         "addition",
         "RoPE",
         "latent rows",
+        "storing in a paged cache",
         "attention",
     ] {
         assert_eq!(named(&format!(": {family}")).len(), named(": linear").len());

@@ -10,11 +10,14 @@ use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{FinishReason, Message, Options, Pipeline, RenderOptions, Sampling};
+use candle_mmfp4::kv::CacheFormat;
 use common::{bf16_demo, mmfp4_demo, repository};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
 const REQUIRED: f64 = 0.99;
+/// Where the cache is in four bits too.
+const REQUIRED_FP4_CACHE: f64 = 0.988;
 /// Questions answered together: each weight is read once for all of them.
 const BATCH: usize = 64;
 
@@ -34,12 +37,8 @@ fn facts() -> Vec<Fact> {
 }
 
 /// Asks every question, greedily and without thinking, requires the share of exact answers, and gives the answers.
-fn ask(folder: &Path, quantize: Option<Format>, arithmetic: Arithmetic, what: &str) -> Vec<String> {
-    let load = LoadOptions {
-        quantize,
-        arithmetic,
-        ..LoadOptions::default()
-    };
+fn ask(folder: &Path, load: LoadOptions, required: f64, what: &str) -> Vec<String> {
+    let quantize = load.quantize;
     let (pipeline, report) = Pipeline::from_folder(folder, &load, &Device::Cpu).unwrap();
     assert_eq!(report.quantized.tensors > 0, quantize.is_some(), "{report}");
     assert_eq!(report.fp4.tensors > 0, quantize.is_none(), "{report}");
@@ -85,14 +84,18 @@ fn ask(folder: &Path, quantize: Option<Format>, arithmetic: Arithmetic, what: &s
             fact.question, fact.answer
         );
     }
-    assert!(share >= REQUIRED, "{what}: {share}");
+    assert!(share >= required, "{what}: {share}");
     answers
 }
 
 #[test]
 fn mmfp4_as_bundled() {
-    let rounded = ask(&mmfp4_demo(), None, Arithmetic::W4A8, "MMFP4");
-    let exact = ask(&mmfp4_demo(), None, Arithmetic::Exact, "MMFP4, exact");
+    let with = |arithmetic| LoadOptions {
+        arithmetic,
+        ..LoadOptions::default()
+    };
+    let rounded = ask(&mmfp4_demo(), with(Arithmetic::W4A8), REQUIRED, "MMFP4");
+    let exact = ask(&mmfp4_demo(), with(Arithmetic::Exact), REQUIRED, "MMFP4, exact");
     let changed = rounded.iter().zip(&exact).filter(|(a, b)| a != b).count();
     println!("{changed} answers differ between the two");
     assert!(changed < 8, "{changed}");
@@ -100,5 +103,18 @@ fn mmfp4_as_bundled() {
 
 #[test]
 fn nvfp4_quantised_while_loading() {
-    ask(&bf16_demo(), Some(Format::nvfp4()), Arithmetic::W4A8, "NVFP4");
+    let load = LoadOptions {
+        quantize: Some(Format::nvfp4()),
+        ..LoadOptions::default()
+    };
+    ask(&bf16_demo(), load, REQUIRED, "NVFP4");
+}
+
+#[test]
+fn mmfp4_over_a_cache_in_fp4() {
+    let load = LoadOptions {
+        kv_cache: CacheFormat::fp4().into(),
+        ..LoadOptions::default()
+    };
+    ask(&mmfp4_demo(), load, REQUIRED_FP4_CACHE, "MMFP4, cache in FP4");
 }

@@ -7,6 +7,7 @@ use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Perplexity, Pipeline, Windows};
+use candle_mmfp4::kv::CacheFormat;
 use common::{bf16_demo, mmfp4_demo};
 use serde::Deserialize;
 use std::path::Path;
@@ -51,11 +52,12 @@ fn measured(folder: &Path, options: &LoadOptions) -> Perplexity {
     assert!(calls > 0);
     assert_eq!((result.tokens, result.windows), (60_199, 147));
     println!(
-        "{}, quantised to {:?}, {:?}, output head in eight bits: {}: {:.4}",
+        "{}, quantised to {:?}, {:?}, output head in eight bits: {}, cache in {}: {:.4}",
         folder.display(),
         options.quantize,
         options.arithmetic,
         options.int8_head,
+        options.kv_cache,
         result.value()
     );
     result
@@ -95,6 +97,26 @@ fn int8_head() {
         let ratio = rounded / plain;
         println!("{}: output head in eight bits × {ratio:.5}", folder.display());
         assert!((ratio - 1.0).abs() < 0.001 && ratio != 1.0, "{ratio}");
+    }
+}
+
+/// What the cache stores, over MMFP4 weights, against a cache in `f16`.
+#[test]
+fn caches() {
+    let value = |kv_cache: CacheFormat| {
+        let options = LoadOptions {
+            kv_cache: kv_cache.into(),
+            ..LoadOptions::default()
+        };
+        measured(&mmfp4_demo(), &options).value()
+    };
+    let f16 = value(CacheFormat::F16);
+    for (format, bound) in [(CacheFormat::Fp8, 1.002), (CacheFormat::fp4(), 1.006)] {
+        let ratio = value(format) / f16;
+        println!("cache in {format} × {ratio:.5}");
+        assert!(ratio <= bound, "{format}: {ratio}");
+        // It is what was measured: rounding changes something.
+        assert!(ratio != 1.0, "{format}");
     }
 }
 

@@ -6,7 +6,9 @@
 mod common;
 
 use candle_core::Device;
+use candle_mmfp4::kv::{CacheFormat, SequenceId};
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
+use candle_mmfp4::nn::CacheSize;
 
 #[test]
 fn threads_of_candle_and_rayon_have_nothing_to_do_in_a_forward_pass() {
@@ -17,6 +19,16 @@ fn threads_of_candle_and_rayon_have_nothing_to_do_in_a_forward_pass() {
     model
         .forward(&[1], prompt.len(), &mut cache, Logits::Last)
         .unwrap();
+    let mut paged = model
+        .new_paged_cache(CacheFormat::fp4(), CacheSize::Tokens(1024))
+        .unwrap();
+    let (long, short) = (paged.start(&[]).0, paged.start(&[]).0);
+    let mut forward = |pass: &[(SequenceId, &[u32])]| {
+        model.forward_paged(&mut paged, pass, Logits::All, None).unwrap();
+    };
+    forward(&[(long, &prompt)]);
+    // One sequence by each form of attention.
+    forward(&[(long, &[1]), (short, &prompt[..200])]);
     #[cfg(target_os = "linux")]
     for thread in std::fs::read_dir("/proc/self/task").unwrap() {
         let name = std::fs::read_to_string(thread.unwrap().path().join("comm")).unwrap();

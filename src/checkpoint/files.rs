@@ -1,5 +1,6 @@
 //! A model's files, wherever they are.
 
+use super::safetensors::{INDEX, SINGLE};
 use crate::fp4::Bytes;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -24,14 +25,28 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
     root: PathBuf,
+    /// The GGUF file that was asked for by its name.
+    chosen: Option<String>,
     memory: Option<BTreeMap<String, Bytes>>,
 }
 
 impl ModelFiles {
-    /// The files of a folder. Nothing is read yet.
+    /// The files of a folder; of one with several models in GGUF, the path of a `.gguf` file tells which. Nothing is read
+    /// yet.
     pub fn folder(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        let (root, chosen) = match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) if is_gguf_file(&path) => {
+                // Of a bare name the parent is empty.
+                let here = parent.as_os_str().is_empty();
+                let parent = if here { Path::new(".") } else { parent };
+                (parent.to_path_buf(), name.to_str().map(str::to_string))
+            }
+            _ => (path, None),
+        };
         Self {
-            root: path.into(),
+            root,
+            chosen,
             memory: None,
         }
     }
@@ -41,6 +56,7 @@ impl ModelFiles {
         let files = files.into_iter().map(|(name, bytes)| (name.into(), bytes));
         Self {
             root: name.into(),
+            chosen: None,
             memory: Some(files.collect()),
         }
     }
@@ -101,6 +117,48 @@ impl ModelFiles {
         }
     }
 
+    /// Whether the weights are those of GGUF files.
+    pub(crate) fn is_gguf(&self) -> bool {
+        let safetensors = || [SINGLE, INDEX].iter().any(|name| self.contains(name));
+        self.chosen.is_some() || !safetensors() && !self.names_ending(&[GGUF]).is_empty()
+    }
+
+    /// The names of the GGUF file, or of the parts of one, in their order.
+    ///
+    /// # Errors
+    /// [`Error::File`] where there are several, and none was asked for, or where parts are missing.
+    pub(super) fn gguf_files(&self) -> Result<Vec<String>> {
+        let mut all = self.names_ending(&[GGUF]);
+        all.sort();
+        let first = match (&self.chosen, &all[..]) {
+            (Some(chosen), _) => chosen,
+            (None, [first]) => first,
+            (None, [first, rest @ ..]) => {
+                let of_one =
+                    |first: Part<'_>| rest.iter().all(|name| Part::of(name).as_ref() == Some(&first));
+                if !Part::of(first).is_some_and(of_one) {
+                    let problem = format!("several GGUF files in it: {}", all.join(", "));
+                    return Err(Error::file(&self.root, problem, "give the path of one"));
+                }
+                first
+            }
+            (None, []) => return Ok(Vec::new()),
+        };
+        let Some(part) = Part::of(first) else {
+            return Ok(vec![first.clone()]);
+        };
+        let names = (1..=part.of).map(|number| part.name(number));
+        names
+            .map(|name| match self.contains(&name) {
+                true => Ok(name),
+                false => {
+                    let problem = format!("one of the {} parts of the model, and it is not there", part.of);
+                    Err(Error::file(self.path(&name), problem, "fetch it"))
+                }
+            })
+            .collect()
+    }
+
     /// The names that end in one of `endings`.
     pub(super) fn names_ending(&self, endings: &[&str]) -> Vec<String> {
         let names: Vec<String> = match &self.memory {
@@ -128,6 +186,33 @@ impl ModelFiles {
     }
 }
 
+const GGUF: &str = ".gguf";
+
+fn is_gguf_file(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()
+}
+
+/// The files that a large GGUF model is split into, by the name of one: `stem-00001-of-00003.gguf`.
+#[derive(PartialEq)]
+struct Part<'a> {
+    stem: &'a str,
+    of: usize,
+}
+
+impl<'a> Part<'a> {
+    fn of(name: &'a str) -> Option<Self> {
+        let (rest, of) = name.strip_suffix(GGUF)?.rsplit_once("-of-")?;
+        let (stem, number) = rest.rsplit_once('-')?;
+        let parse = |text: &str| (text.len() == 5).then(|| text.parse::<usize>().ok()).flatten();
+        let (number, of) = (parse(number)?, parse(of)?);
+        (1..=of).contains(&number).then_some(Self { stem, of })
+    }
+
+    fn name(&self, number: usize) -> String {
+        format!("{}-{number:05}-of-{:05}{GGUF}", self.stem, self.of)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +236,34 @@ mod tests {
             assert!(error.ends_with("; the model needs its tokenizer.json"), "{error}");
         }
         assert!(ModelFiles::folder("no/such/folder").check().is_err());
+    }
+
+    #[test]
+    fn gguf_files_are_found_and_parts_counted() {
+        let held = |names: &[&str]| {
+            let empty = |name: &&str| (name.to_string(), Bytes::copy_from(&[]).unwrap());
+            ModelFiles::in_memory("held", names.iter().map(empty))
+        };
+        let parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
+        assert_eq!(held(&parts).gguf_files().unwrap(), parts);
+        assert_eq!(held(&["b.gguf"]).gguf_files().unwrap(), ["b.gguf"]);
+        assert!(held(&["b.gguf"]).is_gguf() && !held(&["b.gguf", SINGLE]).is_gguf());
+        for (names, part) in [
+            (&["a.gguf", "b.gguf"][..], "a.gguf, b.gguf"),
+            (&[parts[0], "n-00001-of-00001.gguf"], "several"),
+            (&parts[..1], parts[1]),
+        ] {
+            let error = held(names).gguf_files().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        // Of several, the one whose path was given, with the folder's other files.
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.gguf", "b.gguf", "tokenizer.json"] {
+            std::fs::write(folder.path().join(name), name).unwrap();
+        }
+        let files = ModelFiles::folder(folder.path().join("b.gguf"));
+        assert!(files.check().is_ok() && files.is_gguf() && files.contains("tokenizer.json"));
+        assert_eq!(files.gguf_files().unwrap(), ["b.gguf"]);
     }
 
     #[test]

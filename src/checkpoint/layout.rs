@@ -1,6 +1,6 @@
 //! How the model folders that this crate writes lie on disk: aligned safetensors files, an index, all or nothing.
 
-use crate::fp4::Format;
+use crate::fp4::{Format, ScaleKind};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -51,11 +51,38 @@ impl<C> Entry<C> {
         codes.aligned = scales.aligned;
         [codes, scales]
     }
+
+    /// The tensors of an NVFP4 or MXFP4 weight `[N, K]` in compressed-tensors' layout: codes, scales and, for E4M3 scales,
+    /// what divides them.
+    pub fn compressed(
+        module: &str,
+        (n, k): (usize, usize),
+        format: Format,
+        [codes, scales, divisor]: [C; 3],
+    ) -> Vec<Self> {
+        let groups = k / format.group;
+        let tensor = |suffix: &str, dtype, shape, size, content| {
+            Self::new(format!("{module}.{suffix}"), dtype, shape, size, content)
+        };
+        let dtype = match format.kind {
+            ScaleKind::E4M3 => Dtype::F8_E4M3,
+            _ => Dtype::U8,
+        };
+        let scales = tensor("weight_scale", dtype, vec![n, groups], n * groups, scales);
+        let mut codes = tensor("weight_packed", Dtype::U8, vec![n, k / 2], n * k / 2, codes);
+        codes.aligned = scales.aligned;
+        let mut entries = vec![codes, scales];
+        if format.kind == ScaleKind::E4M3 {
+            entries.push(tensor("weight_global_scale", Dtype::F32, vec![1], 4, divisor));
+        }
+        entries
+    }
 }
 
 /// A safetensors file's tensors in the order of their data.
 pub(super) struct File<C> {
     entries: Vec<Entry<C>>,
+    format: &'static str,
 }
 
 impl<C> File<C> {
@@ -63,7 +90,15 @@ impl<C> File<C> {
     pub fn new(mut entries: Vec<Entry<C>>) -> Self {
         // The format allows no holes between tensors: those of odd sizes go last, and all others stay aligned.
         entries.sort_by_key(|entry| !entry.aligned);
-        Self { entries }
+        Self {
+            entries,
+            format: "mmfp4",
+        }
+    }
+
+    /// The same with another `format` in its metadata: some readers refuse what they do not know.
+    pub fn with_format(self, format: &'static str) -> Self {
+        Self { format, ..self }
     }
 
     pub fn entries(&self) -> &[Entry<C>] {
@@ -82,7 +117,7 @@ impl<C> File<C> {
             start += entry.size;
         }
         let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({"format": "mmfp4"}));
+        header.insert("__metadata__".into(), json!({"format": self.format}));
         header.extend(tensors.into_iter().map(|(name, info)| (name.to_string(), info)));
         let header = Value::Object(header).to_string();
         // Spaces after the JSON are part of the format.
@@ -96,6 +131,11 @@ impl<C> File<C> {
     /// Bytes of all tensors.
     pub fn data_size(&self) -> usize {
         self.entries.iter().map(|entry| entry.size).sum()
+    }
+
+    /// Bytes of the whole file.
+    pub fn size(&self) -> usize {
+        self.preamble().len() + self.data_size()
     }
 
     /// Writes the file; `content` hands each entry's bytes, in one or several pieces, to its second argument.
@@ -128,7 +168,8 @@ pub(super) fn write_index<C>(folder: &Path, files: &[(String, File<C>)]) -> Resu
     }
     weight_map.sort_keys();
     let total: usize = files.iter().map(|(_, file)| file.data_size()).sum();
-    let index = json!({"metadata": {"format": "mmfp4", "total_size": total}, "weight_map": weight_map});
+    let format = files.first().map(|(_, file)| file.format);
+    let index = json!({"metadata": {"format": format, "total_size": total}, "weight_map": weight_map});
     write_json(&folder.join("model.safetensors.index.json"), &index)
 }
 

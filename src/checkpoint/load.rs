@@ -1,13 +1,13 @@
 //! From a checkpoint's tensors to weights and layers.
 
 use super::keep::Keep;
-use super::layouts::{self, Found};
+use super::layouts::{self, Found, Layout};
 use super::quality::Survey;
 use super::report::{Kept, LoadReport, RoundedHead};
 use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
-use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize};
+use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize, quantize_dense};
 use crate::kv::CacheKind;
 use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
@@ -68,6 +68,13 @@ impl LoadOptions {
             }
         }
     }
+}
+
+/// A weight as a checkpoint has it.
+struct Stored {
+    weight: Weight,
+    /// Whether it lies in memory of this process, in another order than in the file.
+    repacked: bool,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -145,24 +152,27 @@ impl<'a> Loader<'a> {
     }
 
     /// A weight quantised, if that was asked for.
-    fn quantized(&self, module: &str, weight: Weight) -> Result<Weight> {
-        let (n, k) = weight.shape();
-        let (Some(format), Weight::Dense(dense)) = (self.options.quantize, &weight) else {
-            if let Weight::Fp4(tensor) = &weight {
+    fn quantized(&self, module: &str, stored: Stored) -> Result<Weight> {
+        let (n, k) = stored.weight.shape();
+        let format = (self.options.quantize).filter(|_| !matches!(stored.weight, Weight::Fp4(_)));
+        let Some(format) = format else {
+            if let Weight::Fp4(tensor) = &stored.weight {
                 self.survey.borrow_mut().linear(tensor, true);
             }
-            self.account(&weight);
-            return Ok(weight);
+            return Ok(self.accounted(stored));
         };
         let name = format!("{module}.weight");
         let odd = || format!("K = {k} is not a multiple of the group of {}", format.group);
         let reason = self.keep.reason(&name);
         if let Some(reason) = reason.or_else(|| (!k.is_multiple_of(format.group)).then(odd)) {
             self.report.borrow_mut().kept.push(Kept { name, reason });
-            self.account(&weight);
-            return Ok(weight);
+            return Ok(self.accounted(stored));
         }
-        let packed = quantize(&name, &dense.to_f32(), (n, k), format, ScaleRule::default())?;
+        let rule = ScaleRule::default();
+        let packed = match &stored.weight {
+            Weight::Dense(dense) => quantize_dense(&name, dense, format, rule, None)?,
+            other => quantize(&name, &other.to_f32(), (n, k), format, rule)?,
+        };
         self.survey.borrow_mut().linear(&packed, false);
         self.report.borrow_mut().quantized.add(packed.size_in_bytes());
         Ok(packed.into())
@@ -173,9 +183,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn kept_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self.sensitive_weight(module, n, k)?;
-        self.account(&weight);
-        Ok(weight)
+        Ok(self.accounted(self.sensitive_weight(module, n, k)?))
     }
 
     /// The output head `[N, K]`: `tied` where it shares the embeddings' matrix, else that of `module`; rounded to eight
@@ -185,25 +193,28 @@ impl<'a> Loader<'a> {
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed,
     /// [`Error::NonFinite`](crate::Error::NonFinite) a value that cannot be rounded.
     pub fn head(&self, module: &str, n: usize, k: usize, tied: Option<&Weight>) -> Result<Weight> {
-        let weight = match tied {
-            Some(weight) => weight.clone(),
+        let stored = match tied {
+            Some(weight) => Stored {
+                weight: weight.clone(),
+                repacked: false,
+            },
             None => self.sensitive_weight(module, n, k)?,
         };
         if self.options.int8_head {
-            if let Weight::Dense(dense) = &weight {
+            if let Weight::Dense(dense) = &stored.weight {
                 let rounded = Int8Tensor::round(&format!("{module}.weight"), dense)?;
                 self.report.borrow_mut().int8_head = Some(RoundedHead {
-                    before: weight.size_in_bytes(),
+                    before: stored.weight.size_in_bytes(),
                     after: rounded.size_in_bytes(),
                 });
                 return Ok(rounded.into());
             }
             self.survey.borrow_mut().int8_head_without_effect();
         }
-        if tied.is_none() {
-            self.account(&weight);
+        match tied {
+            Some(_) => Ok(stored.weight),
+            None => Ok(self.accounted(stored)),
         }
-        Ok(weight)
     }
 
     /// The norm `module` over `len` elements.
@@ -234,9 +245,10 @@ impl<'a> Loader<'a> {
 
     /// Records that the weights of the MLP or the experts of `module` were copied to lie together.
     pub fn note_copied(&self, module: &str, bytes: usize) {
-        // Experts quantised in memory are always gathered: that is not worth telling.
-        if bytes > 0 && self.options.quantize.is_none() {
-            self.report.borrow_mut().copied.push((module.to_string(), bytes));
+        let mut report = self.report.borrow_mut();
+        // Experts made in memory are always gathered: that is not worth telling.
+        if bytes > 0 && self.options.quantize.is_none() && report.repacked.tensors == 0 {
+            report.copied.push((module.to_string(), bytes));
         }
     }
 
@@ -261,28 +273,35 @@ impl<'a> Loader<'a> {
     }
 
     /// Keeps account of a weight that was read.
-    fn take(&self, found: Found) -> Weight {
+    fn take(&self, found: Found) -> Stored {
         found.used.into_iter().for_each(|name| self.mark_used(name));
         self.report.borrow_mut().layouts.extend(found.layout);
-        found.weight
+        Stored {
+            weight: found.weight,
+            repacked: found.layout.is_some_and(Layout::is_repacked),
+        }
     }
 
-    fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        let weight = self.take(layouts::read(self.checkpoint, module, (n, k))?);
-        self.survey.borrow_mut().sensitive(module, &weight);
+    fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Stored> {
+        let stored = self.take(layouts::read(self.checkpoint, module, (n, k))?);
+        self.survey.borrow_mut().sensitive(module, &stored.weight);
         // A pattern that names it is met, if not by this.
         self.keep.reason(&format!("{module}.weight"));
-        Ok(weight)
+        Ok(stored)
     }
 
-    fn account(&self, weight: &Weight) {
+    fn accounted(&self, stored: Stored) -> Weight {
         let mut report = self.report.borrow_mut();
-        match weight {
-            Weight::Fp4(tensor) => report.fp4.add(tensor.size_in_bytes()),
-            Weight::Dense(tensor) => report.dense.add(tensor.bytes().len()),
+        let size = stored.weight.size_in_bytes();
+        match &stored.weight {
+            Weight::Fp4(_) if stored.repacked => report.repacked.add(size),
+            Weight::Fp4(_) => report.fp4.add(size),
+            Weight::Dense(_) => report.dense.add(size),
+            Weight::Blocks(_) => report.blocks.add(size),
             // Made here and told apart; a checkpoint has none.
             Weight::Int8(_) => {}
         }
+        stored.weight
     }
 
     fn mark_used(&self, name: String) {

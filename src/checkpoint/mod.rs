@@ -1,7 +1,8 @@
-//! Model folders: safetensors read where they lie, and written.
+//! Model folders: safetensors and GGUF read where they lie, safetensors written.
 
 mod disk;
 mod files;
+mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod keep;
@@ -16,6 +17,7 @@ mod validate;
 mod write;
 
 pub use files::ModelFiles;
+pub(crate) use gguf::{chat_template as gguf_template, config as gguf_config, tokenizer as gguf_tokenizer};
 pub use layouts::Layout;
 pub(crate) use layouts::check_config;
 pub use load::{LoadOptions, Loader};
@@ -23,4 +25,4 @@ pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
 pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};
-pub use write::quantize_folder;
+pub use write::{QuantizeOptions, QuantizeReport, quantize_checkpoint, quantize_folder};

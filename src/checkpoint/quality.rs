@@ -33,7 +33,8 @@ impl Survey {
 
     /// Looks at the weight of a router, the embeddings or the output head.
     pub fn sensitive(&mut self, module: &str, weight: &Weight) {
-        if matches!(weight, Weight::Dense(_)) {
+        // Integers in blocks have as many bits as whoever mixed them thought right for the tensor.
+        if matches!(weight, Weight::Dense(_) | Weight::Blocks(_)) {
             return;
         }
         match module.rsplit('.').next() {
@@ -43,7 +44,7 @@ impl Survey {
         }
     }
 
-    /// An eight-bit head was asked for, and the head has fewer already.
+    /// An eight-bit head was asked for, and the head is quantised already.
     pub fn int8_head_without_effect(&mut self) {
         self.int8_head = true;
     }
@@ -98,7 +99,7 @@ impl Survey {
         }
         if self.int8_head {
             warnings.push(
-                "an output head in 8 bits was asked for, and it is in 4 already: it stays as it is; leave the option \
+                "an output head in 8 bits was asked for, and it is quantised already: it stays as it is; leave the option \
                  out, or use a checkpoint that keeps the output head in BF16"
                     .into(),
             );

@@ -45,8 +45,12 @@ pub struct LoadReport {
     pub fp4: Tally,
     /// The layouts that they are stored in.
     pub layouts: BTreeSet<Layout>,
+    /// FP4 weights that the file holds in another order (GGUF's blocks): a copy in ours, in memory of this process.
+    pub repacked: Tally,
     /// Weights quantised while loading.
     pub quantized: Tally,
+    /// Weights in GGML's integer blocks (Q4_K, Q8_0, …), used where they lie.
+    pub blocks: Tally,
     /// Weights in floating point, used where they lie.
     pub dense: Tally,
     /// The output head, where it was rounded to eight bits; it is not among the others then.
@@ -64,18 +68,26 @@ pub struct LoadReport {
     pub warnings: Vec<String>,
 }
 
-impl LoadReport {
-    /// The reasons why weights stay in floating point, each with its first weight and the number of them.
-    fn kept_by_reason(&self) -> Vec<(&Kept, usize)> {
-        let mut reasons: Vec<(&Kept, usize)> = Vec::new();
-        for kept in &self.kept {
-            match reasons.iter_mut().find(|(first, _)| first.reason == kept.reason) {
-                Some((_, count)) => *count += 1,
-                None => reasons.push((kept, 1)),
-            }
+/// A line a reason why weights stay in floating point, with its first weight and the number of them.
+pub(super) fn write_kept(f: &mut fmt::Formatter<'_>, kept: &[Kept]) -> fmt::Result {
+    let mut reasons: Vec<(&Kept, usize)> = Vec::new();
+    for kept in kept {
+        match reasons.iter_mut().find(|(first, _)| first.reason == kept.reason) {
+            Some((_, count)) => *count += 1,
+            None => reasons.push((kept, 1)),
         }
-        reasons
     }
+    for (first, count) in reasons {
+        match count {
+            1 => write!(f, "\n{} stays in floating point: {}", first.name, first.reason)?,
+            _ => write!(
+                f,
+                "\n{count} weights stay in floating point, the first {}: {}",
+                first.name, first.reason
+            )?,
+        }
+    }
+    Ok(())
 }
 
 impl fmt::Display for LoadReport {
@@ -84,11 +96,23 @@ impl fmt::Display for LoadReport {
         write!(
             f,
             "{} FP4 tensors ({:.1} MiB), {} floating-point ({:.1} MiB)",
-            self.fp4.tensors + self.quantized.tensors,
-            mib(self.fp4.bytes + self.quantized.bytes),
+            self.fp4.tensors + self.repacked.tensors + self.quantized.tensors,
+            mib(self.fp4.bytes + self.repacked.bytes + self.quantized.bytes),
             self.dense.tensors,
             mib(self.dense.bytes)
         )?;
+        if self.blocks.tensors > 0 {
+            let bytes = mib(self.blocks.bytes);
+            write!(f, ", {} in integer blocks ({bytes:.1} MiB)", self.blocks.tensors)?;
+        }
+        if self.repacked.tensors > 0 {
+            write!(
+                f,
+                "; {} repacked while loading ({:.1} MiB)",
+                self.repacked.tensors,
+                mib(self.repacked.bytes)
+            )?;
+        }
         if self.quantized.tensors > 0 {
             write!(f, "; {} quantised while loading", self.quantized.tensors)?;
         }
@@ -121,16 +145,7 @@ impl fmt::Display for LoadReport {
                 ")"
             })?;
         }
-        for (first, count) in self.kept_by_reason() {
-            match count {
-                1 => write!(f, "\n{} stays in floating point: {}", first.name, first.reason)?,
-                _ => write!(
-                    f,
-                    "\n{count} weights stay in floating point, the first {}: {}",
-                    first.name, first.reason
-                )?,
-            }
-        }
+        write_kept(f, &self.kept)?;
         for warning in &self.warnings {
             write!(f, "\nwarning: {warning}")?;
         }

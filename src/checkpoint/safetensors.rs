@@ -1,6 +1,7 @@
-//! One or many safetensors files, mapped.
+//! A model's tensors: one or many safetensors files, or GGUF files, mapped.
 
 use super::files::ModelFiles;
+use super::gguf;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
 use crate::{Error, Result};
 use ::safetensors::{Dtype, SafeTensors};
@@ -9,11 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The tensors of a model folder, by name: `model.safetensors`, or the files that
-/// `model.safetensors.index.json` lists. Files are mapped, not read.
+/// `model.safetensors.index.json` lists; without either, a GGUF file, or all parts of one. Files are mapped, not read.
+///
+/// A GGUF file's tensors have the names of a safetensors checkpoint of the model, experts stacked as MLX stacks them; blocks
+/// are bytes `[…, N, bytes of a row]` under a name that ends in their type, as in `lm_head.weight.q6_k`.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
@@ -99,6 +103,15 @@ impl Checkpoint {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn from_files(model: &ModelFiles) -> Result<Self> {
+        if model.is_gguf() {
+            let (tensors, files) = gguf::tensors(model)?;
+            return Ok(Self {
+                folder: model.root().to_path_buf(),
+                files,
+                tensors,
+                indexed: BTreeMap::new(),
+            });
+        }
         let indexed = match model.text_if_present(INDEX)? {
             Some(text) => read_index(&text, &model.path(INDEX))?,
             None => BTreeMap::new(),
@@ -135,7 +148,7 @@ impl Checkpoint {
         &self.folder
     }
 
-    /// The safetensors files, in the order of their names.
+    /// The safetensors or GGUF files, in the order of their names.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
@@ -214,7 +227,7 @@ fn missing_file(model: &ModelFiles, name: &str, by_index: bool) -> Error {
     if let Err(error) = model.check() {
         return error;
     }
-    let others = model.names_ending(&[".safetensors", ".gguf", ".bin", ".pth"]);
+    let others = model.names_ending(&[".safetensors", ".bin", ".pth"]);
     let problem = match others.is_empty() {
         true => format!("neither {SINGLE} nor {INDEX} in it"),
         false => format!("neither {SINGLE} nor {INDEX} in it, only {}", others.join(", ")),
@@ -222,7 +235,7 @@ fn missing_file(model: &ModelFiles, name: &str, by_index: bool) -> Error {
     Error::file(
         model.root(),
         problem,
-        "give a folder with a safetensors checkpoint",
+        "give a folder with a safetensors checkpoint or a GGUF file",
     )
 }
 

@@ -1,5 +1,6 @@
 //! Random checkpoints of true shapes, for measuring speed and memory.
 
+mod names;
 mod shapes;
 mod source;
 
@@ -8,7 +9,7 @@ use super::layout::{self, File, with_format_note, write_index, write_json};
 use crate::fp4::Format;
 use crate::models::glm4_moe_lite::Config;
 use crate::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use shapes::Tensor;
 use source::{Content, Source};
 use std::path::Path;
@@ -18,8 +19,8 @@ const SHARD: usize = 4_000_000_000;
 
 /// A `glm4_moe_lite` checkpoint of random weights, whose speed and memory are those of a real one of its shapes.
 ///
-/// Every linear layer, `kv_b_proj` and the output head (but see [`with_bf16_head`](Self::with_bf16_head)) are in MMFP4, as [`quantize_folder`](super::quantize_folder)
-/// lays it out; embeddings, routers and norms in BF16; correction biases are 0. Codes are uniform, and scales such that
+/// Every linear layer, `kv_b_proj` and the output head (but see [`with_bf16_head`](Self::with_bf16_head) and
+/// [`in_bf16`](Self::in_bf16)) are in MMFP4, as [`quantize_folder`](super::quantize_folder) lays it out; embeddings, routers and norms in BF16; correction biases are 0. Codes are uniform, and scales such that
 /// activations keep a size of about 1 however many layers there are. There is no tokenizer. The same checkpoint is the
 /// same byte for byte on every machine.
 ///
@@ -36,17 +37,27 @@ pub struct Synthetic {
     name: String,
     json: Value,
     config: Config,
-    bf16_head: bool,
+    precision: Precision,
+}
+
+/// What is in BF16 besides embeddings, routers and norms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Precision {
+    Mmfp4,
+    Bf16Head,
+    Bf16,
 }
 
 impl Synthetic {
-    /// The names that [`FromStr`](std::str::FromStr) knows: GLM-4.7-Flash, and its dense and first three sparse layers
-    /// with the whole vocabulary; both with an output head in MMFP4 or in BF16.
-    pub const NAMES: [&str; 4] = [
+    /// Names that [`FromStr`](std::str::FromStr) knows: GLM-4.7-Flash, and its dense and first three sparse layers
+    /// with the whole vocabulary; both with an output head in MMFP4 or in BF16; and the first eight layers, all in BF16.
+    /// Any of them, and any number of layers, goes with `-bf16-head`, `-bf16`, or neither.
+    pub const NAMES: [&str; 5] = [
         "glm-4.7-flash",
         "slice",
         "glm-4.7-flash-bf16-head",
         "slice-bf16-head",
+        "slice-8-bf16",
     ];
 
     /// A checkpoint of the shapes that a `config.json` describes.
@@ -92,7 +103,7 @@ impl Synthetic {
             name: name.into(),
             json,
             config,
-            bf16_head: false,
+            precision: Precision::Mmfp4,
         })
     }
 
@@ -100,7 +111,19 @@ impl Synthetic {
     pub fn with_bf16_head(self, name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
-            bf16_head: true,
+            precision: Precision::Bf16Head,
+            ..self
+        }
+    }
+
+    /// With every weight in BF16, as something to be quantised; `name` is its own.
+    pub fn in_bf16(mut self, name: impl Into<String>) -> Self {
+        if let Value::Object(json) = &mut self.json {
+            json.shift_remove("quantization_config");
+        }
+        Self {
+            name: name.into(),
+            precision: Precision::Bf16,
             ..self
         }
     }
@@ -145,7 +168,7 @@ impl Synthetic {
     fn check(&self, folder: &Path, files: &[(String, File<Content>)]) -> Result<()> {
         let config = std::fs::read_to_string(folder.join("config.json")).unwrap_or_default();
         let whole = files.iter().all(|(name, file)| {
-            let size = (file.preamble().len() + file.data_size()) as u64;
+            let size = file.size() as u64;
             std::fs::metadata(folder.join(name)).is_ok_and(|found| found.len() == size)
         });
         if whole && config == layout::json_text(&self.json) {
@@ -184,8 +207,9 @@ impl Synthetic {
 
     /// The files by name: what is outside of the layers first, then as many layers a file as fit.
     fn files(&self) -> Vec<(String, File<Content>)> {
-        let layers = (0..self.config.layers.len()).map(|index| shapes::layer(&self.config, index));
-        let mut shards: Vec<Vec<Tensor>> = vec![shapes::outside(&self.config, self.bf16_head)];
+        let layers =
+            (0..self.config.layers.len()).map(|index| shapes::layer(&self.config, index, self.precision));
+        let mut shards: Vec<Vec<Tensor>> = vec![shapes::outside(&self.config, self.precision)];
         let size = |tensors: &[Tensor]| tensors.iter().map(Tensor::size).sum::<usize>();
         for layer in layers {
             match shards.last_mut() {
@@ -209,44 +233,6 @@ impl Synthetic {
     }
 }
 
-impl std::str::FromStr for Synthetic {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let layers = match name.strip_suffix("-bf16-head").unwrap_or(name) {
-            "glm-4.7-flash" => 47,
-            "slice" => 4,
-            _ => {
-                let expected = Self::NAMES.join(" or ");
-                return Err(Error::argument("synthetic", "name", expected, name));
-            }
-        };
-        let config = json!({
-            "model_type": "glm4_moe_lite", "num_hidden_layers": layers, "first_k_dense_replace": 1,
-            "hidden_size": 2048, "intermediate_size": 10240, "moe_intermediate_size": 1536, "hidden_act": "silu",
-            "num_attention_heads": 20, "num_key_value_heads": 20, "attention_bias": false,
-            "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
-            "v_head_dim": 256, "rope_interleave": true, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
-            "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 1,
-            "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 1.8, "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc", "vocab_size": 154880, "max_position_embeddings": 202752,
-            "tie_word_embeddings": false, "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
-        });
-        match &config {
-            Value::Object(config) if name.ends_with("-bf16-head") => {
-                Ok(Self::new(name, config)?.with_bf16_head(name))
-            }
-            Value::Object(config) => Self::new(name, config),
-            other => Err(Error::argument(
-                "synthetic",
-                "config",
-                "an object",
-                other.to_string(),
-            )),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,6 +243,7 @@ mod tests {
     use crate::models::glm4_moe_lite::{Logits, Model, Sequence};
     use crate::ops::ValueRange;
     use candle_core::Device;
+    use serde_json::json;
 
     fn tiny(changes: &[(&str, Value)]) -> Result<Synthetic> {
         let Value::Object(mut config) = json!({
@@ -466,7 +453,46 @@ mod tests {
     }
 
     #[test]
+    fn one_in_bf16_is_there_to_be_quantised() {
+        let eight: Synthetic = "slice-8-bf16".parse().unwrap();
+        assert_eq!(
+            (eight.config().layers.len(), eight.size_in_bytes() / 1_000_000_000),
+            (8, 10)
+        );
+        let place = tempfile::tempdir().unwrap();
+        let (source, target) = (place.path().join("bf16"), place.path().join("nvfp4"));
+        tiny(&[])
+            .unwrap()
+            .in_bf16("tiny-bf16")
+            .ensure(&source, |_, _| {})
+            .unwrap();
+        let original = Checkpoint::open(&source).unwrap();
+        assert!(
+            original
+                .tensors()
+                .all(|(name, t)| t.dtype == safetensors::Dtype::BF16 || name.ends_with("bias"))
+        );
+        crate::checkpoint::quantize_folder(
+            &original,
+            &target,
+            crate::fp4::Format::nvfp4(),
+            Default::default(),
+        )
+        .unwrap();
+        let (model, report) = Model::from_folder(&target, &LoadOptions::default(), &Device::Cpu).unwrap();
+        assert!(report.unused.is_empty() && report.fp4.tensors > 50, "{report}");
+        assert!(
+            model
+                .forward(&[1, 2], 0, &mut model.new_cache(), Logits::Last)
+                .is_ok()
+        );
+    }
+
+    #[test]
     fn what_cannot_be_is_refused() {
+        for name in ["slice-1", "slice-48", "slice-x", "slice--bf16"] {
+            assert!(name.parse::<Synthetic>().is_err(), "{name}");
+        }
         for (field, value) in [
             ("attention_bias", json!(true)),
             ("hidden_size", json!(192)),

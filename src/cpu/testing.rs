@@ -2,9 +2,11 @@
 
 use super::{Arithmetic, Executor, Isa};
 use crate::fp4::{
-    Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Int8Tensor, Parts, ScaleKind, ScaleRule,
-    Weight, quantize,
+    BlockTensor, Bytes, DenseTensor, Factor, FloatKind, Format, Fp4Tensor, Int8Tensor, Parts, ScaleKind,
+    ScaleRule, Weight, quantize,
 };
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use std::sync::{Arc, LazyLock};
 
 /// Rows of activations of the test grid.
@@ -22,7 +24,8 @@ pub fn noise(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Weights of every scale kind and group that fits, at all four 4-byte alignments; one in BF16, and that in eight bits.
+/// Weights of every scale kind and group that fits, at all four 4-byte alignments; one in BF16, that in eight bits,
+/// and in GGML's blocks that fit.
 pub fn weights(rows: &[usize], columns: &[usize]) -> Vec<Weight> {
     weights_seeded(rows, columns, 0)
 }
@@ -52,9 +55,21 @@ pub fn weights_seeded(rows: &[usize], columns: &[usize], seed: u64) -> Vec<Weigh
             let dense = DenseTensor::new("w", (n, k), FloatKind::BF16, bytes).unwrap();
             all.push(Int8Tensor::round("w", &dense).unwrap().into());
             all.push(dense.into());
+            for kind in [GgmlDType::Q8_0, GgmlDType::Q4K] {
+                if k.is_multiple_of(kind.block_size()) {
+                    all.push(in_blocks(&values, (n, k), kind));
+                }
+            }
         }
     }
     all
+}
+
+fn in_blocks(values: &[f32], shape: (usize, usize), kind: GgmlDType) -> Weight {
+    let tensor = Tensor::from_slice(values, shape, &Device::Cpu).unwrap();
+    let packed = QTensor::quantize(&tensor, kind).unwrap();
+    let bytes = Bytes::copy_from(&packed.data().unwrap()).unwrap();
+    BlockTensor::new("w", shape, kind, bytes).unwrap().into()
 }
 
 /// The tensor with codes that start `offset` bytes into their map, and with a divided factor for E4M3.

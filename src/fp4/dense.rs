@@ -1,6 +1,6 @@
 //! Matrices that stay in floating point, used where they lie as the FP4 ones are.
 
-use super::{Bytes, Fp4Tensor, Int8Tensor};
+use super::{BlockTensor, Bytes, Fp4Tensor, Int8Tensor};
 use crate::{Error, Result};
 use half::{bf16, f16};
 
@@ -122,6 +122,8 @@ pub enum Weight {
     Dense(DenseTensor),
     /// Eight bits and a scale a block of 128.
     Int8(Int8Tensor),
+    /// Integers in GGML's blocks.
+    Blocks(BlockTensor),
 }
 
 impl Weight {
@@ -131,6 +133,7 @@ impl Weight {
             Self::Fp4(tensor) => tensor.shape(),
             Self::Dense(tensor) => tensor.shape(),
             Self::Int8(tensor) => tensor.shape(),
+            Self::Blocks(tensor) => tensor.shape(),
         }
     }
 
@@ -148,6 +151,16 @@ impl Weight {
         self.decode_row_part(n, 0, row);
     }
 
+    /// The whole matrix in f32, row-major.
+    pub(crate) fn to_f32(&self) -> Vec<f32> {
+        let (n, k) = self.shape();
+        let mut values = vec![0.0; n * k];
+        for (row, values) in values.chunks_exact_mut(k).enumerate() {
+            self.decode_row_part(row, 0, values);
+        }
+        values
+    }
+
     /// Writes a part of row `n` to `row`; both ends are multiples of the group where there is one.
     #[inline]
     pub(crate) fn decode_row_part(&self, n: usize, start: usize, row: &mut [f32]) {
@@ -155,15 +168,17 @@ impl Weight {
             Self::Fp4(tensor) => tensor.decode_row_part(n, start, row),
             Self::Dense(tensor) => tensor.decode_row_part(n, start, row),
             Self::Int8(tensor) => tensor.decode_row_part(n, start, row),
+            Self::Blocks(tensor) => tensor.decode_row_part(n, start, row),
         }
     }
 
-    /// The bytes it consists of: codes and scales, or floats.
+    /// The bytes it consists of: codes and scales, floats, or blocks.
     pub fn regions(&self) -> impl Iterator<Item = &Bytes> {
         let (first, second) = match self {
             Self::Fp4(tensor) => (tensor.codes(), Some(tensor.scales())),
             Self::Dense(tensor) => (tensor.bytes(), None),
             Self::Int8(tensor) => (tensor.codes(), Some(tensor.scales())),
+            Self::Blocks(tensor) => (tensor.bytes(), None),
         };
         std::iter::once(first).chain(second)
     }
@@ -176,6 +191,7 @@ impl Weight {
                 Self::Fp4(tensor.relocated(codes, regions(tensor.scales())))
             }
             Self::Dense(tensor) => Self::Dense(tensor.relocated(regions(tensor.bytes()))),
+            Self::Blocks(tensor) => Self::Blocks(tensor.relocated(regions(tensor.bytes()))),
             Self::Int8(tensor) => {
                 let codes = regions(tensor.codes());
                 Self::Int8(tensor.relocated(codes, regions(tensor.scales())))
@@ -193,6 +209,12 @@ impl From<Fp4Tensor> for Weight {
 impl From<DenseTensor> for Weight {
     fn from(tensor: DenseTensor) -> Self {
         Self::Dense(tensor)
+    }
+}
+
+impl From<BlockTensor> for Weight {
+    fn from(tensor: BlockTensor) -> Self {
+        Self::Blocks(tensor)
     }
 }
 

@@ -19,22 +19,28 @@
 //! | [`Format::mxfp4`] | 32 | E8M0 | none | 4.25 |
 //! | [`Format::nvfp4`] | 16 | E4M3 | a power of two, multiplied | 4.5 |
 
+mod blocks;
 mod bytes;
 pub mod code;
 mod dense;
+mod format;
 mod gather;
 mod int8;
 mod quantize;
 mod scale;
+mod search;
 mod tensor;
 mod validate;
 
+pub use blocks::BlockTensor;
 pub use bytes::Bytes;
 pub use dense::{DenseTensor, FloatKind, Weight};
+pub use format::Format;
 pub(crate) use gather::gather;
 pub(crate) use int8::INT8_BLOCK;
 pub use int8::Int8Tensor;
-pub use quantize::{Format, ScaleRule, quantize};
+pub use quantize::{quantize, quantize_dense, shared_factor};
 pub use scale::ScaleKind;
+pub use search::ScaleRule;
 pub use tensor::{Factor, Fp4Tensor, GROUPS, Parts};
 pub use validate::{BlockError, Validation, validate};

@@ -1,97 +1,9 @@
 //! From floating point to FP4.
 
-use super::{Bytes, Factor, Fp4Tensor, GROUPS, Parts, ScaleKind, code};
+use super::search::{Divisor, ScaleRule, choose_scale, power_of_two_factor};
+use super::{Bytes, DenseTensor, Factor, Format, Fp4Tensor, GROUPS, Parts, ScaleKind, code};
 use crate::{Error, Result};
 use rayon::prelude::*;
-
-/// What to quantise to: group and scale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Format {
-    /// Elements along K that share a scale: 16, 32, 64 or 128.
-    pub group: usize,
-    /// How scales are stored. E4M3 scales come with a factor, a power of two, for the whole tensor.
-    pub kind: ScaleKind,
-}
-
-impl Format {
-    /// Marlin MMFP4: groups of 128, F16 scales; 4.125 bits a weight.
-    pub const fn mmfp4() -> Self {
-        Self {
-            group: 128,
-            kind: ScaleKind::F16,
-        }
-    }
-
-    /// OCP MXFP4: groups of 32, power-of-two scales; 4.25 bits a weight.
-    pub const fn mxfp4() -> Self {
-        Self {
-            group: 32,
-            kind: ScaleKind::E8M0,
-        }
-    }
-
-    /// NVFP4: groups of 16, E4M3 scales and a tensor factor; 4.5 bits a weight.
-    pub const fn nvfp4() -> Self {
-        Self {
-            group: 16,
-            kind: ScaleKind::E4M3,
-        }
-    }
-
-    /// Refuses a group that no tensor can have; `op` appears in the error.
-    pub(crate) fn check(self, op: &'static str) -> Result<()> {
-        match GROUPS.contains(&self.group) {
-            true => Ok(()),
-            false => Err(Error::argument(
-                op,
-                "format",
-                "a group of 16, 32, 64 or 128",
-                self.group.to_string(),
-            )),
-        }
-    }
-
-    /// Bits a weight takes, scales included.
-    pub fn bits_per_weight(self) -> f64 {
-        4.0 + 8.0 * self.kind.size() as f64 / self.group as f64
-    }
-}
-
-impl std::str::FromStr for Format {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "mmfp4" => Ok(Self::mmfp4()),
-            "mxfp4" => Ok(Self::mxfp4()),
-            "nvfp4" => Ok(Self::nvfp4()),
-            other => Err(Error::argument(
-                "quantize",
-                "format",
-                "mmfp4, mxfp4 or nvfp4",
-                format!("`{other}`"),
-            )),
-        }
-    }
-}
-
-/// How a block's scale is chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum ScaleRule {
-    /// The scale, out of a small search around the block's maximum / 6, with the least squared error, refined
-    /// by fitting it to the codes it chose.
-    #[default]
-    SquaredError,
-    /// The block's maximum becomes the largest code (for E8M0: the OCP rule, the power of two below it, / 4).
-    Maximum,
-}
-
-/// Multiples of maximum / 6 that the search tries: below 1 it clips the block's outlier, above 1 it moves
-/// the rest of the block onto better codes.
-const SEARCH: [f32; 11] = [1.0, 0.7, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.18, 1.24, 1.3];
-
-/// How often a scale is fitted to its codes at most; most blocks settle after one or two.
-const REFINEMENTS: usize = 4;
 
 /// Quantises a row-major matrix `[N, K]`; `name` appears in errors.
 ///
@@ -108,182 +20,180 @@ pub fn quantize(
     format: Format,
     rule: ScaleRule,
 ) -> Result<Fp4Tensor> {
-    let (n, k) = shape;
-    let Format { group, kind } = format;
-    let refuse = |problem: String| Err(Error::tensor(name, None, problem));
-    if !GROUPS.contains(&group) || n == 0 || k == 0 || k % group != 0 {
-        return refuse(format!(
-            "shape [{n}, {k}] cannot be quantised in groups of {group}: K must be a multiple"
-        ));
+    if shape.0.checked_mul(shape.1) != Some(values.len()) {
+        let problem = format!("{} values for shape [{}, {}]", values.len(), shape.0, shape.1);
+        return Err(Error::tensor(name, None, problem));
     }
-    if n.checked_mul(k) != Some(values.len()) {
-        return refuse(format!("{} values for shape [{n}, {k}]", values.len()));
-    }
-    if let Some(index) = values.par_iter().position_first(|v| !v.is_finite()) {
-        return Err(Error::NonFinite {
-            name: name.into(),
-            index,
-            value: values[index],
-        });
-    }
-    let largest = values.par_iter().map(|v| v.abs()).reduce(|| 0.0, f32::max);
-    let factor = if kind == ScaleKind::E4M3 {
-        power_of_two_factor(largest)
-    } else {
-        1.0
+    let slice = Source {
+        name,
+        len: values.len(),
+        fetch: |start: usize, to: &mut [f32]| to.copy_from_slice(&values[start..start + to.len()]),
     };
-    if largest / code::MAX / factor > kind.max() {
-        return refuse(format!(
-            "its largest magnitude {largest} does not fit {kind:?} scales; use nvfp4 or mxfp4"
-        ));
-    }
-
-    let mut codes = vec![0u8; values.len() / 2];
-    let mut scales = vec![0u8; values.len() / group * kind.size()];
-    values
-        .par_chunks_exact(group)
-        .zip(codes.par_chunks_exact_mut(group / 2))
-        .zip(scales.par_chunks_exact_mut(kind.size()))
-        .with_min_len(256)
-        .for_each(|((block, codes), stored)| {
-            let bits = choose_scale(block, kind, factor, rule);
-            stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
-            let divisor = Divisor::of(kind.value(bits) * factor);
-            for (byte, pair) in codes.iter_mut().zip(block.chunks_exact(2)) {
-                *byte = divisor.encode(pair[0]) | divisor.encode(pair[1]) << 4;
-            }
-        });
-    let parts = Parts {
-        shape,
-        group,
-        codes: Bytes::copy_from(&codes)?,
-        scales: Bytes::copy_from(&scales)?,
-        kind,
-        factor: if kind == ScaleKind::E4M3 {
-            Factor::Mul(factor)
-        } else {
-            Factor::None
-        },
-    };
-    Fp4Tensor::new(name, parts)
+    slice.quantize(shape, format, rule, None)
 }
 
-/// The smallest power of two with which the largest block's scale fits E4M3.
+/// As [`quantize`], of a matrix where it lies: no copy of it in f32 is made, and beside the result no more than
+/// 64 KiB a thread are held in memory.
 ///
-/// Scales of the search may lie 1.3 times higher; they saturate at 448, which the search takes into account.
-fn power_of_two_factor(largest: f32) -> f32 {
-    let needed = f64::from(largest) / f64::from(code::MAX) / f64::from(ScaleKind::E4M3.max());
-    if needed == 0.0 {
-        1.0
-    } else {
-        needed.log2().ceil().clamp(-126.0, 127.0).exp2() as f32
+/// E4M3 scales are chosen for the tensor factor `factor`, where one is given ([`shared_factor`]).
+///
+/// # Errors
+/// As [`quantize`]; [`Error::Tensor`] also for a factor that the largest block's scale does not fit.
+pub fn quantize_dense(
+    name: &str,
+    matrix: &DenseTensor,
+    format: Format,
+    rule: ScaleRule,
+    factor: Option<f32>,
+) -> Result<Fp4Tensor> {
+    Source::of(name, matrix).quantize(matrix.shape(), format, rule, factor)
+}
+
+/// The smallest power of two that can be the factor of all these matrices, each with its name, where their scales are
+/// E4M3: matrices that a GPU's kernel multiplies as one need the same factor.
+///
+/// # Errors
+/// [`Error::NonFinite`] names the first NaN or infinity of the first matrix that has one.
+pub fn shared_factor(matrices: &[(&str, &DenseTensor)]) -> Result<f32> {
+    let mut largest = 0f32;
+    for (name, matrix) in matrices {
+        largest = largest.max(Source::of(name, matrix).largest()?);
+    }
+    Ok(power_of_two_factor(largest))
+}
+
+/// Values decoded at a time by a thread: in its second-level cache, and a multiple of every group.
+const PIECE: usize = 1 << 14;
+
+/// A matrix's values in row-major order: `fetch` writes those from an index on.
+struct Source<'a, F> {
+    name: &'a str,
+    len: usize,
+    fetch: F,
+}
+
+impl<'a> Source<'a, ()> {
+    fn of(name: &'a str, matrix: &'a DenseTensor) -> Source<'a, impl Fn(usize, &mut [f32]) + Sync + 'a> {
+        let (n, k) = matrix.shape();
+        Source {
+            name,
+            len: n * k,
+            fetch: |start: usize, to: &mut [f32]| matrix.decode_row_part(0, start, to),
+        }
     }
 }
 
-/// A scale to divide by. A block whose scale underflows to zero has only zero codes.
-#[derive(Clone, Copy)]
-struct Divisor {
-    scale: f32,
-}
-
-impl Divisor {
-    fn of(scale: f32) -> Self {
-        Self { scale }
-    }
-
-    /// Division, not a product with the reciprocal: a tie must stay a tie.
-    #[inline]
-    fn encode(self, value: f32) -> u8 {
-        if self.scale == 0.0 {
-            0
-        } else {
-            code::encode(value / self.scale)
-        }
-    }
-}
-
-fn choose_scale(block: &[f32], kind: ScaleKind, factor: f32, rule: ScaleRule) -> u16 {
-    let max = block.iter().fold(0f32, |m, v| m.max(v.abs()));
-    if max == 0.0 {
-        return 0;
-    }
-    let ideal = max / code::MAX / factor;
-    let by_maximum = match kind {
-        // OCP MX 1.0, 6.3: the largest power of two not above the maximum, over that of E2M1, 4.
-        ScaleKind::E8M0 => u16::from(e8m0_floor(max)).saturating_sub(2),
-        _ => match kind.encode(ideal) {
-            // Rounded up, the scale of the largest floats makes the largest code infinite.
-            bits if (code::MAX * (kind.value(bits) * factor)).is_infinite() => bits - 1,
-            bits => bits,
-        },
-    };
-    if rule == ScaleRule::Maximum {
-        return by_maximum;
-    }
-    let mut best = (f64::INFINITY, by_maximum);
-    let mut consider = |bits: u16| {
-        if best.0.is_finite() && bits == best.1 {
-            return;
-        }
-        let error = squared_error(block, kind.value(bits) * factor);
-        if error < best.0 {
-            best = (error, bits);
-        }
-    };
-    if kind == ScaleKind::E8M0 {
-        // The whole neighbourhood of a power of two is its two neighbours.
-        for bits in by_maximum.saturating_sub(1)..=(by_maximum + 2).min(254) {
-            consider(bits);
-        }
-    } else {
-        for multiple in SEARCH {
-            consider(kind.encode(ideal * multiple));
-        }
-        refine(block, kind, factor, &mut best);
-    }
-    best.1
-}
-
-/// Fits the scale to its codes, `Σ v·q / Σ q²`, and chooses codes anew, while that lowers the error.
-fn refine(block: &[f32], kind: ScaleKind, factor: f32, best: &mut (f64, u16)) {
-    for _ in 0..REFINEMENTS {
-        let divisor = Divisor::of(kind.value(best.1) * factor);
-        let (mut products, mut squares) = (0f64, 0f64);
-        for &value in block {
-            let q = f64::from(code::VALUES[usize::from(divisor.encode(value))]);
-            products += f64::from(value) * q;
-            squares += q * q;
-        }
-        if squares == 0.0 {
-            return;
-        }
-        let bits = kind.encode((products / squares / f64::from(factor)) as f32);
-        let error = squared_error(block, kind.value(bits) * factor);
-        if error >= best.0 {
-            return;
-        }
-        *best = (error, bits);
-    }
-}
-
-/// The exponent field of the power of two not above `x`, a positive finite number.
-fn e8m0_floor(x: f32) -> u8 {
-    (x.to_bits() >> 23) as u8
-}
-
-fn squared_error(block: &[f32], scale: f32) -> f64 {
-    let divisor = Divisor::of(scale);
-    block
-        .iter()
-        .map(|&v| {
-            let rounded = code::VALUES[usize::from(divisor.encode(v))] * scale;
-            f64::from(v - rounded).powi(2)
+impl<F: Fn(usize, &mut [f32]) + Sync> Source<'_, F> {
+    /// The largest magnitude.
+    fn largest(&self) -> Result<f32> {
+        let pieces = (0..self.len.div_ceil(PIECE)).into_par_iter();
+        let found = pieces.map_init(
+            || vec![0f32; PIECE],
+            |buffer, piece| {
+                let start = piece * PIECE;
+                let values = &mut buffer[..PIECE.min(self.len - start)];
+                (self.fetch)(start, values);
+                match values.iter().position(|v| !v.is_finite()) {
+                    Some(index) => Err((start + index, values[index])),
+                    None => Ok(values.iter().fold(0f32, |largest, v| largest.max(v.abs()))),
+                }
+            },
+        );
+        let largest = found.reduce(
+            || Ok(0.0),
+            |a, b| match (a, b) {
+                (Ok(a), Ok(b)) => Ok(a.max(b)),
+                (Err(a), Err(b)) => Err(if a.0 <= b.0 { a } else { b }),
+                (Err(e), _) | (_, Err(e)) => Err(e),
+            },
+        );
+        largest.map_err(|(index, value): (usize, f32)| Error::NonFinite {
+            name: self.name.into(),
+            index,
+            value,
         })
-        .sum()
+    }
+
+    fn quantize(
+        &self,
+        shape: (usize, usize),
+        format: Format,
+        rule: ScaleRule,
+        factor: Option<f32>,
+    ) -> Result<Fp4Tensor> {
+        let (n, k) = shape;
+        let Format { group, kind } = format;
+        let refuse = |problem: String| Err(Error::tensor(self.name, None, problem));
+        if !GROUPS.contains(&group) || n == 0 || k == 0 || k % group != 0 {
+            return refuse(format!(
+                "shape [{n}, {k}] cannot be quantised in groups of {group}: K must be a multiple"
+            ));
+        }
+        let largest = self.largest()?;
+        let factor = match (kind, factor) {
+            (ScaleKind::E4M3, Some(factor)) => factor,
+            (ScaleKind::E4M3, None) => power_of_two_factor(largest),
+            _ => 1.0,
+        };
+        if largest / code::MAX / factor > kind.max() {
+            return refuse(match kind {
+                ScaleKind::E4M3 => {
+                    format!("its largest magnitude {largest} does not fit a factor of {factor}")
+                }
+                _ => format!(
+                    "its largest magnitude {largest} does not fit {kind:?} scales; use nvfp4 or mxfp4"
+                ),
+            });
+        }
+        let mut scales = vec![0; self.len / group * kind.size()];
+        let codes = Bytes::build(self.len / 2, |codes| {
+            self.encode(codes, &mut scales, format, factor, rule);
+            Ok(())
+        })?;
+        let parts = Parts {
+            shape,
+            group,
+            codes,
+            scales: Bytes::copy_from(&scales)?,
+            kind,
+            factor: match kind {
+                ScaleKind::E4M3 => Factor::Mul(factor),
+                _ => Factor::None,
+            },
+        };
+        Fp4Tensor::new(self.name, parts)
+    }
+
+    fn encode(&self, codes: &mut [u8], scales: &mut [u8], format: Format, factor: f32, rule: ScaleRule) {
+        let Format { group, kind } = format;
+        let pieces = codes
+            .par_chunks_mut(PIECE / 2)
+            .zip(scales.par_chunks_mut(PIECE / group * kind.size()));
+        pieces.enumerate().for_each_init(
+            || vec![0f32; PIECE],
+            |buffer, (piece, (codes, scales))| {
+                let values = &mut buffer[..2 * codes.len()];
+                (self.fetch)(piece * PIECE, values);
+                let blocks = values
+                    .chunks_exact(group)
+                    .zip(codes.chunks_exact_mut(group / 2))
+                    .zip(scales.chunks_exact_mut(kind.size()));
+                for ((block, codes), stored) in blocks {
+                    let bits = choose_scale(block, kind, factor, rule);
+                    stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
+                    let divisor = Divisor::of(kind.value(bits) * factor);
+                    for (byte, pair) in codes.iter_mut().zip(block.chunks_exact(2)) {
+                        *byte = divisor.encode(pair[0]) | divisor.encode(pair[1]) << 4;
+                    }
+                }
+            },
+        );
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::search::{SEARCH, squared_error};
     use super::*;
     use proptest::prelude::*;
 
@@ -436,6 +346,77 @@ mod tests {
         }
         assert!(quantize("w", &noise(100), (1, 100), Format::mmfp4(), ScaleRule::Maximum).is_err());
         assert!(quantize("w", &noise(100), (1, 128), Format::mmfp4(), ScaleRule::Maximum).is_err());
+    }
+
+    #[test]
+    fn a_dense_matrix_gives_the_same_as_its_values() {
+        // Longer than a piece, and no multiple of one.
+        let shape = (5, 4096);
+        let values: Vec<f32> = noise(shape.0 * shape.1)
+            .iter()
+            .map(|v| half::bf16::from_f32(*v).to_f32())
+            .collect();
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+            .collect();
+        let dense = |bytes: &[u8]| {
+            DenseTensor::new(
+                "w",
+                shape,
+                crate::fp4::FloatKind::BF16,
+                Bytes::copy_from(bytes).unwrap(),
+            )
+            .unwrap()
+        };
+        for format in FORMATS {
+            let rule = ScaleRule::SquaredError;
+            let plain = quantize("w", &values, shape, format, rule).unwrap();
+            let direct = quantize_dense("w", &dense(&bytes), format, rule, None).unwrap();
+            assert_eq!(&plain.codes()[..], &direct.codes()[..], "{format:?}");
+            assert_eq!(&plain.scales()[..], &direct.scales()[..], "{format:?}");
+        }
+        let mut bad = bytes.clone();
+        for index in [20_000, 18_000] {
+            bad[2 * index..2 * index + 2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+        }
+        let error = quantize_dense("w", &dense(&bad), Format::nvfp4(), ScaleRule::Maximum, None).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { index: 18_000, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_shared_factor_is_that_of_the_larger_matrix() {
+        let dense = |values: &[f32]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let bytes = Bytes::copy_from(&bytes).unwrap();
+            DenseTensor::new("w", (1, 256), crate::fp4::FloatKind::F32, bytes).unwrap()
+        };
+        let small = dense(&noise(256));
+        let large = dense(&noise(256).iter().map(|v| v * 100.0).collect::<Vec<_>>());
+        let alone = |matrix| {
+            let packed = quantize_dense("w", matrix, Format::nvfp4(), ScaleRule::default(), None).unwrap();
+            packed.factor()
+        };
+        let factor = shared_factor(&[("a", &small), ("b", &large)]).unwrap();
+        assert_eq!(Factor::Mul(factor), alone(&large));
+        assert_ne!(Factor::Mul(factor), alone(&small));
+        assert_eq!(factor.to_bits() & 0x007f_ffff, 0, "{factor} is no power of two");
+        let run =
+            |matrix, factor| quantize_dense("w", matrix, Format::nvfp4(), ScaleRule::default(), Some(factor));
+        let packed = run(&small, factor).unwrap();
+        assert_eq!(packed.factor(), Factor::Mul(factor));
+        let error: f32 = small
+            .to_f32()
+            .iter()
+            .zip(packed.dequantize())
+            .map(|(a, b)| (a - b).powi(2))
+            .sum();
+        assert!(
+            error < 0.02 * small.to_f32().iter().map(|v| v * v).sum::<f32>(),
+            "{error}"
+        );
+        let error = run(&large, factor / 2.0).unwrap_err().to_string();
+        assert!(error.contains("does not fit a factor"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::jinja;
-use crate::checkpoint::ModelFiles;
+use crate::checkpoint::{ModelFiles, gguf_template};
 use crate::{Error, Result};
 
 /// One message of a conversation, in the form of OpenAI's API.
@@ -193,7 +193,10 @@ impl ChatTemplate {
             return Self::build(&source, None, &config).map(Some);
         }
         match config.get("chat_template") {
-            None | Some(Value::Null) => Ok(None),
+            None | Some(Value::Null) => match gguf_template(model)? {
+                Some(source) => Self::build(&source, None, &config).map(Some),
+                None => Ok(None),
+            },
             Some(Value::String(source)) => Self::build(source, None, &config).map(Some),
             Some(Value::Array(templates)) => {
                 let named = |name: &str| {

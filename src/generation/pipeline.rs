@@ -3,7 +3,7 @@
 use super::generate::{Generation, Options};
 use super::session::{Session, SharedCache, lock};
 use super::{ChatTemplate, GenerationConfig, Message, RenderOptions, Tokenizer};
-use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles};
+use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles, gguf_tokenizer};
 use crate::kv::BlockStatistics;
 use crate::models::glm4_moe_lite::{Cache, Config, Model};
 use crate::{Error, Result};
@@ -11,7 +11,6 @@ use candle_core::Device;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const DEFAULTS: &str = "generation_config.json";
 
@@ -46,7 +45,8 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// Loads a model folder: config, safetensors, `tokenizer.json`; `generation_config.json` and a chat
-    /// template, where there are any.
+    /// template, where there are any. A GGUF file has all of these in it; a `tokenizer.json` or a template beside it comes
+    /// first.
     ///
     /// # Errors
     /// Names the file or tensor that is missing or malformed.
@@ -69,8 +69,12 @@ impl Pipeline {
     ) -> Result<(Self, LoadReport)> {
         files.check()?;
         // Small files first: what is wrong with them should not wait for gigabytes.
-        let config = Config::parse(&files.read(CONFIG)?, &files.path(CONFIG))?;
-        let tokenizer = Tokenizer::parse_file(&files.read(TOKENIZER)?, &files.path(TOKENIZER))?;
+        let config = Config::from_files(files)?;
+        let (tokenizer, path) = match files.is_gguf() && !files.contains(TOKENIZER) {
+            true => gguf_tokenizer(files)?,
+            false => (files.read(TOKENIZER)?, files.path(TOKENIZER)),
+        };
+        let tokenizer = Tokenizer::parse_file(&tokenizer, &path)?;
         let defaults = match files.contains(DEFAULTS) {
             true => GenerationConfig::parse_file(&files.read(DEFAULTS)?, &files.path(DEFAULTS))?,
             false => GenerationConfig::default(),

@@ -42,7 +42,7 @@ pub enum Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// A weight whose regions are the operands from `first` on; `None` where it is in eight bits, which no kernel takes.
+    /// A weight whose regions are the operands from `first` on; `None` where it is in integers, which no kernel takes.
     pub fn from(weight: &'a Weight, first: usize) -> Option<Self> {
         match weight {
             Weight::Fp4(weight) => Some(Self::Fp4 {
@@ -54,7 +54,7 @@ impl<'a> Operand<'a> {
                 weight,
                 operand: first,
             }),
-            Weight::Int8(_) => None,
+            Weight::Int8(_) | Weight::Blocks(_) => None,
         }
     }
 
@@ -152,7 +152,9 @@ pub struct Product<'a> {
 
 /// Whether one launch does both for so many tokens and such a weight.
 pub fn takes(weight: &Weight, m: usize) -> bool {
-    !matches!(weight, Weight::Int8(_)) && weight.shape().1 <= COLUMNS && (1..=FEW).contains(&m)
+    !matches!(weight, Weight::Int8(_) | Weight::Blocks(_))
+        && weight.shape().1 <= COLUMNS
+        && (1..=FEW).contains(&m)
 }
 
 /// Plans that between them launch every kernel on weights of a format, or in floating point of any kind: what can be compiled

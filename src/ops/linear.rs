@@ -73,7 +73,7 @@ impl Linear {
 
     /// Whether a device that runs launch plans has kernels for this weight.
     pub fn has_kernel(&self) -> bool {
-        !matches!(self.weight, Weight::Int8(_))
+        !matches!(self.weight, Weight::Int8(_) | Weight::Blocks(_))
     }
 
     /// Applies the op to `x` `[…, K]` in F32, F16 or BF16.

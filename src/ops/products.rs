@@ -263,7 +263,7 @@ impl<'a> Products<'a> {
                 Ok((product.launch_beside(beside)?, beside.is_some()))
             }
             (weight, _) => {
-                let found = format!("{:?} in eight bits", weight.shape());
+                let found = format!("{:?} in integers", weight.shape());
                 Err(Error::argument(self.op, "weight", "FP4 or floating point", found))
             }
         }
@@ -272,7 +272,7 @@ impl<'a> Products<'a> {
 
 /// Whether there is a kernel for such weights.
 fn taken(weight: &Weight) -> bool {
-    !matches!(weight, Weight::Int8(_))
+    !matches!(weight, Weight::Int8(_) | Weight::Blocks(_))
 }
 
 /// Where activations and outputs lie, as of a plan's launches, and of what dtype they are.

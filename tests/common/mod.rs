@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 pub mod draft;
+pub mod gguf;
 
 use candle_core::{Device, Tensor};
 use candle_mmfp4::checkpoint::{Checkpoint, StoredTensor};

@@ -51,6 +51,7 @@ fn the_doctor_finds_nothing_wrong() {
         "latent rows",
         "paged attention",
         "tokens of a paged cache",
+        "storing in a paged cache",
     ] {
         assert!(number(family, "nmse") <= number(family, "bound"));
         assert!(number(family, "launches") >= 18.0, "{family}");

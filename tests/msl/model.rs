@@ -13,6 +13,7 @@ use candle_mmfp4::fp4::{Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule, 
 use candle_mmfp4::generation::{
     Event, FinishReason, Message, Options, Output, Pipeline, RenderOptions, Sampling, Session,
 };
+use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
 use safetensors::Dtype;
 use serde::Deserialize;
@@ -245,6 +246,7 @@ struct Fact {
 fn demo(backend: &Backend, activations: DType) -> Pipeline {
     let options = LoadOptions {
         activations: Some(activations),
+        kv_cache: CacheKind::Contiguous,
         ..LoadOptions::default()
     };
     Pipeline::from_folder(mmfp4_demo(), &options, backend.device())
@@ -256,6 +258,7 @@ fn demo(backend: &Backend, activations: DType) -> Pipeline {
 fn plain() -> Pipeline {
     let options = LoadOptions {
         arithmetic: Arithmetic::Exact,
+        kv_cache: CacheKind::Contiguous,
         ..LoadOptions::default()
     };
     Pipeline::from_folder(mmfp4_demo(), &options, &Device::Cpu)

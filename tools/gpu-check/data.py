@@ -4,6 +4,7 @@ import torch
 DEVICE = "cuda"
 # Numbers without a sign are of 32 bits, and small.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "u32": torch.int32}
+DTYPES |= {"bytes": torch.uint8, "most bytes": torch.uint8}
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 

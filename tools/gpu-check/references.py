@@ -1,4 +1,5 @@
 """What each op should give, in torch: a function an op, over its operands by role. Sums and products in f64."""
+import cache
 import data
 import torch
 
@@ -154,6 +155,22 @@ def latent_rows(operands, meta):
     return [rows, *(rope(operands, meta) if "queries" in operands else [])]
 
 
+def append_latents(operands, meta):
+    """The rows of latent_rows, stored; and queries."""
+    rows, turned = latent_rows(operands, meta)
+    vectors = rows.float().split([part["width"] for part in meta["parts"]], 1)
+    return [cache.stored(operands, meta, vectors), turned]
+
+
+def append_heads(operands, meta):
+    """Keys and values, stored as they are."""
+    vectors = []
+    for role in ("x.keys", "x.values"):
+        x = operands[role].view(data.DTYPES[meta["dtype"]]).float()
+        vectors += x.view(meta["m"], meta["heads"], -1).unbind(1)
+    return [cache.stored(operands, meta, vectors)]
+
+
 def _tokens(operands, meta, first, end):
     """The vectors of the one sequence's tokens at these positions: [positions, width] of each."""
     index = operands["index"].view(torch.int32).long()
@@ -187,6 +204,8 @@ def gather_paged(operands, meta):
 
 
 REFERENCES = {
+    "append_latents": append_latents,
+    "append_heads": append_heads,
     "paged_attention": paged_attention,
     "gather_paged": gather_paged,
     "linear": linear,

@@ -4,6 +4,7 @@ mod fit;
 mod measure;
 mod report;
 mod row;
+mod test;
 
 use crate::output::{Usage, print_json, say};
 use crate::{cache, model, progress};
@@ -11,12 +12,13 @@ use anyhow::Context;
 use candle_mmfp4::checkpoint::{Checkpoint, ModelFiles, Synthetic};
 use candle_mmfp4::kv::CacheKind;
 use candle_mmfp4::models::glm4_moe_lite::Config;
+use candle_mmfp4::nn::CacheSize;
 use row::{Outcome, Row};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use test::Test;
 
 /// Set by programs that run commands unattended, for whom minutes at full load are no use.
 const TASK_MODE: &str = "ALPHAHENG_TASK_MODE";
@@ -24,7 +26,8 @@ const TASK_MODE: &str = "ALPHAHENG_TASK_MODE";
 const EXAMPLES: &str = "\
 Rows:
   pp  prompt processing: all tokens of a prompt, in chunks of 512, behind DEPTH cached tokens.
-  tg  text generation: one token after the other, behind DEPTH cached tokens.
+  tg  text generation: one token after the other, behind DEPTH cached tokens. The depths of a cache take turns in one \
+process, which fills it once.
   load, first_prompt, first_decode: loading, and then the first single token of a prompt and the first one after it, \
 in a process that has computed nothing before; later_prompt, later_decode: the same again, as the median.
 
@@ -34,10 +37,16 @@ least: each weight once a pass, of the experts as many as the tokens choose if n
 apart. The bandwidth is that of plain loads of the same weights by the same threads, 256 MB at a time between \
 repetitions. Where it spreads by more than 15 %, other programs disturbed the run, and the row is marked noisy.
 
+Where depth 0 is among those of tg, a second table tells for the others their speed as a share of depth 0's, and how far \
+they are from what the machine allows at best: the time at depth 0, and the larger of what the cache's bytes take at the \
+bandwidth and attention's products at the peak of float products (of BF16 where there are instructions for them) measured \
+between repetitions, too.
+
 Examples:
   mmfp4 bench
   mmfp4 bench --synthetic slice -p 128,512 -n 64
   mmfp4 bench -m path/to/model -p 512 -n 32 -d 0,1024,4096 --json > speed.json
+  mmfp4 bench --synthetic slice -p 0 -n 32 -d 0,1024,4096 --kv-cache bf16,fp8,fp4
   mmfp4 bench --synthetic slice -p 0 --no-fused-moe";
 
 /// Measure speed: prompts, generation and latency, beside what this machine's memory allows.
@@ -98,49 +107,15 @@ pub struct Arguments {
     /// Where the model of random weights lies [default: target/synthetic/NAME].
     #[arg(long, value_name = "FOLDER", requires = "synthetic", help_heading = "Model")]
     synthetic_dir: Option<PathBuf>,
-    /// The one test that this process, started by another, measures.
-    #[arg(long, hide = true, value_parser = parse_test)]
-    one: Option<Test>,
-}
-
-/// What one process measures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Test {
-    kind: Kind,
-    tokens: usize,
-    depth: usize,
-    #[serde(with = "row::by_name")]
-    kv_cache: CacheKind,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Latency,
-    Prompt,
-    Decode,
-}
-
-fn parse_test(text: &str) -> serde_json::Result<Test> {
-    serde_json::from_str(text)
-}
-
-impl std::fmt::Display for Test {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.kind {
-            Kind::Latency => f.write_str("latency")?,
-            Kind::Prompt => write!(f, "pp {}", self.tokens)?,
-            Kind::Decode => write!(f, "tg {}", self.tokens)?,
-        }
-        if self.depth > 0 {
-            write!(f, " at depth {}", self.depth)?;
-        }
-        write!(f, ", cache {}", self.kv_cache)
-    }
+    /// Which of the tests this process, started by another, measures.
+    #[arg(long, hide = true)]
+    one: Option<usize>,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    if let Some(test) = arguments.one {
+    if let Some(index) = arguments.one {
+        let tests = arguments.tests();
+        let test = tests.get(index).context("no such test")?;
         return measure_here(arguments, test);
     }
     if std::env::var_os(TASK_MODE).is_some_and(|value| value == "1") {
@@ -161,9 +136,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     for (index, test) in tests.iter().enumerate() {
         say(format!("{test} ({} of {})", index + 1, tests.len()));
         read_once(&weights)?;
-        rows.extend(measure_elsewhere(*test)?);
+        rows.extend(measure_elsewhere(index, test)?);
     }
     say(report::table(&rows));
+    if let Some(table) = report::depths(&rows) {
+        say(format!("\n{table}"));
+    }
     for (row, profile) in rows.iter().filter_map(|row| Some((row, row.profile.as_ref()?))) {
         say(format!("\n{}\n{profile}", report::name(row)));
     }
@@ -176,29 +154,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 impl Arguments {
     fn tests(&self) -> Vec<Test> {
-        let mut tests = Vec::new();
-        for &kv_cache in &self.kv_cache {
-            tests.push(Test {
-                kind: Kind::Latency,
-                tokens: 1,
-                depth: 0,
-                kv_cache,
-            });
-            for &depth in &self.depth {
-                let of = |kind, tokens: &[usize]| {
-                    let tokens: Vec<_> = tokens.iter().copied().filter(|&tokens| tokens > 0).collect();
-                    tokens.into_iter().map(move |tokens| Test {
-                        kind,
-                        tokens,
-                        depth,
-                        kv_cache,
-                    })
-                };
-                tests.extend(of(Kind::Prompt, &self.prompt_tokens));
-                tests.extend(of(Kind::Decode, &self.generate_tokens));
-            }
-        }
-        tests
+        test::plan(
+            &self.kv_cache,
+            &self.prompt_tokens,
+            &self.generate_tokens,
+            &self.depth,
+        )
     }
 
     /// What rows call the model.
@@ -226,6 +187,12 @@ impl Arguments {
         Ok(ModelFiles::folder(folder))
     }
 
+    /// The cache of a test: as large as was said, or as the test needs.
+    fn size(&self, test: &Test) -> anyhow::Result<CacheSize> {
+        let said = self.memory.size(test.cache)?;
+        Ok(said.unwrap_or(CacheSize::Tokens(test.room())))
+    }
+
     /// Refuses what cannot run before anything does.
     fn check(&self, tests: &[Test], config: &Config, weights: &Checkpoint) -> anyhow::Result<()> {
         let stored = weights
@@ -234,13 +201,10 @@ impl Arguments {
             .sum();
         let options = self.model.load_options();
         for test in tests {
-            let needs = fit::Needs::of(config, stored, &options, test, self.memory.size(test.kv_cache)?)?;
-            let limit = config.max_position_embeddings;
-            if needs.tokens > limit {
-                let problem = format!(
-                    "{test}: {} tokens do not fit the model's context of {limit}",
-                    needs.tokens
-                );
+            let needs = fit::Needs::of(config, stored, &options, test, self.size(test)?)?;
+            let (longest, limit) = (test.longest(), config.max_position_embeddings);
+            if longest > limit {
+                let problem = format!("{test}: {longest} tokens do not fit the model's context of {limit}");
                 return Err(Usage(problem).into());
             }
             needs.check(test, candle_mmfp4::memory::available())?;
@@ -261,12 +225,12 @@ fn read_once(weights: &Checkpoint) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs `test` in a process of its own, with this one's arguments.
-fn measure_elsewhere(test: Test) -> anyhow::Result<Vec<Row>> {
+/// Runs `test`, the one at `index`, in a process of its own, with this one's arguments.
+fn measure_elsewhere(index: usize, test: &Test) -> anyhow::Result<Vec<Row>> {
     let program = std::env::current_exe().context("the program does not find itself")?;
     let output = Command::new(&program)
         .args(std::env::args_os().skip(1))
-        .args(["--one", &serde_json::to_string(&test)?])
+        .args(["--one", &index.to_string()])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -281,7 +245,7 @@ fn measure_elsewhere(test: Test) -> anyhow::Result<Vec<Row>> {
 }
 
 /// Measures `test` and hands the result, or the error, to the process that asked.
-fn measure_here(arguments: &Arguments, test: Test) -> anyhow::Result<()> {
+fn measure_here(arguments: &Arguments, test: &Test) -> anyhow::Result<()> {
     let outcome = match measure::measure(arguments, test) {
         Ok(rows) => Outcome::Rows(rows),
         Err(error) => Outcome::Failed(format!("{error:#}")),

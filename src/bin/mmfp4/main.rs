@@ -1,4 +1,4 @@
-//! `mmfp4`: generate text with 4-bit models, and measure their speed and what 4 bits cost.
+//! `mmfp4`: generate text with 4-bit models, make them, and measure their speed and what 4 bits cost.
 
 mod bench;
 mod cache;
@@ -10,6 +10,7 @@ mod output;
 mod perplexity;
 mod progress;
 mod prompt;
+mod quantize;
 mod trace;
 mod validate;
 
@@ -17,7 +18,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use std::process::ExitCode;
 
 const FORMATS: &str = "\
-Formats (--quantize; a checkpoint that is in MMFP4 already needs none):
+Formats (to quantise to; a checkpoint that is in one of them already needs none):
   mmfp4  4.125 bits a weight. The one to choose: the smallest, and as exact as nvfp4.
   nvfp4  4.5 bits a weight. As exact; for comparison with NVIDIA's checkpoints.
   mxfp4  4.25 bits a weight. Loses about four times as much: only for what exists in it already.";
@@ -30,12 +31,13 @@ Examples:
   mmfp4 bench --synthetic slice
   mmfp4 perplexity book.txt -m path/to/model
   mmfp4 validate path/to/bf16-model mmfp4
+  mmfp4 quantize zai-org/GLM-4.7-Flash GLM-4.7-Flash-MMFP4
   mmfp4 doctor
 
 Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
 `mmfp4 help COMMAND` tells more.";
 
-/// 4-bit floating-point (FP4) models: generate text, measure speed and quality.
+/// 4-bit floating-point (FP4) models: make them, generate text, measure speed and quality.
 #[derive(Parser)]
 #[command(version, after_help = format!("{FORMATS}\n\n{EXAMPLES}"), max_term_width = 110)]
 struct Arguments {
@@ -52,6 +54,7 @@ enum Command {
     Bench(Box<bench::Arguments>),
     Perplexity(perplexity::Arguments),
     Validate(validate::Arguments),
+    Quantize(quantize::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments).map(succeed),
         Command::Perplexity(arguments) => perplexity::run(&arguments).map(succeed),
         Command::Validate(arguments) => validate::run(&arguments).map(succeed),
+        Command::Quantize(arguments) => quantize::run(&arguments).map(succeed),
         Command::Doctor(arguments) => doctor::run(&arguments),
     });
     let error = match result {

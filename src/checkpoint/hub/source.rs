@@ -1,4 +1,4 @@
-//! What a user may name as a model: a folder, or a repository of the hub.
+//! What a user may name as a model: a folder, a GGUF file, or a repository of the hub.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ const DEFAULT_REVISION: &str = "main";
 /// Where a model's files are to come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
-    /// A folder of this machine.
+    /// A folder of this machine, or a GGUF file in one.
     Folder(PathBuf),
     /// A repository of the hub.
     Repo(RepoId),
@@ -21,7 +21,7 @@ impl ModelSource {
     /// Reads what the user wrote: a folder that exists always wins over a repository of the same name.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `model` is neither a folder nor a repository id.
+    /// [`Error::Argument`] if `model` is neither a folder, nor a GGUF file, nor a repository id.
     pub fn parse(model: &str) -> Result<Self> {
         let refuse = |found: String| {
             Err(Error::argument(
@@ -32,7 +32,8 @@ impl ModelSource {
             ))
         };
         let path = Path::new(model);
-        if path.is_dir() {
+        let is_gguf = path.extension().is_some_and(|extension| extension == "gguf");
+        if path.is_dir() || is_gguf && path.is_file() {
             return Ok(Self::Folder(path.to_path_buf()));
         }
         if path.is_file() {

@@ -1,10 +1,11 @@
-//! The layouts in which checkpoints store FP4 weights, a file each. All have codes of consecutive k, the even one in the low
-//! nibble, and are used where they lie; they differ in names, and in how scales are stored.
+//! The layouts in which checkpoints store FP4 weights, a file each. All but GGUF's have codes of consecutive k, the even one in
+//! the low nibble, and are used where they lie; they differ in names, and in how scales are stored.
 //!
 //! What is there decides, not a configuration: names beside the weight, dtypes and shapes.
 
 mod compressed;
 mod config;
+mod gguf;
 mod marlin;
 mod mlx;
 mod modelopt;
@@ -36,6 +37,17 @@ pub enum Layout {
     MlxMxfp4,
     /// MLX's `nvfp4`: U32 codes, E4M3 scales; experts stacked.
     MlxNvfp4,
+    /// GGUF's `MXFP4`: blocks of 32 codes behind their scale; experts stacked.
+    GgufMxfp4,
+    /// GGUF's `NVFP4`: blocks of 64 codes behind their four scales, a factor to multiply by; experts stacked.
+    GgufNvfp4,
+}
+
+impl Layout {
+    /// Whether weights are repacked while loading: their codes do not lie as kernels read them.
+    pub fn is_repacked(self) -> bool {
+        matches!(self, Self::GgufMxfp4 | Self::GgufNvfp4)
+    }
 }
 
 impl fmt::Display for Layout {
@@ -47,6 +59,8 @@ impl fmt::Display for Layout {
             Self::ModelOpt => "ModelOpt NVFP4",
             Self::MlxMxfp4 => "MLX mxfp4",
             Self::MlxNvfp4 => "MLX nvfp4",
+            Self::GgufMxfp4 => "GGUF MXFP4",
+            Self::GgufNvfp4 => "GGUF NVFP4",
         })
     }
 }
@@ -61,7 +75,7 @@ pub(super) struct Found {
     pub used: Vec<String>,
 }
 
-/// The weight `[N, K]` of a linear layer, in FP4 or floating point.
+/// The weight `[N, K]` of a linear layer, in FP4, floating point or GGML's integers.
 ///
 /// # Errors
 /// [`Error::Tensor`] names what is missing or malformed, and weights of a kind that is not implemented.
@@ -84,16 +98,26 @@ fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
             let (tensor, layout) = read(&siblings, shape)?;
             (tensor.into(), Some(layout))
         }
-        None => {
-            let Named { name, tensor } = siblings.get("weight")?;
-            (tensor.matrix(&name, shape.0, shape.1)?.into(), None)
-        }
+        None => (unpacked(&siblings, shape)?, None),
     };
     Ok(Found {
         weight,
         layout,
         used: siblings.used(),
     })
+}
+
+/// A weight in floating point or GGML's integers, where it lies.
+fn unpacked(siblings: &Siblings<'_>, shape: (usize, usize)) -> Result<Weight> {
+    if siblings.has("scale") {
+        let problem = "a factor beside a weight that is not in FP4, which is not implemented";
+        return Err(siblings.get("scale")?.problem(problem));
+    }
+    if let Some(blocks) = gguf::integers(siblings, shape)? {
+        return Ok(blocks.into());
+    }
+    let Named { name, tensor } = siblings.get("weight")?;
+    Ok(tensor.matrix(&name, shape.0, shape.1)?.into())
 }
 
 /// A tensor of these parts; of shapes checked before only a scale's value can be wrong.
@@ -113,7 +137,9 @@ type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;
 
 /// What reads a layer's codes, if it has any.
 fn reader(siblings: &Siblings<'_>) -> Option<Reader> {
-    if siblings.has("weight_packed") {
+    if let Some(read) = gguf::reader(siblings) {
+        Some(read)
+    } else if siblings.has("weight_packed") {
         Some(compressed::read)
     } else if siblings.is("weight", &[Dtype::U8]) {
         Some(modelopt::read)

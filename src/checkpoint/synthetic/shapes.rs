@@ -1,5 +1,6 @@
 //! The tensors of a `glm4_moe_lite` checkpoint, by its config alone.
 
+use super::Precision;
 use super::source::Content;
 use crate::checkpoint::layout::Entry;
 use crate::fp4::Format;
@@ -7,7 +8,7 @@ use crate::models::glm4_moe_lite::{Config, Layer};
 use safetensors::Dtype;
 
 /// What stands before and after the layers.
-pub(super) fn outside(config: &Config, bf16_head: bool) -> Vec<Tensor> {
+pub(super) fn outside(config: &Config, precision: Precision) -> Vec<Tensor> {
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let tied = config.tie_word_embeddings;
     // As an output head it is to give logits of unit size.
@@ -17,20 +18,20 @@ pub(super) fn outside(config: &Config, bf16_head: bool) -> Vec<Tensor> {
         Tensor::new("model.embed_tokens", Kind::Random { rms }, vec![vocab, hidden]),
         Tensor::norm("model.norm", hidden),
     ];
-    match (tied, bf16_head) {
+    match (tied, precision) {
         (true, _) => {}
-        (false, true) => tensors.push(Tensor::new(
+        (false, Precision::Bf16Head | Precision::Bf16) => tensors.push(Tensor::new(
             "lm_head",
             Kind::Random { rms: unit },
             vec![vocab, hidden],
         )),
-        (false, false) => tensors.push(Tensor::linear("lm_head", vocab, hidden, 1.0)),
+        (false, Precision::Mmfp4) => tensors.push(Tensor::linear("lm_head", vocab, hidden, 1.0)),
     }
     tensors
 }
 
 /// The weights of one layer.
-pub(super) fn layer(config: &Config, index: usize) -> Vec<Tensor> {
+pub(super) fn layer(config: &Config, index: usize, precision: Precision) -> Vec<Tensor> {
     let hidden = config.hidden_size;
     let heads = config.num_attention_heads;
     let head = config.qk_nope_head_dim + config.qk_rope_head_dim;
@@ -39,34 +40,41 @@ pub(super) fn layer(config: &Config, index: usize) -> Vec<Tensor> {
     let added = 1.0 / (2.0 * config.layers.len() as f32).sqrt();
     let name = |part: &str| format!("model.layers.{index}.{part}");
     let attention = |part: &str| name(&format!("self_attn.{part}"));
+    let linear = |module: String, n: usize, k: usize, gain: f32| match precision {
+        Precision::Mmfp4 | Precision::Bf16Head => Tensor::linear(module, n, k, gain),
+        Precision::Bf16 => {
+            let rms = gain / (k as f32).sqrt();
+            Tensor::new(module, Kind::Random { rms }, vec![n, k])
+        }
+    };
     let (latent, value) = (config.kv_lora_rank, config.v_head_dim);
     let mut tensors = vec![
         Tensor::norm(name("input_layernorm"), hidden),
         Tensor::norm(name("post_attention_layernorm"), hidden),
-        Tensor::linear(attention("kv_a_proj_with_mqa"), config.cache_width(), hidden, 1.0),
+        linear(attention("kv_a_proj_with_mqa"), config.cache_width(), hidden, 1.0),
         Tensor::norm(attention("kv_a_layernorm"), latent),
-        Tensor::linear(
+        linear(
             attention("kv_b_proj"),
             heads * (config.qk_nope_head_dim + value),
             latent,
             1.0,
         ),
-        Tensor::linear(attention("o_proj"), hidden, heads * value, added),
+        linear(attention("o_proj"), hidden, heads * value, added),
     ];
     match config.q_lora_rank {
-        None => tensors.push(Tensor::linear(attention("q_proj"), heads * head, hidden, 1.0)),
+        None => tensors.push(linear(attention("q_proj"), heads * head, hidden, 1.0)),
         Some(rank) => tensors.extend([
-            Tensor::linear(attention("q_a_proj"), rank, hidden, 1.0),
+            linear(attention("q_a_proj"), rank, hidden, 1.0),
             Tensor::norm(attention("q_a_layernorm"), rank),
-            Tensor::linear(attention("q_b_proj"), heads * head, rank, 1.0),
+            linear(attention("q_b_proj"), heads * head, rank, 1.0),
         ]),
     }
     let mut mlp = |module: &str, width: usize| {
         let part = |part: &str| name(&format!("{module}.{part}"));
         tensors.extend([
-            Tensor::linear(part("gate_proj"), width, hidden, 1.0),
-            Tensor::linear(part("up_proj"), width, hidden, 1.0),
-            Tensor::linear(part("down_proj"), hidden, width, added),
+            linear(part("gate_proj"), width, hidden, 1.0),
+            linear(part("up_proj"), width, hidden, 1.0),
+            linear(part("down_proj"), hidden, width, added),
         ]);
     };
     if config.layers[index] == Layer::Dense {

@@ -41,7 +41,7 @@ pub(super) unsafe fn decode_row<S: Simd>(
                 }
             }
         }
-        Weight::Dense(_) => return weight.decode_row_part(n, start, row),
+        Weight::Dense(_) | Weight::Blocks(_) => return weight.decode_row_part(n, start, row),
         Weight::Int8(tensor) => {
             for (i, row) in row.chunks_exact_mut(span).enumerate() {
                 // SAFETY: the instructions are the caller's promise; `row` is two registers long.

@@ -71,10 +71,14 @@ unsafe fn few<S: Simd, const M: usize>(
     scratch: &mut Scratch,
 ) {
     let (k, span) = (weight.shape().1, 2 * S::LANES);
-    if let Weight::Dense(tensor) = weight
-        && tensor.kind() != FloatKind::BF16
-    {
+    let by_rows = match weight {
         // Rare among large weights: not worth loops of its own.
+        Weight::Dense(tensor) => tensor.kind() != FloatKind::BF16,
+        // Candle's block types decode a row.
+        Weight::Blocks(_) => true,
+        Weight::Fp4(_) | Weight::Int8(_) => false,
+    };
+    if by_rows {
         let row = sized(&mut scratch.weights, k);
         for (r, n) in rows.enumerate() {
             weight.decode_row_part(n, 0, row);
@@ -137,6 +141,7 @@ unsafe fn few<S: Simd, const M: usize>(
                     }
                 }
             }
+            Weight::Blocks(_) => unreachable!("decoded by rows above"),
             Weight::Int8(tensor) => {
                 for i in 0..whole {
                     // SAFETY: the instructions are the caller's promise.

@@ -1,5 +1,6 @@
 //! Each kind of kernel, on small inputs, beside the plain reference.
 
+mod append;
 mod attention;
 mod experts;
 mod paged;
@@ -23,7 +24,7 @@ struct Family {
     ours: bool,
 }
 
-const FAMILIES: [Family; 17] = [
+const FAMILIES: [Family; 18] = [
     ours("linear", products::linear),
     ours("linear, floating point", products::dense),
     ours("joined linear", products::joined),
@@ -40,6 +41,7 @@ const FAMILIES: [Family; 17] = [
     ours("latent rows", rows::latent),
     ours("paged attention", paged::attention),
     ours("tokens of a paged cache", paged::gather),
+    ours("storing in a paged cache", append::append),
     Family {
         name: "attention",
         compare: attention::attention,

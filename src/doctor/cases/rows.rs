@@ -6,8 +6,8 @@ use crate::cpu::{HeadView, Pairing, reference};
 use crate::ops::{Add, LatentRows, RmsNorm, Rope, add_norm};
 use candle_core::{DType, Tensor};
 
-const EPS: f64 = 1e-5;
-const PAIRINGS: [Pairing; 2] = [Pairing::Interleaved, Pairing::Halves];
+pub(super) const EPS: f64 = 1e-5;
+pub(super) const PAIRINGS: [Pairing; 2] = [Pairing::Interleaved, Pairing::Halves];
 
 /// The norm alone, and with the sum before it.
 pub(super) fn norm(bench: &mut Bench<'_>) -> Result<()> {
@@ -96,13 +96,13 @@ pub(super) fn latent(bench: &mut Bench<'_>) -> Result<()> {
 }
 
 /// Cosines and sines; any numbers do.
-fn angles(bench: &mut Bench<'_>, rows: usize, pairs: usize) -> Result<(Tensor, Tensor)> {
+pub(super) fn angles(bench: &mut Bench<'_>, rows: usize, pairs: usize) -> Result<(Tensor, Tensor)> {
     let mut values = || bench.tensor(&[rows, pairs], DType::F32);
     Ok((values()?, values()?))
 }
 
 /// `[tokens, heads, width]`, turned by the reference.
-fn turned(pairing: Pairing, x: &Tensor, (cos, sin): (&Tensor, &Tensor)) -> Result<Vec<f32>> {
+pub(super) fn turned(pairing: Pairing, x: &Tensor, (cos, sin): (&Tensor, &Tensor)) -> Result<Vec<f32>> {
     let (tokens, heads, width) = x.dims3()?;
     let values = to_f32(x)?;
     let view = HeadView {

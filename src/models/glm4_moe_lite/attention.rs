@@ -11,7 +11,6 @@
 //!
 //! where `W = 2·H·(nope + v)·kv_lora`.
 
-use crate::Result;
 use crate::checkpoint::Loader;
 use crate::fp4::Weight;
 use crate::models::glm4_moe_lite::Config;
@@ -19,6 +18,7 @@ use crate::models::glm4_moe_lite::latent_heads::LatentHeads;
 use crate::models::observe::Trace;
 use crate::nn::{Angles, MmfP4Linear, RmsNorm};
 use crate::ops::{self, JoinedLinear, LatentRows, NormedLinear};
+use crate::{Error, Result};
 use candle_core::{D, Module, Tensor};
 
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
@@ -152,6 +152,17 @@ impl Attention {
         })
     }
 
+    /// Refuses what a device that runs launch plans has no kernel for: at the first token that would be late.
+    pub fn check_kernels(&self, prefix: &str) -> Result<()> {
+        let mut weights = self.weights().into_iter();
+        if weights.any(|weight| matches!(weight, Weight::Blocks(_))) {
+            let problem = "Metal kernels take weights in FP4 or floating point, not in integer blocks: quantise them while \
+                           loading (--quantize mmfp4), or compute on the CPU (--device cpu)";
+            return Err(Error::tensor(prefix, None, problem));
+        }
+        Ok(())
+    }
+
     pub fn weights(&self) -> Vec<&Weight> {
         let input = self.input.parts().iter().map(ops::Linear::weight);
         let all = input.chain(self.linears().map(ops::Linear::weight));
@@ -277,7 +288,23 @@ impl Attention {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::{Checkpoint, LoadOptions, ModelFiles};
     use crate::models::glm4_moe_lite::config::tests_support::flash;
+
+    #[test]
+    fn integers_are_refused_where_kernels_run() {
+        for (name, refused) in [("mxfp4", false), ("q4_k_m", true)] {
+            let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/gguf");
+            let files = ModelFiles::folder(format!("{folder}/{name}.gguf"));
+            let config = Config::from_files(&files).unwrap();
+            let checkpoint = Checkpoint::from_files(&files).unwrap();
+            let options = LoadOptions::default();
+            let loader = Loader::new(&checkpoint, &options, config.layers.len()).unwrap();
+            let attention = Attention::load(&loader, "model.layers.0.self_attn", &config).unwrap();
+            let checked = attention.check_kernels("model.layers.0.self_attn");
+            assert_eq!(checked.is_err(), refused, "{name}");
+        }
+    }
 
     #[test]
     fn decode_absorbs_and_long_prefill_materialises() {

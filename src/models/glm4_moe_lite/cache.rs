@@ -23,6 +23,7 @@ const BATCH: usize = 65_536;
 /// Any number of sequences in the cache of a user's choice: in [blocks](PagedKvCache) that they share, or each in a
 /// [contiguous cache](TokenCache) of its own. Made by [`Model::new_kv_cache`], run by [`Model::forward_cached`].
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has one of them")]
 pub enum Cache {
     /// Blocks.
     Paged(PagedKvCache),

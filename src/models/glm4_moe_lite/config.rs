@@ -1,6 +1,6 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
-use crate::checkpoint::{ModelFiles, check_config};
+use crate::checkpoint::{ModelFiles, check_config, gguf_config};
 use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
@@ -86,12 +86,26 @@ impl Config {
         Self::parse(&bytes, path)
     }
 
-    /// Reads the `config.json` of a model.
+    /// Reads the `config.json` of a model or, where its weights are GGUF files, what these say of it.
     ///
     /// # Errors
     /// As [`from_file`](Self::from_file).
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
         files.check()?;
+        if files.is_gguf() {
+            let (config, path) = gguf_config(files)?;
+            return Self::from_json(&config).map_err(|error| match error {
+                Error::Config {
+                    field,
+                    value,
+                    problem,
+                } => {
+                    let problem = format!("its metadata, as a config.json, say {field} = {value}: {problem}");
+                    Error::file(path, problem, "take a GGUF file of GLM-4.7-Flash")
+                }
+                other => other,
+            });
+        }
         Self::parse(&files.read("config.json")?, &files.path("config.json"))
     }
 

@@ -94,12 +94,14 @@ impl Model {
         for (index, kind) in config.layers.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{index}.{part}");
             let feed_forward = FeedForward::load(&loader, &name("mlp"), *kind, &config)?;
+            let attention = Attention::load(&loader, &name("self_attn"), &config)?;
             if by_kernels {
                 feed_forward.check_kernels(&name("mlp"))?;
+                attention.check_kernels(&name("self_attn"))?;
             }
             layers.push(DecoderLayer {
                 input_norm: loader.rms_norm(&name("input_layernorm"), hidden, eps)?,
-                attention: Attention::load(&loader, &name("self_attn"), &config)?,
+                attention,
                 post_attention_norm: loader.rms_norm(&name("post_attention_layernorm"), hidden, eps)?,
                 feed_forward,
             });
@@ -237,21 +239,22 @@ fn check_memory(
     dtype: DType,
 ) -> Result<()> {
     let cache = cache_bytes(config, options, dtype)?;
+    let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
     #[cfg(target_os = "macos")]
     if let Device::Metal(device) = device {
-        let needed = weights_needed(config, checkpoint, options).saturating_add(cache);
         return crate::metal::device::check_memory(device, needed);
     }
-    if options.kv_size.is_some() {
-        let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
-        return nn::check_cache_memory(cache, row, device);
+    let _ = needed;
+    match options.kv_size {
+        None => Ok(()),
+        Some(_) => {
+            let row = cache_bytes_per_token(config, options.kv_cache, dtype)?;
+            nn::check_cache_memory(cache, row, device)
+        }
     }
-    let _ = checkpoint;
-    Ok(())
 }
 
 /// Bytes of the weights at least.
-#[cfg(any(target_os = "macos", test))]
 fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
     match options.quantize {

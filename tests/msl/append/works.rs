@@ -94,6 +94,16 @@ fn of_heads() -> Vec<Heads> {
             ..plain
         },
         Heads {
+            format: CacheFormat::fp4(),
+            numbers: Numbers::Ties,
+            ..plain
+        },
+        Heads {
+            format: CacheFormat::fp4(),
+            numbers: Numbers::Extreme,
+            ..plain
+        },
+        Heads {
             format: CacheFormat::Fp8,
             numbers: Numbers::Extreme,
             ..plain

@@ -2,6 +2,7 @@
 //!
 //! Each family of kernels adds its ops here, their operands' roles, and a reference to `tools/gpu-check/references.py`.
 
+mod append;
 mod linear;
 mod moe;
 mod norm_rope;
@@ -22,14 +23,15 @@ fn gpu_works() {
     let usual = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/gpu-check");
     let folder = std::env::var_os("MMFP4_GPU_WORKS").map_or(usual, Into::into);
     std::fs::create_dir_all(&folder).unwrap();
-    let works = [
+    let families = [
         linear::fp4(),
         linear::dense(),
         moe::works(),
         norm_rope::works(),
+        append::works(),
         paged::works(),
-    ]
-    .concat();
+    ];
+    let works = families.concat();
     std::fs::write(folder.join("works.json"), serde_json::to_string(&works).unwrap()).unwrap();
     let missing = unlaunched(&works);
     println!("{} works; kernels in none: {missing:?}", works.len());

@@ -18,7 +18,7 @@ pub fn works() -> Vec<Value> {
     works
 }
 
-fn norm_of(d: usize) -> RmsNorm {
+pub fn norm_of(d: usize) -> RmsNorm {
     RmsNorm::new(vec![1.0; d], EPS).unwrap()
 }
 
@@ -52,20 +52,20 @@ fn sum(dtype: DType, m: usize) -> Value {
 }
 
 /// The rotary parts of queries, where they lie behind the others.
-fn queries(dtype: DType, m: usize) -> Tensor {
+pub fn queries(dtype: DType, m: usize) -> Tensor {
     zeros(&[m, HEADS, NOPE + ROPE], dtype)
         .narrow(2, NOPE, ROPE)
         .unwrap()
 }
 
 /// Latents and rotary keys, where they lie behind q_a's output.
-fn kv(dtype: DType, m: usize) -> Tensor {
+pub fn kv(dtype: DType, m: usize) -> Tensor {
     zeros(&[m, 768 + LATENT + ROPE], dtype)
         .narrow(1, 768, LATENT + ROPE)
         .unwrap()
 }
 
-fn angles(m: usize) -> [Tensor; 2] {
+pub fn angles(m: usize) -> [Tensor; 2] {
     [
         zeros(&[m, ROPE / 2], DType::F32),
         zeros(&[m, ROPE / 2], DType::F32),

@@ -2,13 +2,11 @@
 
 use super::record::Op;
 use super::{DTYPES, F16, HEADS, LATENT, ROPE, zeros};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::cpu::PagedSequence;
 use candle_mmfp4::kv::{CacheFormat, Encoding, RowKind, RowLayout, ScaleGroup};
-use candle_mmfp4::metal::host::Host;
 use candle_mmfp4::ops::{PagedAttention, PagedBatch, gather_paged};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 const FORMATS: [CacheFormat; 5] = [
     CacheFormat::BF16,
@@ -51,33 +49,21 @@ pub fn works() -> Vec<Value> {
     works
 }
 
-/// A sequence's blocks, in no order.
-fn table(layout: &RowLayout, len: usize) -> Vec<u32> {
+/// A pool, and the batch of a sequence of `len` tokens, of which `m` are new.
+fn pool_and_batch(layout: &RowLayout, m: usize, len: usize) -> (Tensor, PagedBatch) {
     let blocks = len.div_ceil(layout.block_tokens());
-    // A step that shares no factor with them.
-    (0..blocks).map(|i| ((i * 7919 + 5) % blocks) as u32).collect()
-}
-
-/// The batch of a sequence of `len` tokens, of which `m` are new, and its copy for a device in bytes.
-fn batch(layout: &RowLayout, table: &[u32], m: usize, len: usize) -> (PagedBatch, Vec<u8>) {
+    // In no order: by a step that shares no factor with them.
+    let table: Vec<_> = (0..blocks).map(|i| ((i * 7919 + 5) % blocks) as u32).collect();
     let sequence = PagedSequence {
-        table,
+        table: &table,
         len,
         queries: m,
     };
-    let new = || PagedBatch::new(&[sequence], layout.block_tokens(), &Device::Cpu).unwrap();
-    let batch = Arc::new(Host::recorder(false)).install(new);
-    let slots = batch.slots().as_slice();
-    let positions = len - m..len;
-    let words = (slots.iter().copied())
-        .chain(positions.map(|at| at as u32))
-        .chain(std::iter::repeat_n(3 * m as u32, m))
-        .chain(table.iter().copied());
-    let bytes = words.flat_map(u32::to_le_bytes).collect();
-    (batch, bytes)
+    let batch = PagedBatch::new(&[sequence], layout.block_tokens(), &Device::Cpu).unwrap();
+    (zeros(&[layout.pool_bytes(blocks).unwrap()], DType::U8), batch)
 }
 
-fn op(name: &str, op: &'static str, layout: &RowLayout, dtype: DType, m: usize, index: Vec<u8>) -> Op {
+fn op(name: &str, op: &'static str, layout: &RowLayout, dtype: DType, m: usize) -> Op {
     let parts: Vec<_> = layout
         .parts()
         .iter()
@@ -110,19 +96,12 @@ fn op(name: &str, op: &'static str, layout: &RowLayout, dtype: DType, m: usize, 
         RowKind::Latent { .. } => json!(0),
         RowKind::Heads { kv_heads, .. } => json!(kv_heads),
     };
-    Op::new(&format!("{name}, {}", layout.format()), op, dtype, m)
-        .contents("index", index)
-        .meta(
-            json!({"parts": parts, "block": [layout.block_tokens(), layout.block_bytes()], "kv_heads": kind}),
-        )
+    Op::new(&format!("{name}, {}", layout.format()), op, dtype, m).meta(
+        json!({"parts": parts, "block": [layout.block_tokens(), layout.block_bytes()], "kv_heads": kind}),
+    )
 }
 
 fn attention(layout: &RowLayout, heads: usize, dtype: DType, m: usize, len: usize) -> Value {
-    let (table, pool) = (
-        table(layout, len),
-        len.next_multiple_of(layout.block_tokens()) * layout.row_bytes(),
-    );
-    let (batch, index) = batch(layout, &table, m, len);
     let (name, roles, widths) = match layout.kind() {
         RowKind::Latent { latent, rope } => (
             format!("paged attention, {heads} heads over latents of {latent}"),
@@ -149,34 +128,26 @@ fn attention(layout: &RowLayout, heads: usize, dtype: DType, m: usize, len: usiz
         layout,
         dtype,
         m,
-        index,
     )
     .roles(&roles)
     .meta(json!({"heads": heads, "scale": scale}))
     .record(|| {
+        let (pool, batch) = pool_and_batch(layout, m, len);
         let parts: Vec<_> = queries.iter().collect();
-        Ok(attend.forward(&parts, &zeros(&[pool], DType::U8), &batch)?)
+        Ok(attend.forward(&parts, &pool, &batch)?)
     })
 }
 
 fn gather(layout: &RowLayout, dtype: DType) -> Value {
-    let (table, pool) = (table(layout, DEEP), DEEP * layout.row_bytes());
-    let (batch, index) = batch(layout, &table, 1, DEEP);
     let name = match layout.kind() {
         RowKind::Latent { .. } => "tokens of latents gathered",
         RowKind::Heads { .. } => "tokens of heads gathered",
     };
-    op(name, "gather_paged", layout, dtype, 1, index)
+    op(name, "gather_paged", layout, dtype, 1)
         .roles(&["pool", "index", "y"])
         .meta(json!({"positions": [5, DEEP]}))
         .record(|| {
-            Ok(gather_paged(
-                layout,
-                &zeros(&[pool], DType::U8),
-                &batch,
-                0,
-                5..DEEP,
-                dtype,
-            )?)
+            let (pool, batch) = pool_and_batch(layout, 1, DEEP);
+            Ok(gather_paged(layout, &pool, &batch, 0, 5..DEEP, dtype)?)
         })
 }

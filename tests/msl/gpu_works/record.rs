@@ -23,8 +23,8 @@ pub struct Op {
     pub meta: Map<String, Value>,
     /// Of its plan's operands, in order; those behind are scratch.
     pub roles: Vec<String>,
-    /// What is in operands of which that matters, by their role.
-    pub contents: Map<String, Value>,
+    /// Of experts, the table of where they are: it matters what is in it.
+    pub places: Vec<u8>,
 }
 
 impl Op {
@@ -36,7 +36,7 @@ impl Op {
             m,
             meta: Map::new(),
             roles: Vec::new(),
-            contents: Map::new(),
+            places: Vec::new(),
         }
     }
 
@@ -62,16 +62,11 @@ impl Op {
     }
 
     /// With the table that these experts have.
-    pub fn places(self, routed: &[Expert], shared: &[Expert]) -> Self {
+    pub fn places(mut self, routed: &[Expert], shared: &[Expert]) -> Self {
         let stack = Stack::of(routed, shared)
             .unwrap()
             .expect("experts that kernels take");
-        self.contents("places", stack.bytes()[2].to_vec())
-    }
-
-    /// With an operand that holds this.
-    pub fn contents(mut self, role: &str, bytes: Vec<u8>) -> Self {
-        self.contents.insert(role.into(), hex(&bytes).into());
+        self.places = stack.bytes()[2].to_vec();
         self
     }
 
@@ -83,7 +78,8 @@ impl Op {
 
     /// Its launches and operands.
     pub fn record<T>(self, forward: impl FnOnce() -> candle_core::Result<T>) -> Value {
-        let host = Arc::new(Host::recorder(false));
+        // Where tokens lie matters, and is in an operand; of the others only the size does.
+        let host = Arc::new(Host::recorder(self.roles.iter().any(|role| role == "index")));
         host.install(forward).unwrap();
         let [recorded] = host.recorded().try_into().expect("one plan");
         let name = format!("{}, {}, {}", self.name, self.dtype.as_str(), self.m);
@@ -116,10 +112,12 @@ impl Op {
             "len": operand.len,
             "weight": part.is_some_and(|part| ["codes", "scales", "w"].contains(&part)),
         });
-        if let Some(contents) = self.contents.get(role) {
-            let held = contents.as_str().map(str::len);
-            assert_eq!(held, Some(2 * operand.len), "{}: {role}", self.name);
-            described["contents"] = contents.clone();
+        if role == "index" {
+            described["contents"] = hex(&operand.bytes).into();
+        }
+        if role == "places" {
+            assert_eq!(operand.len, self.places.len(), "{}: the table", self.name);
+            described["contents"] = hex(&self.places).into();
         }
         described
     }

@@ -1,41 +1,37 @@
 //! Whether a test fits in memory: better refused with the numbers than ended by the system, or measured while it swaps.
 
-use super::{Kind, Test};
+use super::test::Test;
 use candle_mmfp4::checkpoint::LoadOptions;
 use candle_mmfp4::generation::Options;
 use candle_mmfp4::models::glm4_moe_lite::Config;
 use candle_mmfp4::nn::CacheSize;
 
-/// Bytes of a number in activations.
+/// Bytes of a number in activations and in a contiguous cache.
 const FLOAT: u64 = 4;
 
 /// What a test takes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// Tokens the cache will hold.
-    pub tokens: usize,
     weights: u64,
     cache: u64,
     activations: u64,
 }
 
 impl Needs {
-    /// The cache is as large as was said, or as the test needs; `stored` is the bytes of the checkpoint's tensors; those of weights quantised or rounded while loading come on
-    /// top.
+    /// With a cache of this size. `stored` is the bytes of the checkpoint's tensors; those of weights quantised or rounded
+    /// while loading come on top.
+    ///
+    /// # Errors
+    /// Those of a cache whose format does not take the model's widths.
     pub fn of(
         config: &Config,
         stored: u64,
         load: &LoadOptions,
         test: &Test,
-        cache: Option<CacheSize>,
-    ) -> anyhow::Result<Self> {
-        let tokens = test.depth.saturating_add(match test.kind {
-            // A prompt of one token and what follows it, a few times.
-            Kind::Latency => 2,
-            Kind::Prompt | Kind::Decode => test.tokens,
-        });
-        let total = tokens as u64;
-        let pass = tokens.min(Options::default().prefill_chunk) as u64;
+        cache: CacheSize,
+    ) -> candle_mmfp4::Result<Self> {
+        let total = test.longest() as u64;
+        let pass = test.longest().min(Options::default().prefill_chunk) as u64;
         let of = |size: usize| size as u64;
         let heads = of(config.num_attention_heads);
         let head = of(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim);
@@ -54,13 +50,12 @@ impl Needs {
         let head = of(config.vocab_size) * of(config.hidden_size).div_ceil(128) * (128 + FLOAT);
         let head = if load.int8_head { head } else { 0 };
         let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
-        let row = test.kv_cache.latent_bytes(latent, rope, size_of::<f32>())?;
+        let row = of(config.layers.len()) * of(test.cache.latent_bytes(latent, rope, FLOAT as usize)?);
         Ok(Self {
-            tokens,
             weights: stored.saturating_add(quantized).saturating_add(head),
             cache: match cache {
-                Some(CacheSize::Bytes(bytes)) => bytes,
-                _ => (of(config.layers.len()) * of(row)).saturating_mul(total),
+                CacheSize::Bytes(bytes) => bytes,
+                CacheSize::Tokens(tokens) => row.saturating_mul(of(tokens)),
             },
             activations: attention
                 .saturating_add(layer)
@@ -91,31 +86,34 @@ impl Needs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::test::Kind;
     use candle_mmfp4::checkpoint::Synthetic;
     use candle_mmfp4::fp4::Format;
-    use candle_mmfp4::kv::CacheKind;
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_numbers() {
         let full: Synthetic = "glm-4.7-flash".parse().unwrap();
         let stored = full.size_in_bytes();
-        let test = |kind, tokens, depth| Test {
+        let test = |kind, tokens, depth, cache: &str| Test {
             kind,
             tokens,
-            depth,
-            kv_cache: CacheKind::Contiguous,
+            depths: vec![depth],
+            cache: cache.parse().unwrap(),
         };
         let as_it_is = LoadOptions::default();
-        let needs = |test: &Test| Needs::of(full.config(), stored, &as_it_is, test, None).unwrap();
-        let decode = test(Kind::Decode, 24, 1000);
+        let of = |options: &LoadOptions, test: &Test, size| {
+            Needs::of(full.config(), stored, options, test, size).unwrap()
+        };
+        let needs = |test: &Test| of(&as_it_is, test, CacheSize::Tokens(test.room()));
+        let decode = test(Kind::Decode, 24, 1000, "contiguous");
         let Needs {
-            tokens,
-            cache,
-            activations,
-            ..
+            cache, activations, ..
         } = needs(&decode);
         // 106 KiB a token, as docs/troubleshooting.md says.
-        assert_eq!((tokens, cache), (1024, 1024 * 47 * 576 * 4));
+        assert_eq!(cache, 1024 * 47 * 576 * 4);
+        let paged = test(Kind::Decode, 24, 1000, "fp4");
+        assert_eq!(needs(&paged).cache, (1024 + 24 + 48) * 47 * 416);
+        assert_eq!(of(&as_it_is, &paged, CacheSize::Bytes(7)).cache, 7);
         assert!((16 << 20..1 << 30).contains(&activations), "{activations}");
         assert!(
             needs(&decode)
@@ -135,13 +133,6 @@ mod tests {
         ] {
             assert!(error.contains(part), "{error}");
         }
-        let fp4 = Test {
-            kv_cache: "fp4".parse().unwrap(),
-            ..decode
-        };
-        assert_eq!(needs(&fp4).cache, 1024 * 47 * 416);
-        let sized = Needs::of(full.config(), stored, &as_it_is, &fp4, Some(CacheSize::Bytes(7)));
-        assert_eq!(sized.unwrap().cache, 7);
         let quantizing = LoadOptions {
             quantize: Some(Format::mmfp4()),
             ..LoadOptions::default()
@@ -151,11 +142,11 @@ mod tests {
             ..LoadOptions::default()
         };
         for options in [quantizing, rounding] {
-            let more = Needs::of(full.config(), stored, &options, &decode, None).unwrap();
+            let more = of(&options, &decode, CacheSize::Tokens(decode.room()));
             assert!(more.check(&decode, Some(stored + cache + activations)).is_err());
         }
         // Beyond any machine, and no overflow.
-        let absurd = test(Kind::Prompt, usize::MAX, usize::MAX);
+        let absurd = test(Kind::Prompt, usize::MAX, usize::MAX, "fp8");
         assert!(needs(&absurd).check(&absurd, Some(1 << 50)).is_err());
     }
 }

@@ -12,11 +12,50 @@ pub fn table(rows: &[Row]) -> String {
         "private", "",
     ];
     let lines: Vec<_> = rows.iter().map(line).collect();
+    heading(rows) + &columns(head, &lines)
+}
+
+/// Generation by depth, beside depth 0 and beside what the machine allows; `None` where no row tells it.
+pub fn depths(rows: &[Row]) -> Option<String> {
+    let head = [
+        "cache",
+        "depth",
+        "tokens/s",
+        "of depth 0",
+        "cache MB",
+        "ms",
+        "bound ms",
+        "÷ bound",
+        "",
+    ];
+    let show =
+        |value: Option<f64>, digits: usize| value.map_or(String::new(), |value| format!("{value:.digits$}"));
+    let line = |row: &Row| {
+        let of_depth_0 = row.of_depth_0?;
+        Some([
+            row.kv_cache.clone(),
+            row.depth.to_string(),
+            format!("{:.1}", row.tokens_per_s),
+            format!("{of_depth_0:.2}"),
+            format!("{:.1}", row.cache_bytes as f64 / 1e6),
+            format!("{:.1}", row.latency_ms),
+            show(row.bound_ms, 1),
+            show(row.of_bound, 2),
+            noisy(row),
+        ])
+    };
+    let lines: Vec<_> = rows.iter().filter_map(line).collect();
+    let deep = rows.iter().any(|row| row.of_depth_0.is_some() && row.depth > 0);
+    deep.then(|| columns(head, &lines).trim_start().to_string())
+}
+
+/// Lines below a head, a new one each, the first column to the left and the others to the right.
+fn columns<const N: usize>(head: [&str; N], lines: &[[String; N]]) -> String {
     let all = || std::iter::once(head.map(String::from)).chain(lines.iter().cloned());
-    let widths: Vec<_> = (0..head.len())
+    let widths: Vec<_> = (0..N)
         .map(|column| all().map(|line| line[column].chars().count()).max().unwrap_or(0))
         .collect();
-    let mut text = heading(rows);
+    let mut text = String::new();
     for line in all() {
         let mut row = String::new();
         for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
@@ -58,6 +97,10 @@ pub fn name(row: &Row) -> String {
     }
 }
 
+fn noisy(row: &Row) -> String {
+    if row.noisy { "noisy" } else { "" }.into()
+}
+
 fn line(row: &Row) -> [String; 12] {
     let tokens = row.prompt_tokens + row.generated_tokens;
     let show = |value: f64, digits: usize| format!("{value:.digits$}");
@@ -80,7 +123,7 @@ fn line(row: &Row) -> [String; 12] {
         rate(percent(row.share_of_bandwidth)),
         mib(row.peak_memory_bytes),
         mib(row.private_memory_bytes),
-        if row.noisy { "noisy" } else { "" }.into(),
+        noisy(row),
     ]
 }
 

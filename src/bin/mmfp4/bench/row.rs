@@ -40,6 +40,15 @@ pub struct Row {
     pub bandwidth_spread: f64,
     pub share_of_bandwidth: f64,
     pub noisy: bool,
+    /// Its speed as a share of that at depth 0, both measured in turn.
+    pub of_depth_0: Option<f64>,
+    /// Products of floats, measured like the bandwidth, and what attention takes of them; on the CPU.
+    pub float_peak_gop_s: Option<f64>,
+    /// What a repetition takes at least: as long as at depth 0, and the larger of what the cache's bytes and what
+    /// attention's products take at the machine's limits.
+    pub bound_ms: Option<f64>,
+    /// The median of a repetition's time, by that.
+    pub of_bound: Option<f64>,
     /// With the pages of mapped files; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Without them.
@@ -51,27 +60,6 @@ pub struct Row {
     /// Of one more repetition, where it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileReport>,
-}
-
-/// What is written as its name and read back from it.
-pub mod by_name {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use std::fmt::Display;
-    use std::str::FromStr;
-
-    pub fn serialize<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(value)
-    }
-
-    pub fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-    where
-        D: Deserializer<'de>,
-        T: FromStr<Err: Display>,
-    {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
-    }
 }
 
 /// What all rows of a report share.

@@ -1,0 +1,215 @@
+//! Writing FP4 checkpoints.
+
+mod config;
+mod plan;
+mod resume;
+mod shard;
+
+use super::disk;
+use super::layout::{self, write_index, write_json};
+use super::layouts::Layout;
+use super::report::{Kept, Tally};
+use super::safetensors::Checkpoint;
+use crate::fp4::{Format, ScaleKind, ScaleRule};
+use crate::{Error, Result};
+use plan::Plan;
+use resume::Partial;
+use std::fmt;
+use std::path::Path;
+
+pub(super) use plan::is_linear;
+
+/// How to quantise a checkpoint, and how to lay it out.
+#[derive(Debug, Clone)]
+pub struct QuantizeOptions {
+    /// What linear layers become, and whose layout the folder has: Marlin's for F16 scales (MMFP4), that of
+    /// compressed-tensors, which vLLM and SGLang serve, for [`Format::nvfp4`] and [`Format::mxfp4`].
+    pub format: Format,
+    /// How scales are chosen.
+    pub rule: ScaleRule,
+    /// Decoder layers that stay in floating point, counted from 0 or, if negative, from the end.
+    pub skip_layers: Vec<i64>,
+    /// Weights that stay in floating point, as [`LoadOptions::keep`](super::LoadOptions::keep) names them.
+    pub keep: Vec<String>,
+    /// The most bytes of tensors in a file, whole layers aside: 2 GB. A file is also what is lost where a process is
+    /// killed.
+    pub shard_bytes: usize,
+    /// What `config.json` calls the source; the name of its folder where there is none.
+    pub source: Option<String>,
+}
+
+impl QuantizeOptions {
+    /// To this format, with scales of least squared error, and nothing kept but what always is.
+    pub fn new(format: Format) -> Self {
+        Self {
+            format,
+            rule: ScaleRule::default(),
+            skip_layers: Vec::new(),
+            keep: Vec::new(),
+            shard_bytes: 2_000_000_000,
+            source: None,
+        }
+    }
+
+    fn layout(&self) -> Result<Layout> {
+        self.format.check("quantize")?;
+        match self.format {
+            format if format.kind == ScaleKind::F16 => Ok(Layout::Marlin),
+            format if format == Format::nvfp4() => Ok(Layout::CompressedNvfp4),
+            format if format == Format::mxfp4() => Ok(Layout::CompressedMxfp4),
+            Format { group, kind } => Err(Error::argument(
+                "quantize",
+                "format",
+                "F16 scales (mmfp4), E4M3 ones every 16 (nvfp4) or E8M0 ones every 32 (mxfp4)",
+                format!("{kind:?} every {group}"),
+            )),
+        }
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct QuantizeReport {
+    /// Files of tensors.
+    pub shards: usize,
+    /// Those of them that an earlier, interrupted run had finished.
+    pub resumed: usize,
+    /// Weights in four bits.
+    pub quantized: Tally,
+    /// Tensors that are as they were.
+    pub copied: Tally,
+    /// Linear layers' weights that are among these because of the options, or because they could not be quantised.
+    pub kept: Vec<Kept>,
+    /// Options without effect.
+    pub warnings: Vec<String>,
+}
+
+impl fmt::Display for QuantizeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = |bytes: usize| bytes as f64 / 1e6;
+        write!(
+            f,
+            "{} weights in 4 bits ({:.1} MB), {} tensors as they were ({:.1} MB), files: {}",
+            self.quantized.tensors,
+            megabytes(self.quantized.bytes),
+            self.copied.tensors,
+            megabytes(self.copied.bytes),
+            self.shards
+        )?;
+        if self.resumed > 0 {
+            write!(f, ", {} of which were finished before", self.resumed)?;
+        }
+        super::report::write_kept(f, &self.kept)?;
+        for warning in &self.warnings {
+            write!(f, "\nwarning: {warning}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Quantises the linear layers of a `glm4_moe_lite` folder and writes a whole model folder: weights, index, tokenizer,
+/// template, and a `config.json` whose `quantization_config` says what was done.
+///
+/// Embeddings, output head, routers, norms and biases stay as they are, as do weights whose K is not a multiple of
+/// `options.format.group`. Where the layout is compressed-tensors', matrices that servers multiply as one (gate and up;
+/// q_a and kv_a) share one factor, and have to be quantised both or neither, as the experts of a layer all or none.
+///
+/// Tensors go one by one from the source's map to the file: besides headers, the codes and scales of one matrix (12 MB for
+/// the largest of GLM-4.7-Flash) and 64 KiB a thread are held in memory, whatever the size of the checkpoint. Layers lie
+/// in the order of their numbers, each with its experts contiguous in one file; data begins at a multiple of 16 KiB and
+/// tensors at 16 bytes. The result is the same byte for byte each time, whatever the number of threads.
+///
+/// `progress` is told the source's bytes that are done, and all of them.
+///
+/// The folder appears whole or not at all; until then its name ends in `.partial`. Where a process was interrupted after it
+/// had finished files, the same call continues: a file is kept if it has the header that it should have and the hash that
+/// was noted when it was finished, and if the source (its config, its files' sizes and times of change, and pages of each
+/// tensor are compared) and the options are the same; all else that is there is removed.
+///
+/// # Errors
+/// [`Error::Argument`] for a format without a layout and for options that make no sense; [`Error::File`] for a source that
+/// is quantised already or has nothing to quantise, a target that is there, and a folder that another process is writing;
+/// [`Error::DiskSpace`], [`Error::Io`]; [`Error::Tensor`] for a source that is malformed; those of
+/// [`quantize_dense`](crate::fp4::quantize_dense). What was finished remains for the next call; where nothing was,
+/// nothing does.
+pub fn quantize_checkpoint(
+    source: &Checkpoint,
+    target: impl AsRef<Path>,
+    options: &QuantizeOptions,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<QuantizeReport> {
+    let target = target.as_ref();
+    let layout = options.layout()?;
+    let partial = layout::partial_name(target)?;
+    let real = |path: &Path| path.canonicalize().ok();
+    if partial.exists() && real(&partial) == real(source.folder()) {
+        let problem = "the source, which has the name that the target has while it is written";
+        return Err(Error::file(partial, problem, "choose another name"));
+    }
+    let config = config::read(source)?;
+    let plan = Plan::new(source, &config, options, layout)?;
+    let json = config::with_note(config, options, layout, &plan, source.folder());
+    let partial = Partial::open(&partial, source, &json, &plan)?;
+    let written = write_files(source, &plan, &partial, &mut progress)
+        .and_then(|()| config::copy_side_files(source.folder(), partial.folder()))
+        .and_then(|()| write_json(&partial.folder().join("config.json"), &json));
+    let resumed = partial.kept();
+    match written {
+        Ok(()) => partial.finish(target)?,
+        Err(error) => {
+            partial.give_up();
+            return Err(error);
+        }
+    }
+    Ok(QuantizeReport {
+        shards: plan.files.len(),
+        resumed,
+        quantized: plan.quantized,
+        copied: plan.copied,
+        kept: plan.kept,
+        warnings: plan.warnings,
+    })
+}
+
+/// [`quantize_checkpoint`] in short.
+///
+/// # Errors
+/// Those of [`quantize_checkpoint`].
+pub fn quantize_folder(
+    source: &Checkpoint,
+    target: impl AsRef<Path>,
+    format: Format,
+    rule: ScaleRule,
+) -> Result<()> {
+    let options = QuantizeOptions {
+        rule,
+        ..QuantizeOptions::new(format)
+    };
+    quantize_checkpoint(source, target, &options, |_, _| {}).map(|_| ())
+}
+
+fn write_files(
+    source: &Checkpoint,
+    plan: &Plan<'_>,
+    partial: &Partial<'_>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let missing = || plan.files.iter().filter(|(name, _)| !partial.has(name));
+    let needed = missing().map(|(_, file)| file.size() as u64).sum();
+    disk::check_space(partial.folder(), needed, disk::free_space(partial.folder()))?;
+    let total = source.size_without(&[]);
+    let mut done = total - missing().map(|(_, file)| plan.source_bytes(file)).sum::<u64>();
+    progress(done, total);
+    for (name, file) in missing() {
+        partial.add(name, |path| {
+            shard::write(plan, file, path, &mut |bytes| {
+                done += bytes;
+                progress(done, total);
+            })
+        })?;
+    }
+    match plan.files.len() {
+        1 => Ok(()),
+        _ => write_index(partial.folder(), &plan.files),
+    }
+}

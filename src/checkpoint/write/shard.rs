@@ -1,0 +1,81 @@
+//! The bytes of a file.
+
+use super::plan::{Content, Plan};
+use crate::checkpoint::layout::File;
+use crate::fp4::{Factor, Fp4Tensor, ScaleKind, quantize_dense, shared_factor};
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Writes a file; `progress` is told the source's bytes of each tensor that is done.
+pub fn write(
+    plan: &Plan<'_>,
+    file: &File<Content<'_>>,
+    path: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let mut maker = Maker {
+        plan,
+        packed: None,
+        factors: BTreeMap::new(),
+    };
+    file.write(path, |entry, put| match entry.content {
+        Content::Copy(stored) => {
+            put(&stored.bytes)?;
+            progress(stored.bytes.len() as u64);
+            Ok(())
+        }
+        Content::Codes(index) => {
+            put(maker.quantize(index)?.codes())?;
+            progress(plan.linears[index].matrix.bytes().len() as u64);
+            Ok(())
+        }
+        Content::Scales(index) => match &maker.packed {
+            Some((of, tensor)) if *of == index => put(tensor.scales()),
+            _ => Err(Error::tensor(&entry.name, None, "scales before their codes")),
+        },
+        // A power of two: the reciprocal is exact.
+        Content::Divisor(index) => put(&(1.0 / maker.factor(index)?).to_le_bytes()),
+    })
+}
+
+/// Holds one weight at a time.
+struct Maker<'a> {
+    plan: &'a Plan<'a>,
+    packed: Option<(usize, Fp4Tensor)>,
+    /// Of those that share one, found once: divisors are the last in a file, when the weights are long out of memory.
+    factors: BTreeMap<usize, f32>,
+}
+
+impl Maker<'_> {
+    fn quantize(&mut self, index: usize) -> Result<&Fp4Tensor> {
+        let factor = match self.plan.format.kind {
+            ScaleKind::E4M3 => Some(self.factor(index)?),
+            _ => None,
+        };
+        let linear = &self.plan.linears[index];
+        let tensor = quantize_dense(
+            linear.name,
+            &linear.matrix,
+            self.plan.format,
+            self.plan.rule,
+            factor,
+        )?;
+        debug_assert!(factor.is_none_or(|factor| tensor.factor() == Factor::Mul(factor)));
+        Ok(&self.packed.insert((index, tensor)).1)
+    }
+
+    fn factor(&mut self, index: usize) -> Result<f32> {
+        let set = self.plan.linears[index].fused;
+        if let Some(factor) = self.factors.get(&set) {
+            return Ok(*factor);
+        }
+        let members = self.plan.fused[set]
+            .iter()
+            .map(|member| &self.plan.linears[*member]);
+        let members: Vec<_> = members.map(|linear| (linear.name, &linear.matrix)).collect();
+        let factor = shared_factor(&members)?;
+        self.factors.insert(set, factor);
+        Ok(factor)
+    }
+}
