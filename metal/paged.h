@@ -19,13 +19,13 @@ constant bool PARTS [[function_constant(37)]];
 // Latents have rotary keys beside them, which are stored their own way.
 constant bool ROTARY [[function_constant(38)]];
 
-// The largest score of no token.
-static inline float none() { return as_type<float>(0xff800000u); }
+// The largest score of no token: the least number, of which fast math has a meaning, which it has not of infinities.
+static inline float none() { return as_type<float>(0xff7fffffu); }
 
 static inline uint element_of(ushort i, ushort lane) { return (i * 32u + lane) * 4u; }
 
 // Splits of a context, at most: so many, and one more for so many positions. (src/metal/paged_attention.rs)
-static constant constexpr uint MOST_SPLITS = 26, FOR_ONE_MORE = 4096;
+static constant constexpr uint MOST_SPLITS = 22, FOR_ONE_MORE = 4096;
 
 // Positions of a split of a query's context, its first `end` positions.
 static inline uint split_tokens(uint end, constant PagedArgs& args) {

@@ -53,8 +53,7 @@
 //! # What runs where
 //!
 //! On the CPU everything runs and is tested. On Metal every op that a model needs has a kernel, which has run on Linux and
-//! on an NVIDIA GPU, but not yet on an Apple one; what has none, such as the paged cache of [`nn::PagedKvCache`], is an
-//! error that says so. CUDA is not supported. There is no backward pass.
+//! on an NVIDIA GPU, but not yet on an Apple one; what has none is an error that says so. CUDA is not supported. There is no backward pass.
 
 #![deny(missing_docs, clippy::undocumented_unsafe_blocks)]
 

@@ -18,10 +18,10 @@ const OP: &str = "mmfp4-paged-attention";
 const GATHER: &str = "mmfp4-gather-paged";
 
 /// Positions of a split, or what whole blocks make of it: at least so many.
-const SPLIT: usize = 256;
+const SPLIT: usize = 64;
 /// Splits of a context, at most, and positions for which there may be one more: what splits leave is written and read again, and
 /// is not to be much beside what is read anyway, which is weights and, for each position, a row of the cache.
-const MOST_SPLITS: usize = 26;
+const MOST_SPLITS: usize = 22;
 const FOR_ONE_MORE: usize = 4096;
 /// Heads of latents that share a read, at most: twelve simdgroups of two, whose registers a GPU's core has.
 const MOST_HEADS: usize = 24;

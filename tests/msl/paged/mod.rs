@@ -92,7 +92,7 @@ fn deep_paged_caches_agree_with_the_reference() {
     }
 }
 
-/// Beyond 26 splits of 256 positions splits are longer; beside a longer sequence one may have less than it could.
+/// Beyond 22 splits of 64 positions splits are longer; beside a longer sequence one may have less than it could.
 #[test]
 fn splits_grow_with_the_context() {
     let Some(backend) = Backend::start() else { return };
@@ -100,7 +100,7 @@ fn splits_grow_with_the_context() {
         let case = Case {
             kind,
             heads,
-            sequences: vec![(6657, 1), (8703, 2), (6656, 1), (300, 1)],
+            sequences: vec![(1409, 1), (4607, 2), (1408, 1), (300, 1)],
             ..Case::default()
         };
         let (cache, queries) = (case.cache(), case.queries());

@@ -55,7 +55,7 @@ fn all_heads_of_a_token_share_a_threadgroup_up_to_24() {
         } = launch(heads);
         assert_eq!(
             (threadgroups, found),
-            ([4, 3, groups], [threads, 1, 1]),
+            ([16, 3, groups], [threads, 1, 1]),
             "{heads} heads"
         );
     }
@@ -63,7 +63,7 @@ fn all_heads_of_a_token_share_a_threadgroup_up_to_24() {
     let work = launch(20).work;
     let queries = 3 * 20 * 576 * 2;
     assert_eq!(work.read, 1000 * 1152 + queries + (6 + 63) * 4);
-    assert_eq!(work.written, 3 * 20 * 4 * (512 + 2) * 4);
+    assert_eq!(work.written, 3 * 20 * 16 * (512 + 2) * 4);
     assert_eq!(work.operations, 3 * 1000 * 20 * 2 * (576 + 512));
 }
 
@@ -84,7 +84,7 @@ fn query_heads_of_a_kv_head_share_a_threadgroup_up_to_eight() {
 #[test]
 fn many_queries_have_parts_of_some_at_a_time() {
     let layout = layout(latent(512, 64));
-    let few = attention(&layout, 20, 8, 256);
+    let few = attention(&layout, 20, 8, 64);
     let (launches, scratch) = few.launches(4, 5).unwrap();
     assert_eq!((launches.len(), scratch.len()), (1, 0));
     let many = attention(&layout, 20, 500, 4096);
