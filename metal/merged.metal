@@ -137,7 +137,7 @@ static inline void add(thread const rows::Rows<ROWS>& w, thread const Rows<M>& x
 
 // Adds up each lane's sums and stores those of rows that are there, each by a lane of its own.
 template <typename T, ushort M, ushort ROWS>
-static inline void store(
+static inline void store_sums(
     device T* y,
     constant MergedArgs& args,
     uint3 group,
@@ -190,7 +190,7 @@ template <typename T, ushort M, ushort ROWS, ushort TURNS>
         for (uint at = lane * 16; at < k; at += 32 * 16) {
             merged::add<M, ROWS>(w, x, at, sums);
         }
-        merged::store<T, M, ROWS>(y, args, group, first, factor, sums, lane);
+        merged::store_sums<T, M, ROWS>(y, args, group, first, factor, sums, lane);
     }
 }
 
@@ -242,7 +242,7 @@ template <typename T, ushort M, ushort ROWS, ushort TURNS>
                 }
             }
         }
-        merged::store<T, M, ROWS>(y, args, group, first, 1.0f, sums, lane);
+        merged::store_sums<T, M, ROWS>(y, args, group, first, 1.0f, sums, lane);
     }
 }
 

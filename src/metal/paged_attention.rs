@@ -1,8 +1,8 @@
 //! Plans of attention over a paged cache: `metal/paged_latents.metal`, `metal/paged_heads.metal`, `metal/paged_rows.metal`.
 //!
-//! Positions are cut into splits, counted from position 0, as long as a query's own position says, whatever the batch. Each split of each query gives a part of its output,
-//! which [`Attention::merge`] (or a product that reads parts) puts together: so a query's output is the same bits beside whatever
-//! other queries.
+//! Positions are cut into splits, counted from position 0, as long as a query's own position says, whatever the batch. Each split of
+//! each query gives a part of its output, which [`Attention::merge`] (or a product that reads parts) puts together: so a query's
+//! output is the same bits beside whatever other queries.
 
 use super::args::{GatherArgs, MergeArgs, PagedArgs};
 use super::cache;

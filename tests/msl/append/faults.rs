@@ -48,7 +48,7 @@ pub const FAULTS: &[Fault] = &[
     Fault { what: "a cache's rotation without signs", file: CACHE,
         from: "return (i * 0x9e3779b1u) >> 31 != 0;", to: "return i > 64;" },
     Fault { what: "a cache's rotation of the wrong length", file: CACHE,
-        from: "whole * 0.70710683f", to: "whole * 0.5f" },
+        from: "whole * 0.70710677f", to: "whole * 0.5f" },
     Fault { what: "numbers rotated in a cache before all are there", file: FILE,
         from: "            values[i + distance] = a - b;\n        }\n        threadgroup_barrier(mem_flags::mem_threadgroup);", to: "            values[i + distance] = a - b;\n        }" },
     Fault { what: "a cache's numbers stored before all are there", file: FILE,

@@ -108,7 +108,8 @@ fn attention(case: &Case) -> Work {
 
 fn gather(case: &Case) -> Work {
     let cache = case.cache();
-    let positions = 5..41;
+    // So many that the last threadgroup has vectors that are not there.
+    let positions = 5..40;
     let decoded = super::decoded(case, &cache, 1, positions.clone());
     let decoded = Tensor::new(decoded, &Device::Cpu)
         .unwrap()
