@@ -186,6 +186,10 @@ pub(super) fn into<'a, const N: usize>(
 }
 
 /// A call of [`into`], as Candle runs it: once.
+#[cfg_attr(
+    not(any(msl_host, target_os = "macos")),
+    allow(dead_code, reason = "nothing runs plans here")
+)]
 struct Into<'a, const N: usize> {
     op: &'static str,
     inputs: Vec<&'a Storage>,
