@@ -1,5 +1,5 @@
 // Attention over a long context is computed in splits, runs of positions, each of which leaves a part: with m its largest score
-// in base 2, Σ 2^(score - m) · value, and l = Σ 2^(score - m). A split without a token that is seen has m = -infinity, l = 0
+// in base 2, Σ 2^(score - m) · value, and l = Σ 2^(score - m). A split without a token that is seen has the least number for m, l = 0
 // and zeros. What belongs together is Σ 2^(m - M) · part / Σ 2^(m - M) · l, M being the largest m.
 #pragma once
 

@@ -132,7 +132,8 @@ static inline float weigh(float score, thread float& largest, thread float& tota
         most = fmax(most, simd_shuffle_xor(most, apart));
     }
     most = fmax(most, largest);
-    const float weight = exp2(score - most);
+    // What is not seen has none, even where all that is seen is minus infinity.
+    const float weight = score == none() ? 0.0f : exp2(score - most);
     float sum = weight;
     UNROLL
     for (ushort apart = OF_TOKEN; apart < 32; apart *= 2) {

@@ -150,7 +150,7 @@ impl Attention<'_> {
     }
 
     /// The launch that writes all tokens' parts and stats: of each split that a query sees something of `Σ 2^(s − m) · v`, and the
-    /// largest score `m` in base 2 with `Σ 2^(s − m)`; of others zeros, and minus infinity with zero.
+    /// largest score `m` in base 2 with `Σ 2^(s − m)`; of others zeros, and the least number with zero.
     ///
     /// # Errors
     /// [`Error::Argument`] for a dtype that no kernel has, sizes beyond 32 bits, vectors that no kernel [takes].

@@ -123,7 +123,7 @@ impl PagedKvCache {
         let of_layer = layout.pool_bytes(blocks)?;
         check_memory(
             of_block.saturating_mul(blocks as u64),
-            (layout.row_bytes() * layers) as u64,
+            (layout.row_bytes() as u64).saturating_mul(layers as u64),
             device,
         )?;
         let pools = (0..layers).map(|_| Tensor::zeros(of_layer, DType::U8, device));
@@ -278,7 +278,9 @@ impl PagedKvCache {
     fn copy(&self, BlockCopy { from, to }: BlockCopy) -> Result<()> {
         let bytes = self.layout.block_bytes();
         for pool in &self.pools {
-            let block = pool.narrow(0, from as usize * bytes, bytes)?.copy()?;
+            let block = pool.narrow(0, from as usize * bytes, bytes)?;
+            // Of the block alone: `copy` would take the whole pool's memory.
+            let block = block.force_contiguous()?;
             pool.slice_set(&block, 0, to as usize * bytes)?;
         }
         Ok(())

@@ -24,6 +24,9 @@ use candle_core::{D, Module, Tensor};
 /// The epsilon of the norms inside attention: transformers' default, whatever `rms_norm_eps` says.
 const INNER_EPS: f64 = 1e-6;
 
+/// Bytes that expanded keys and values of a layer may take where the way is chosen by cost.
+const EXPANDED: usize = 512 << 20;
+
 /// Which way attention is computed; results agree up to rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttentionPath {
@@ -38,6 +41,7 @@ pub enum AttentionPath {
 
 impl AttentionPath {
     /// Decides [`Auto`](Self::Auto) for `n` new tokens over `total` keys.
+    /// Expanded keys and values never take more than 512 MiB in F32: of a long context latents are attended to.
     pub fn decide(self, config: &Config, n: usize, total: usize) -> Self {
         if self != Self::Auto {
             return self;
@@ -48,6 +52,10 @@ impl AttentionPath {
             config.qk_rope_head_dim,
             config.v_head_dim,
         );
+        let expanded = heads * (nope + value) * size_of::<f32>();
+        if total.saturating_mul(expanded) > EXPANDED {
+            return Self::Absorbed;
+        }
         let expand = 2 * heads * (nope + value) * latent;
         let attend = 2 * heads * n * total;
         let absorbed = expand * n + attend * (2 * latent + rope);
@@ -317,8 +325,10 @@ mod tests {
         assert_eq!(auto(8, 8192), AttentionPath::Absorbed);
         assert_eq!(auto(512, 512), AttentionPath::Materialised);
         // With a long prefix the two meet near n = 400.
-        assert_eq!(auto(300, 1 << 17), AttentionPath::Absorbed);
-        assert_eq!(auto(500, 1 << 17), AttentionPath::Materialised);
+        assert_eq!(auto(300, 14_000), AttentionPath::Absorbed);
+        assert_eq!(auto(500, 14_000), AttentionPath::Materialised);
+        // Expanded, that would be 4.7 GB in a layer.
+        assert_eq!(auto(500, 1 << 17), AttentionPath::Absorbed);
         assert_eq!(
             AttentionPath::Absorbed.decide(&config, 512, 512),
             AttentionPath::Absorbed

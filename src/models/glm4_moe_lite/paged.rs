@@ -44,7 +44,7 @@ impl<'a> PagedPass<'a> {
             start += n;
         }
         let layout = cache.layout();
-        let absorbed = match absorbed.len() == segments.len() {
+        let absorbed = match absorbed.is_empty() || absorbed.len() == segments.len() {
             true => None,
             false => Some(PagedBatch::new(&absorbed, layout.block_tokens(), cache.device())?),
         };

@@ -174,6 +174,7 @@ impl PagedAttention {
 
     /// Checks that queries are parts of as many rows as a batch has tokens, of all heads.
     fn check_queries(&self, queries: &[&Tensor], batch: &PagedBatch) -> Result<()> {
+        batch.check_blocks(OP, &self.layout)?;
         let n = batch.tokens();
         let fits = |part: &&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
         if !queries.is_empty() && queries.iter().all(fits) {
@@ -369,6 +370,7 @@ pub fn gather_paged(
             sequence.to_string(),
         ));
     };
+    batch.check_blocks(GATHER, layout)?;
     let shape = (positions.len(), layout.width());
     // Before memory is asked for: as many positions as the table has.
     let held = table.len().saturating_mul(layout.block_tokens());
@@ -563,6 +565,10 @@ mod tests {
         };
         refused(2, "queries");
         refused(49, "tables");
+        let wide = PagedBatch::new(&sequences(&tables), 32, &Device::Cpu).unwrap();
+        wrong("batch", &[&queries], &pool, &wide);
+        let error = gather_paged(&layout, &pool, &wide, 0, 0..16, DType::F32).unwrap_err();
+        assert!(error.to_string().contains("`batch`"), "{error}");
         // An empty batch is no error.
         let none = queries.narrow(0, 0, 0).unwrap();
         assert_eq!(

@@ -1,7 +1,7 @@
 //! The tokens of a pass over a paged cache.
 
 use crate::cpu::PagedSequence;
-use crate::kv::Slots;
+use crate::kv::{RowLayout, Slots};
 use crate::ops::planned;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -55,7 +55,9 @@ impl PagedBatch {
                 let expected = format!("at most {len}, the tokens of sequence {index}");
                 return Err(Error::argument(OP, "queries", expected, queries.to_string()));
             }
-            if block_tokens == 0 || table.len() < len.div_ceil(block_tokens) {
+            // Slots and positions are 32 bits wide; so no product here overflows.
+            let narrow = u32::try_from(block_tokens).is_ok() && u32::try_from(len).is_ok();
+            if !narrow || block_tokens == 0 || table.len() < len.div_ceil(block_tokens) {
                 let expected = format!("blocks for the {len} tokens of sequence {index}");
                 let found = format!("{} of {block_tokens} tokens", table.len());
                 return Err(Error::argument(OP, "tables", expected, found));
@@ -108,8 +110,22 @@ impl PagedBatch {
             let found = format!("{} words", words.len());
             return Err(Error::argument(OP, "tables", "fewer than 2³² words", found));
         }
+        if words.is_empty() {
+            // A GPU has no buffers of no bytes.
+            words.push(0);
+        }
         let len = words.len();
         Ok(Tensor::from_vec(words, len, device)?)
+    }
+
+    /// Checks that a pool's blocks are as long as the tables say.
+    pub(super) fn check_blocks(&self, op: &'static str, layout: &RowLayout) -> Result<()> {
+        if self.sequences.is_empty() || self.block_tokens == layout.block_tokens() {
+            return Ok(());
+        }
+        let expected = format!("blocks of {} tokens", layout.block_tokens());
+        let found = format!("of {}", self.block_tokens);
+        Err(Error::argument(op, "batch", expected, found))
     }
 
     /// The slots that the new tokens are written to, sequence after sequence.

@@ -18,15 +18,7 @@ use candle_core::{CpuStorage, DType, Layout, Tensor};
 /// Checks that a pool has a batch's slots.
 fn check_pool(op: &'static str, layout: &RowLayout, pool: &Tensor, batch: &PagedBatch) -> Result<()> {
     let (block, slots) = (layout.block_bytes(), batch.slots());
-    if !slots.is_empty() && batch.block_tokens() != layout.block_tokens() {
-        let expected = format!("blocks of {} tokens", layout.block_tokens());
-        return Err(Error::argument(
-            op,
-            "batch",
-            expected,
-            format!("of {}", batch.block_tokens()),
-        ));
-    }
+    batch.check_blocks(op, layout)?;
     let whole = matches!(pool.dims(), [bytes] if bytes % block == 0) && pool.is_contiguous();
     if !whole || pool.dtype() != DType::U8 {
         let expected = format!("[n · {block}] in U8, whole blocks");
