@@ -11,10 +11,10 @@ use candle_mmfp4::fp4::{Format, ScaleRule, quantize_dense, shared_factor};
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model};
 use candle_mmfp4::{Error, Result};
 use common::draft::{Draft, GROUP_64, Stored, tiny, write_json};
-use common::{assert_nmse, bf16_demo, values};
+use common::{assert_nmse, bf16_demo, contents, values};
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -46,19 +46,6 @@ fn matrices(folder: &Path) -> BTreeSet<String> {
         .filter_map(|(name, _)| name.strip_suffix(".weight"))
         .filter(|module| !module.ends_with("embed_tokens"))
         .map(String::from)
-        .collect()
-}
-
-/// A folder's files, by name.
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    entries
-        .map(|path| {
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            (name, std::fs::read(&path).unwrap())
-        })
         .collect()
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_mmfp4::checkpoint::Checkpoint;
-use common::bf16_demo;
+use common::{bf16_demo, contents};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -39,18 +39,6 @@ fn succeeds(command: &mut Command) -> String {
 fn error(output: &Output) -> &str {
     assert!(!output.status.success(), "{output:?}");
     std::str::from_utf8(&output.stderr).unwrap().trim_end()
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    entries
-        .map(|path| {
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            (name, std::fs::read(&path).unwrap())
-        })
-        .collect()
 }
 
 #[test]

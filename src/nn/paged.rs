@@ -278,9 +278,7 @@ impl PagedKvCache {
     fn copy(&self, BlockCopy { from, to }: BlockCopy) -> Result<()> {
         let bytes = self.layout.block_bytes();
         for pool in &self.pools {
-            let block = pool.narrow(0, from as usize * bytes, bytes)?;
-            // Of the block alone: `copy` would take the whole pool's memory.
-            let block = block.force_contiguous()?;
+            let block = copy_of(pool, from as usize * bytes, bytes)?;
             pool.slice_set(&block, 0, to as usize * bytes)?;
         }
         Ok(())
@@ -331,6 +329,11 @@ impl PagedKvCache {
         }
         self.batch = PagedBatch::default();
     }
+}
+
+/// Some bytes of a pool in memory of their own: `Tensor::copy` would take as much as the whole pool.
+fn copy_of(pool: &Tensor, start: usize, len: usize) -> candle_core::Result<Tensor> {
+    pool.narrow(0, start, len)?.force_contiguous()
 }
 
 /// Checks that a device has so many bytes, which tokens of `a_token` bytes are to fill.
@@ -448,6 +451,19 @@ mod tests {
         assert_eq!(tested.cache.start(&tokens[..32]).1, 16);
         // In a pass both of a fork get a copy: if it fails, what they shared is still there.
         assert_eq!(tested.cache.statistics().copies, 3);
+    }
+
+    #[test]
+    fn kv_a_copied_block_takes_no_more_than_its_own_memory() {
+        let pool = Tensor::from_iter(0..96u8, &Device::Cpu).unwrap();
+        let block = copy_of(&pool, 32, 16).unwrap();
+        let (storage, _) = block.storage_and_layout();
+        match &*storage {
+            candle_core::Storage::Cpu(candle_core::CpuStorage::U8(bytes)) => {
+                assert_eq!(bytes, &(32..48).collect::<Vec<u8>>());
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

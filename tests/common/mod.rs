@@ -9,7 +9,7 @@ use candle_mmfp4::checkpoint::{Checkpoint, StoredTensor};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// A file or folder of the repository.
@@ -25,6 +25,19 @@ pub fn bf16_demo() -> PathBuf {
 /// The trained model in MMFP4, as examples use it.
 pub fn mmfp4_demo() -> PathBuf {
     repository("examples/demo-model")
+}
+
+/// A folder's files, by name.
+pub fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    entries
+        .map(|path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            (name, std::fs::read(&path).unwrap())
+        })
+        .collect()
 }
 
 /// A tensor to be written: name, dtype, shape, bytes.

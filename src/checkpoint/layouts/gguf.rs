@@ -93,12 +93,12 @@ fn repacked(
         }
         Ok(())
     })?;
-    let part = |range| both.slice(range).expect("within what was made for both");
+    let part = |range| (both.slice(range)).ok_or_else(|| named.problem("its blocks are larger than memory"));
     let parts = Parts {
         shape: (n, k),
         group,
-        codes: part(0..of_codes),
-        scales: part(start..start + of_scales),
+        codes: part(0..of_codes)?,
+        scales: part(start..start + of_scales)?,
         kind,
         factor,
     };

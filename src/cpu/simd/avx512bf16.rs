@@ -61,6 +61,9 @@ fn query_stride(width: usize) -> usize {
 }
 
 /// Rounds a query, and fills up its last register with zeros.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")]
 unsafe fn prepare(query: &[f32], to: &mut [f32]) {
     assert_eq!(to.len(), query_stride(query.len()));
@@ -73,6 +76,9 @@ unsafe fn prepare(query: &[f32], to: &mut [f32]) {
 }
 
 /// Sixteen numbers of each half, rounded to nearest, ties to even.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 unsafe fn round(numbers: &[f32; LANES]) -> __m512i {
@@ -84,6 +90,9 @@ unsafe fn round(numbers: &[f32; LANES]) -> __m512i {
 }
 
 /// See [`paged::chunk`](super::paged::chunk).
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")]
 unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scratch: &mut Scratch) {
     let (rows, seen) = (chunk.rows(), chunk.seen());
@@ -421,6 +430,9 @@ unsafe fn mix<const B: usize, const R: usize>(
 }
 
 /// `sums + Σ a · b` over the two numbers of each lane.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 unsafe fn dot(sums: __m512, a: __m512i, b: __m512i) -> __m512 {
@@ -429,6 +441,10 @@ unsafe fn dot(sums: __m512, a: __m512i, b: __m512i) -> __m512 {
     _mm512_dpbf16_ps(sums, a, b)
 }
 
+/// A register, from anywhere.
+///
+/// # Safety
+/// The instructions; a register of numbers there.
 #[target_feature(enable = "avx512f")]
 #[inline]
 unsafe fn load(from: *const u16) -> __m512i {
@@ -495,6 +511,9 @@ unsafe fn decode(chunk: &Chunk<'_>, vector: &Vector, seen: Range<usize>, to: *mu
 }
 
 /// Up to 64 bytes, zeros behind them.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
 unsafe fn load_bytes(bytes: &[u8]) -> __m512i {
@@ -546,6 +565,10 @@ unsafe fn decode_fp8(codes: &[u8], scale: f32, to: *mut u16) {
     }
 }
 
+/// Whether a code is not a number.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
 unsafe fn has_nan(codes: &[u8]) -> bool {
@@ -632,6 +655,9 @@ fn fp4_register<const GROUP: usize>(codes: __m128i, scales: __m512, i: usize) ->
 }
 
 /// `rounds` times sixteen independent products; gives the operations in them.
+///
+/// # Safety
+/// The instructions.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn products(rounds: u32) -> u64 {
     let (a, b) = std::hint::black_box(([[0x3f80u16; LANES]; 2], [[0x3f80u16; LANES]; 16]));

@@ -163,3 +163,16 @@ impl PagedBatch {
         self.index.as_ref()
     }
 }
+
+#[cfg(all(test, msl_host))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_gets_no_buffer_of_no_bytes() {
+        let host = std::sync::Arc::new(crate::metal::host::Host::recorder(false));
+        let batch = host.install(|| PagedBatch::new(&[], 16, &Device::Cpu)).unwrap();
+        assert!(batch.index().is_some_and(|index| index.elem_count() > 0));
+        assert_eq!(batch.tokens(), 0);
+    }
+}
