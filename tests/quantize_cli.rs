@@ -214,3 +214,49 @@ fn a_failed_write_is_told_and_the_rest_continued() {
     );
     assert!(contents(&target) == contents(&place.path().join("straight")));
 }
+
+#[test]
+fn a_text_calibrates_whatever_the_number_of_threads() {
+    let place = tempfile::tempdir().unwrap();
+    let text = bf16_demo().join("heldout.json");
+    let calibrate = [
+        "--calibrate",
+        text.to_str().unwrap(),
+        "--calibrate-tokens",
+        "4096",
+    ];
+    let run = |name: &str, threads: &str, more: &[&str]| {
+        let target = place.path().join(name);
+        let mut command = quantize(&target, more);
+        let command = command
+            .env("RAYON_NUM_THREADS", threads)
+            .env("MMFP4_THREADS", threads);
+        succeeds(command);
+        contents(&target)
+    };
+    let (one, three) = (run("one", "1", &calibrate), run("three", "3", &calibrate));
+    assert!(one == three);
+    let plain = run("plain", "1", &[]);
+    assert!(plain["model.safetensors"] != one["model.safetensors"]);
+    let config = std::str::from_utf8(&one["config.json"]).unwrap();
+    assert!(
+        config.contains("heldout.json") && config.contains("\"calibration\""),
+        "{config}"
+    );
+
+    let target = place.path().join("refused");
+    let facts = bf16_demo().join("facts.json");
+    for (more, part) in [
+        (vec!["--calibrate-tokens", "4096"], "--calibrate"),
+        (vec!["--calibrate", facts.to_str().unwrap()], "string `text`"),
+        (vec!["--calibrate", "nothing.txt"], "nothing.txt"),
+        (
+            vec!["--calibrate", calibrate[1], "--calibrate-tokens", "0"],
+            "tokens",
+        ),
+    ] {
+        let refused = quantize(&target, &more).output().unwrap();
+        assert!(error(&refused).contains(part), "{refused:?}");
+    }
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 3);
+}

@@ -25,4 +25,6 @@ pub use report::{Kept, LoadReport, RoundedHead, Tally};
 pub use safetensors::{Checkpoint, StoredTensor};
 pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};
-pub use write::{QuantizeOptions, QuantizeReport, quantize_checkpoint, quantize_folder};
+pub use write::{
+    LayerInputs, QuantizeOptions, QuantizeReport, quantize_calibrated, quantize_checkpoint, quantize_folder,
+};

@@ -22,7 +22,9 @@
 mod blocks;
 mod bytes;
 pub mod code;
+mod compensate;
 mod dense;
+mod feedback;
 mod format;
 mod gather;
 mod int8;
@@ -34,7 +36,9 @@ mod validate;
 
 pub use blocks::BlockTensor;
 pub use bytes::Bytes;
+pub use compensate::quantize_compensated;
 pub use dense::{DenseTensor, FloatKind, Weight};
+pub use feedback::Feedback;
 pub use format::Format;
 pub(crate) use gather::gather;
 pub(crate) use int8::INT8_BLOCK;

@@ -66,14 +66,17 @@ pub fn shared_factor(matrices: &[(&str, &DenseTensor)]) -> Result<f32> {
 const PIECE: usize = 1 << 14;
 
 /// A matrix's values in row-major order: `fetch` writes those from an index on.
-struct Source<'a, F> {
+pub(super) struct Source<'a, F> {
     name: &'a str,
     len: usize,
     fetch: F,
 }
 
 impl<'a> Source<'a, ()> {
-    fn of(name: &'a str, matrix: &'a DenseTensor) -> Source<'a, impl Fn(usize, &mut [f32]) + Sync + 'a> {
+    pub(super) fn of(
+        name: &'a str,
+        matrix: &'a DenseTensor,
+    ) -> Source<'a, impl Fn(usize, &mut [f32]) + Sync + 'a> {
         let (n, k) = matrix.shape();
         Source {
             name,
@@ -121,6 +124,19 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Source<'_, F> {
         rule: ScaleRule,
         factor: Option<f32>,
     ) -> Result<Fp4Tensor> {
+        self.quantize_by(shape, format, factor, |codes, scales, factor| {
+            self.encode(codes, scales, format, factor, rule);
+        })
+    }
+
+    /// Checks, finds a factor where none is given, and lets `encode` write codes and scales for it.
+    pub(super) fn quantize_by(
+        &self,
+        shape: (usize, usize),
+        format: Format,
+        factor: Option<f32>,
+        encode: impl FnOnce(&mut [u8], &mut [u8], f32),
+    ) -> Result<Fp4Tensor> {
         let (n, k) = shape;
         let Format { group, kind } = format;
         let refuse = |problem: String| Err(Error::tensor(self.name, None, problem));
@@ -147,7 +163,7 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Source<'_, F> {
         }
         let mut scales = vec![0; self.len / group * kind.size()];
         let codes = Bytes::build(self.len / 2, |codes| {
-            self.encode(codes, &mut scales, format, factor, rule);
+            encode(codes, &mut scales, factor);
             Ok(())
         })?;
         let parts = Parts {

@@ -52,6 +52,12 @@ impl Divisor {
             code::encode(value / self.scale)
         }
     }
+
+    /// What a code stands for.
+    #[inline]
+    pub(super) fn value(self, code: u8) -> f32 {
+        code::VALUES[usize::from(code)] * self.scale
+    }
 }
 
 /// The scale's bits for a block, to be multiplied by the tensor's `factor`.
@@ -129,7 +135,7 @@ pub(super) fn squared_error(block: &[f32], scale: f32) -> f64 {
     block
         .iter()
         .map(|&v| {
-            let rounded = code::VALUES[usize::from(divisor.encode(v))] * scale;
+            let rounded = divisor.value(divisor.encode(v));
             f64::from(v - rounded).powi(2)
         })
         .sum()

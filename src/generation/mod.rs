@@ -5,6 +5,7 @@
 //! the ids that come out through [`Detokenizer`], [`StopStrings`] and [`OutputParser`], each of which
 //! takes one piece at a time and gives the same result wherever the stream is cut.
 
+mod calibration;
 mod chat;
 mod config;
 mod detokenize;
@@ -20,6 +21,7 @@ mod softmax;
 mod stop;
 mod tokenizer;
 
+pub use calibration::calibration_windows;
 pub use chat::{ChatTemplate, Content, FunctionCall, Message, RenderOptions, ToolCall};
 pub use config::GenerationConfig;
 pub use detokenize::Detokenizer;

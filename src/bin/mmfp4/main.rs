@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod demo;
 mod doctor;
+mod documents;
 mod generate;
 mod model;
 mod output;

@@ -1,13 +1,11 @@
 //! `mmfp4 perplexity`: how well a model predicts a text.
 
-use crate::output::{Usage, print_json};
-use crate::{cache, model, progress, prompt};
-use anyhow::Context;
+use crate::output::print_json;
+use crate::{cache, documents, model, progress};
 use candle_mmfp4::generation::Windows;
-use serde::Deserialize;
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -44,7 +42,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     arguments.cache.check()?;
-    let documents = read(&arguments.file)?;
+    let documents = documents::read(&arguments.file)?;
     let windows = Windows {
         size: arguments.window,
         stride: arguments.stride.unwrap_or(arguments.window),
@@ -81,46 +79,4 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         seconds
     )?;
     Ok(())
-}
-
-/// A document of a JSON list.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Document {
-    Text(String),
-    Object { text: String },
-}
-
-fn read(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text = match path.to_str() {
-        Some("-") => prompt::read_stdin()?,
-        _ => std::fs::read_to_string(path).with_context(|| {
-            format!(
-                "{} cannot be read; give a UTF-8 text or JSON file",
-                path.display()
-            )
-        })?,
-    };
-    let is_json = path.extension().is_some_and(|extension| extension == "json");
-    let documents: Vec<serde_json::Value> = match serde_json::from_str(&text) {
-        Ok(documents) => documents,
-        // A text may begin with a bracket.
-        Err(_) if !is_json => return Ok(vec![text]),
-        Err(error) => {
-            let problem = format!(
-                "{}: not a JSON list: {error}; name plain text .txt",
-                path.display()
-            );
-            return Err(Usage(problem).into());
-        }
-    };
-    let document = |(index, value)| match serde_json::from_value(value) {
-        Ok(Document::Text(text) | Document::Object { text }) => Ok(text),
-        Err(_) => Err(Usage(format!(
-            "{}: item {index} of the list is neither a string nor an object with a string `text`",
-            path.display()
-        ))
-        .into()),
-    };
-    documents.into_iter().enumerate().map(document).collect()
 }

@@ -1,5 +1,6 @@
 //! Writing FP4 checkpoints.
 
+mod calibrate;
 mod config;
 mod plan;
 mod resume;
@@ -17,6 +18,7 @@ use resume::Partial;
 use std::fmt;
 use std::path::Path;
 
+pub use calibrate::LayerInputs;
 pub(super) use plan::is_linear;
 
 /// How to quantise a checkpoint, and how to lay it out.
@@ -76,6 +78,9 @@ pub struct QuantizeReport {
     pub resumed: usize,
     /// Weights in four bits.
     pub quantized: Tally,
+    /// How many of them were rounded plainly in this run because the calibration's text has too few tokens for them;
+    /// none without calibration.
+    pub uncalibrated: usize,
     /// Tensors that are as they were.
     pub copied: Tally,
     /// Linear layers' weights that are among these because of the options, or because they could not be quantised.
@@ -98,6 +103,13 @@ impl fmt::Display for QuantizeReport {
         )?;
         if self.resumed > 0 {
             write!(f, ", {} of which were finished before", self.resumed)?;
+        }
+        if self.uncalibrated > 0 {
+            write!(
+                f,
+                "\n{} weights rounded without calibration, of whose inputs the text has too few",
+                self.uncalibrated
+            )?;
         }
         super::report::write_kept(f, &self.kept)?;
         for warning in &self.warnings {
@@ -136,9 +148,56 @@ pub fn quantize_checkpoint(
     source: &Checkpoint,
     target: impl AsRef<Path>,
     options: &QuantizeOptions,
+    progress: impl FnMut(u64, u64),
+) -> Result<QuantizeReport> {
+    quantize(source, target.as_ref(), options, None, progress)
+}
+
+/// As [`quantize_checkpoint`], with rounding that makes up for its own errors
+/// ([`quantize_compensated`](crate::fp4::quantize_compensated)): `inputs` knows what the layers read. Its note is in
+/// `quantization_config`, and another note has an interrupted run begin anew.
+///
+/// Beside what [`quantize_checkpoint`] holds, `inputs` takes memory: see
+/// [`Calibration`](crate::models::glm4_moe_lite::Calibration).
+///
+/// ```
+/// use candle_mmfp4::checkpoint::{Checkpoint, QuantizeOptions, quantize_calibrated};
+/// use candle_mmfp4::fp4::Format;
+/// use candle_mmfp4::generation::{Tokenizer, calibration_windows};
+/// use candle_mmfp4::models::glm4_moe_lite::{Calibration, Config};
+///
+/// # fn quantize(text: &str) -> candle_mmfp4::Result<()> {
+/// let source = Checkpoint::open("path/to/GLM-4.7-Flash")?;
+/// let config = Config::from_file("path/to/GLM-4.7-Flash/config.json")?;
+/// let tokenizer = Tokenizer::from_file("path/to/GLM-4.7-Flash/tokenizer.json")?;
+/// let windows = calibration_windows(&tokenizer, &[text], 512, 65_536)?;
+/// let mut inputs = Calibration::new(&source, config, &windows, "a text")?;
+/// let options = QuantizeOptions::new(Format::mmfp4());
+/// let report = quantize_calibrated(&source, "path/to/new", &options, &mut inputs, |_, _| {})?;
+/// println!("{report}");
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`quantize_checkpoint`] and of `inputs`.
+pub fn quantize_calibrated(
+    source: &Checkpoint,
+    target: impl AsRef<Path>,
+    options: &QuantizeOptions,
+    inputs: &mut dyn LayerInputs,
+    progress: impl FnMut(u64, u64),
+) -> Result<QuantizeReport> {
+    quantize(source, target.as_ref(), options, Some(inputs), progress)
+}
+
+fn quantize(
+    source: &Checkpoint,
+    target: &Path,
+    options: &QuantizeOptions,
+    mut inputs: Option<&mut dyn LayerInputs>,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<QuantizeReport> {
-    let target = target.as_ref();
     let layout = options.layout()?;
     let partial = layout::partial_name(target)?;
     let real = |path: &Path| path.canonicalize().ok();
@@ -148,11 +207,22 @@ pub fn quantize_checkpoint(
     }
     let config = config::read(source)?;
     let plan = Plan::new(source, &config, options, layout)?;
-    let json = config::with_note(config, options, layout, &plan, source.folder());
+    let mut json = config::with_note(config, options, layout, &plan, source.folder());
+    if let Some(inputs) = &inputs {
+        json["quantization_config"]["producer"]["calibration"] = inputs.note();
+    }
     let partial = Partial::open(&partial, source, &json, &plan)?;
-    let written = write_files(source, &plan, &partial, &mut progress)
-        .and_then(|()| config::copy_side_files(source.folder(), partial.folder()))
-        .and_then(|()| write_json(&partial.folder().join("config.json"), &json));
+    let mut uncalibrated = 0;
+    let written = write_files(
+        source,
+        &plan,
+        &partial,
+        &mut inputs,
+        &mut uncalibrated,
+        &mut progress,
+    )
+    .and_then(|()| config::copy_side_files(source.folder(), partial.folder()))
+    .and_then(|()| write_json(&partial.folder().join("config.json"), &json));
     let resumed = partial.kept();
     match written {
         Ok(()) => partial.finish(target)?,
@@ -165,6 +235,7 @@ pub fn quantize_checkpoint(
         shards: plan.files.len(),
         resumed,
         quantized: plan.quantized,
+        uncalibrated,
         copied: plan.copied,
         kept: plan.kept,
         warnings: plan.warnings,
@@ -192,6 +263,8 @@ fn write_files(
     source: &Checkpoint,
     plan: &Plan<'_>,
     partial: &Partial<'_>,
+    inputs: &mut Option<&mut dyn LayerInputs>,
+    uncalibrated: &mut usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let missing = || plan.files.iter().filter(|(name, _)| !partial.has(name));
@@ -202,10 +275,12 @@ fn write_files(
     progress(done, total);
     for (name, file) in missing() {
         partial.add(name, |path| {
-            shard::write(plan, file, path, &mut |bytes| {
+            let plain = shard::write(plan, file, path, inputs, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
-            })
+            })?;
+            *uncalibrated += plain;
+            Ok(())
         })?;
     }
     match plan.files.len() {

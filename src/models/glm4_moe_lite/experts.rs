@@ -22,6 +22,30 @@ pub(super) enum FeedForward {
     },
 }
 
+/// The router of the mixture of experts `prefix`.
+pub(super) fn load_router(loader: &Loader<'_>, prefix: &str, config: &Config) -> Result<Router> {
+    let routing = Routing {
+        top_k: config.num_experts_per_tok,
+        n_group: config.n_group,
+        topk_group: config.topk_group,
+        normalize: config.norm_topk_prob,
+        scaling_factor: config.routed_scaling_factor as f32,
+    };
+    let bias = loader.vector(
+        &format!("{prefix}.gate.e_score_correction_bias"),
+        config.n_routed_experts,
+    )?;
+    let gate = loader.kept_weight(
+        &format!("{prefix}.gate"),
+        config.n_routed_experts,
+        config.hidden_size,
+    )?;
+    Ok(Router::new(
+        ops::Linear::new(gate, None)?,
+        ops::Route::new(routing, bias)?,
+    ))
+}
+
 impl FeedForward {
     pub fn load(loader: &Loader<'_>, prefix: &str, kind: Layer, config: &Config) -> Result<Self> {
         let hidden = config.hidden_size;
@@ -47,25 +71,13 @@ impl FeedForward {
         let experts = FusedMoe::new(routed, shared)?.with_arithmetic(loader.arithmetic());
         loader.note_copied(prefix, experts.copied_bytes());
 
-        let routing = Routing {
-            top_k: config.num_experts_per_tok,
-            n_group: config.n_group,
-            topk_group: config.topk_group,
-            normalize: config.norm_topk_prob,
-            scaling_factor: config.routed_scaling_factor as f32,
-        };
-        let bias = loader.vector(
-            &format!("{prefix}.gate.e_score_correction_bias"),
-            config.n_routed_experts,
-        )?;
-        let gate = loader.kept_weight(&format!("{prefix}.gate"), config.n_routed_experts, hidden)?;
-        let router = Router::new(ops::Linear::new(gate, None)?, ops::Route::new(routing, bias)?);
+        let router = load_router(loader, prefix, config)?;
         let separate = loader.separates_experts().then(|| SeparateMoe::new(&experts));
         Ok(Self::Sparse {
             router,
             separate: separate.transpose()?,
             experts,
-            top_k: routing.top_k,
+            top_k: config.num_experts_per_tok,
         })
     }
 

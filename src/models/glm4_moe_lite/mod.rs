@@ -7,6 +7,7 @@
 
 pub mod attention;
 mod cache;
+mod calibration;
 mod config;
 mod decoder;
 pub mod experts;
@@ -16,6 +17,7 @@ mod paged;
 
 pub use attention::AttentionPath;
 pub use cache::{Cache, ContiguousCaches};
+pub use calibration::Calibration;
 pub use config::{Config, Layer};
 pub use decoder::Model;
 pub(crate) use decoder::weights_stored;
