@@ -5,7 +5,7 @@ mod common;
 use candle_core::Device;
 use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{
-    Checkpoint, LoadOptions, LoadReport, QuantizeOptions, quantize_checkpoint, quantize_folder,
+    Checkpoint, LoadOptions, LoadReport, ModelFiles, QuantizeOptions, quantize_checkpoint, quantize_folder,
 };
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
@@ -30,7 +30,7 @@ fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model,
         arithmetic: Arithmetic::Exact,
         ..LoadOptions::default()
     };
-    Model::from_folder(folder, &options, &Device::Cpu)
+    common::load(&ModelFiles::folder(folder), &options)
 }
 
 fn logits(model: &Model) -> Vec<f32> {

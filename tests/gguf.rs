@@ -34,7 +34,7 @@ fn files(bytes: &[u8]) -> ModelFiles {
 }
 
 fn open(file: &Gguf) -> candle_mmfp4::Result<(Model, LoadReport)> {
-    Model::from_files(&files(&file.bytes()), &options(None), &Device::Cpu)
+    common::load(&files(&file.bytes()), &options(None))
 }
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -244,7 +244,7 @@ fn assert_refused(file: &Gguf, parts: &[&str]) {
 }
 
 fn assert_bytes_refused(bytes: &[u8], parts: &[&str]) {
-    let error = Model::from_files(&files(bytes), &options(None), &Device::Cpu);
+    let error = common::load(&files(bytes), &options(None));
     let error = error.unwrap_err().to_string();
     for part in parts.iter().chain(&["held"]) {
         assert!(error.contains(part), "{error} should contain {part}");

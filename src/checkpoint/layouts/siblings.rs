@@ -106,7 +106,7 @@ impl<'a> Siblings<'a> {
             return Ok(());
         };
         let problem = format!(
-            "its weight is in {} ({}); --layout says {}: name that one, or none",
+            "it is in {} ({}), and --layout says {}: name the former, or none",
             found.name(),
             found.told_by(),
             named.name()
