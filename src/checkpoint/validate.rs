@@ -1,6 +1,6 @@
 //! What quantising a whole checkpoint cost, tensor by tensor.
 
-use super::layouts;
+use super::layouts::{self, Reading};
 use super::safetensors::Checkpoint;
 use super::write::is_linear;
 use crate::fp4::{Format, ScaleRule, Validation, Weight, quantize, validate};
@@ -44,13 +44,15 @@ pub fn validate_checkpoint<'a>(
     Ok(matrices.into_iter().map(move |(name, module, stored, (n, k))| {
         let values = stored.matrix(name, n, k)?.to_f32();
         let packed = match quantized {
-            Quantized::Stored(other) => match layouts::read(other, module, (n, k))?.weight {
-                Weight::Fp4(packed) => packed,
-                _ => {
-                    let folder = Some(other.folder().to_path_buf());
-                    return Err(Error::tensor(name, folder, "not packed there"));
+            Quantized::Stored(other) => {
+                match layouts::read(other, module, (n, k), Reading::default())?.weight {
+                    Weight::Fp4(packed) => packed,
+                    _ => {
+                        let folder = Some(other.folder().to_path_buf());
+                        return Err(Error::tensor(name, folder, "not packed there"));
+                    }
                 }
-            },
+            }
             Quantized::Simulated(format) => quantize(name, &values, (n, k), format, ScaleRule::default())?,
         };
         Ok((name, validate(&values, &packed)?))

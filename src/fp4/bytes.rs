@@ -1,7 +1,7 @@
 //! Bytes where they lie: a range of a mapped file, or of memory that this process owns.
 
 use crate::{Error, Result};
-use memmap2::{Mmap, MmapMut};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
@@ -77,6 +77,22 @@ impl Bytes {
             memory.copy_from_slice(bytes);
             Ok(())
         })
+    }
+
+    /// Owned memory of `len` bytes that nothing is written to, zeros: addresses only, for which the system sets nothing aside.
+    /// They stand for what loading would make, where only its size is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there are no addresses left.
+    pub(crate) fn unwritten(len: usize) -> Result<Self> {
+        let mut options = MmapOptions::new();
+        // An empty map is refused by some systems.
+        let map = options.len(len.max(1)).no_reserve_swap().map_anon();
+        let map = map.and_then(MmapMut::make_read_only);
+        let mut bytes =
+            Self::whole(map.map_err(|e| Error::io("(memory)", e, format!("{len} bytes were asked for")))?);
+        bytes.range.1 = len;
+        Ok(bytes)
     }
 
     fn whole(map: Mmap) -> Self {

@@ -6,7 +6,7 @@ use crate::{cache, demo};
 use candle_core::{DType, Device};
 use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
-use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::checkpoint::{Layout, LoadOptions, ModelFiles};
 use candle_mmfp4::cpu::{Arithmetic, Executor};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
@@ -30,9 +30,29 @@ pub struct Arguments {
     /// What goes from op to op: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
     #[arg(long, value_name = "DTYPE", value_parser = activations)]
     activations: Option<DType>,
+    #[command(flatten)]
+    weights: Weights,
+    /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
+    #[arg(long)]
+    exact: bool,
+    /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    #[command(flatten)]
+    experts: Experts,
+}
+
+/// What becomes of the weights.
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct Weights {
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
+    /// The layout of its 4-bit weights, where their tensors leave it open, by the name that `mmfp4 inspect` prints; an error
+    /// where they contradict it.
+    #[arg(long, value_name = "NAME")]
+    layout: Option<Layout>,
     /// Layers to leave in floating point when quantising, -1 being the last: `0,-1`.
     #[arg(
         long,
@@ -46,18 +66,24 @@ pub struct Arguments {
     /// given several times.
     #[arg(long, value_name = "PATTERN", requires = "quantize")]
     keep: Vec<String>,
-    /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
-    #[arg(long)]
-    exact: bool,
     /// Round the output head to eight bits while loading: half of a BF16 one's bytes to read a token, for memory of this
     /// program's own.
     #[arg(long)]
     int8_head: bool,
-    /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    #[command(flatten)]
-    experts: Experts,
+}
+
+impl Weights {
+    /// The options that it is about, all others as they are by default.
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions {
+            quantize: self.quantize,
+            layout: self.layout,
+            skip_layers: self.skip_layers.clone(),
+            keep: self.keep.clone(),
+            int8_head: self.int8_head,
+            ..LoadOptions::default()
+        }
+    }
 }
 
 #[derive(Args)]
@@ -94,7 +120,7 @@ impl Arguments {
             "loaded {}",
             report.to_string().lines().next().unwrap_or_default()
         );
-        if self.quantize.is_some() && report.quantized.tensors == 0 {
+        if self.weights.quantize.is_some() && report.quantized.tensors == 0 {
             say(
                 "note: --quantize found nothing to do: the weights are 4-bit already; give the floating-point original",
             );
@@ -127,14 +153,10 @@ impl Arguments {
 
     pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
-            quantize: self.quantize,
-            skip_layers: self.skip_layers.clone(),
-            keep: self.keep.clone(),
             arithmetic: self.arithmetic(),
             separate_experts: self.experts.no_fused_moe,
-            int8_head: self.int8_head,
             activations: self.activations,
-            ..LoadOptions::default()
+            ..self.weights.options()
         }
     }
 

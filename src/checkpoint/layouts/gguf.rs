@@ -62,20 +62,21 @@ fn repacked(
 ) -> Result<Fp4Tensor> {
     let named = blocks(siblings, (n, k), found)?;
     let factor = match siblings.has("scale") {
-        true => Factor::Mul(siblings.get("scale")?.factor()?),
+        true => Factor::Mul(siblings.get("scale")?.factor(siblings.reading())?),
         false => Factor::None,
     };
     // What activations are quantised by, which here they are not.
     siblings.see("input_scale");
     let (bytes, row) = (&named.tensor.bytes, k / found.block * found.size);
     let signed = |block: &[u8]| block[..groups].iter().any(|scale| scale & 0x80 != 0);
-    if kind == ScaleKind::E4M3 && bytes.par_chunks_exact(found.size).any(signed) {
+    let unread = siblings.reading().headers_only;
+    if !unread && kind == ScaleKind::E4M3 && bytes.par_chunks_exact(found.size).any(signed) {
         return Err(named.problem("a scale with a sign; expected E4M3 without one"));
     }
     // One map for both, the scales aligned as codes are.
     let (of_codes, of_scales) = (n * k / 2, n * k / group);
     let start = of_codes.next_multiple_of(16);
-    let both = Bytes::build(start + of_scales, |memory| {
+    let repack = |memory: &mut [u8]| {
         let (codes, scales) = memory.split_at_mut(start);
         let rows = codes[..of_codes]
             .par_chunks_exact_mut(k / 2)
@@ -92,7 +93,11 @@ fn repacked(
             to.copy_from_slice(&block[..groups]);
         }
         Ok(())
-    })?;
+    };
+    let both = match unread {
+        true => Bytes::unwritten(start + of_scales)?,
+        false => Bytes::build(start + of_scales, repack)?,
+    };
     let part = |range| (both.slice(range)).ok_or_else(|| named.problem("its blocks are larger than memory"));
     let parts = Parts {
         shape: (n, k),
@@ -102,7 +107,7 @@ fn repacked(
         kind,
         factor,
     };
-    super::together(&named, &named, parts)
+    super::together(siblings, &named, &named, parts)
 }
 
 /// A group's codes, the first half in low nibbles and the second in high ones, as codes of consecutive k.

@@ -1,4 +1,4 @@
-//! Marlin's MMFP4 layout: U32 codes `[N, K/8]` as `.weight`, F16 scales `[N, K/group]` beside them.
+//! Marlin's MMFP4 layout: U32 codes `[N, K/8]` as `.weight`, F16 scales `[N, K/group]`, or `[K/group, N]`, beside them.
 
 use super::siblings::{Named, Siblings};
 use super::{Layout, WORDS, together};
@@ -37,7 +37,13 @@ pub(super) fn read(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Result<(F
     for told in ["group_size", "weight.group_size", "weight_group_size"] {
         siblings.see(told);
     }
-    let (group, bytes) = by_row(&scales, n, k)?;
+    let (group, layout) = orientation(&scales, (n, k), siblings.reading().layout)?;
+    let as_they_lie = &scales.tensor.bytes;
+    let bytes = match layout {
+        Layout::MarlinTurned if siblings.reading().headers_only => Bytes::unwritten(as_they_lie.len())?,
+        Layout::MarlinTurned => turn(as_they_lie, k / group, n)?,
+        _ => as_they_lie.clone(),
+    };
     let parts = Parts {
         shape: (n, k),
         group,
@@ -46,11 +52,11 @@ pub(super) fn read(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Result<(F
         kind,
         factor: Factor::None,
     };
-    Ok((together(&codes, &scales, parts)?, Layout::Marlin))
+    Ok((together(siblings, &codes, &scales, parts)?, layout))
 }
 
-/// The group, and scales `[N, K/group]`: as they lie or, where they are `[K/group, N]`, turned.
-fn by_row(scales: &Named, n: usize, k: usize) -> Result<(usize, Bytes)> {
+/// The group, and whether scales lie as `[N, K/group]` or the other way round; where shapes allow both, `named` decides.
+fn orientation(scales: &Named, (n, k): (usize, usize), named: Option<Layout>) -> Result<(usize, Layout)> {
     let group_of = |groups: usize| (GROUPS.into_iter()).find(|group| group * groups == k);
     let (rows, columns) = match scales.tensor.shape[..] {
         [rows, columns] => (rows, columns),
@@ -58,15 +64,19 @@ fn by_row(scales: &Named, n: usize, k: usize) -> Result<(usize, Bytes)> {
     };
     let ordinary = group_of(columns).filter(|_| rows == n);
     let turned = group_of(rows).filter(|_| columns == n);
-    match (ordinary, turned) {
-        (Some(_), Some(_)) => Err(scales.problem(format!(
-            "shape {:?} is both [N, K/group] and [K/group, N] of a weight [{n}, {k}]; store it as [N, K/group] with a group \
-             that tells them apart",
-            scales.tensor.shape
+    match (ordinary, turned, named) {
+        (Some(group), None, _) | (Some(group), Some(_), Some(Layout::Marlin)) => Ok((group, Layout::Marlin)),
+        (None, Some(group), _) | (Some(_), Some(group), Some(Layout::MarlinTurned)) => {
+            Ok((group, Layout::MarlinTurned))
+        }
+        (Some(_), Some(_), _) => Err(scales.problem(format!(
+            "shape {:?} is both [N, K/group] and [K/group, N] of a weight [{n}, {k}]: say which with --layout {} or --layout \
+             {}",
+            scales.tensor.shape,
+            Layout::Marlin.name(),
+            Layout::MarlinTurned.name()
         ))),
-        (Some(group), None) => Ok((group, scales.tensor.bytes.clone())),
-        (None, Some(group)) => Ok((group, turn(&scales.tensor.bytes, rows, columns)?)),
-        (None, None) => Err(scales.problem(format!(
+        (None, None, _) => Err(scales.problem(format!(
             "shape {:?}; expected [{n}, {k} / group], the group 16, 32, 64 or 128",
             scales.tensor.shape
         ))),

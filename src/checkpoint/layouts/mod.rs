@@ -9,60 +9,28 @@ mod gguf;
 mod marlin;
 mod mlx;
 mod modelopt;
+mod name;
 mod refused;
 mod siblings;
 
 pub(crate) use config::check as check_config;
 
 use super::safetensors::{Checkpoint, StoredTensor};
-use crate::fp4::{Fp4Tensor, Parts, Weight};
+use crate::fp4::{Bytes, Fp4Tensor, Parts, Weight};
 use crate::{Error, Result};
+pub use name::Layout;
 use safetensors::Dtype;
 use siblings::{Named, Siblings};
-use std::fmt;
 
-/// Who writes FP4 weights so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Layout {
-    /// MMFP4 of Metal Marlin, and of this crate: U32 codes, F16 scales.
-    Marlin,
-    /// compressed-tensors, `nvfp4-pack-quantized`: U8 codes, E4M3 scales, a factor to divide by.
-    CompressedNvfp4,
-    /// compressed-tensors, `mxfp4-pack-quantized`: U8 codes, E8M0 scales.
-    CompressedMxfp4,
-    /// ModelOpt's NVFP4: U8 codes, E4M3 scales, a factor to multiply by.
-    ModelOpt,
-    /// MLX's `mxfp4`: U32 codes, E8M0 scales; experts stacked.
-    MlxMxfp4,
-    /// MLX's `nvfp4`: U32 codes, E4M3 scales; experts stacked.
-    MlxNvfp4,
-    /// GGUF's `MXFP4`: blocks of 32 codes behind their scale; experts stacked.
-    GgufMxfp4,
-    /// GGUF's `NVFP4`: blocks of 64 codes behind their four scales, a factor to multiply by; experts stacked.
-    GgufNvfp4,
-}
-
-impl Layout {
-    /// Whether weights are repacked while loading: their codes do not lie as kernels read them.
-    pub fn is_repacked(self) -> bool {
-        matches!(self, Self::GgufMxfp4 | Self::GgufNvfp4)
-    }
-}
-
-impl fmt::Display for Layout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Marlin => "Marlin MMFP4",
-            Self::CompressedNvfp4 => "compressed-tensors nvfp4-pack-quantized",
-            Self::CompressedMxfp4 => "compressed-tensors mxfp4-pack-quantized",
-            Self::ModelOpt => "ModelOpt NVFP4",
-            Self::MlxMxfp4 => "MLX mxfp4",
-            Self::MlxNvfp4 => "MLX nvfp4",
-            Self::GgufMxfp4 => "GGUF MXFP4",
-            Self::GgufNvfp4 => "GGUF NVFP4",
-        })
-    }
+/// How weights are read.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Reading {
+    /// The layout that FP4 weights are in, where somebody says it: it decides what their tensors leave open, and whatever
+    /// contradicts it is an error.
+    pub layout: Option<Layout>,
+    /// Only sizes are asked for: no data are read, and what would have to be made of them is memory that nothing is written
+    /// to.
+    pub headers_only: bool,
 }
 
 /// A weight as a checkpoint has it.
@@ -73,22 +41,36 @@ pub(super) struct Found {
     pub layout: Option<Layout>,
     /// The tensors that it consists of.
     pub used: Vec<String>,
+    /// Their bytes, of stacks the weight's share.
+    pub stored: usize,
+    /// Bytes of the weight that lie in none of their maps: they were made while reading.
+    pub own: usize,
 }
 
 /// The weight `[N, K]` of a linear layer, in FP4, floating point or GGML's integers.
 ///
 /// # Errors
 /// [`Error::Tensor`] names what is missing or malformed, and weights of a kind that is not implemented.
-pub(super) fn read(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
-    found(Siblings::of(checkpoint, module), shape)
+pub(super) fn read(
+    checkpoint: &Checkpoint,
+    module: &str,
+    shape: (usize, usize),
+    reading: Reading,
+) -> Result<Found> {
+    found(Siblings::of(checkpoint, module, reading), shape)
 }
 
 /// The weight `[H · N, K]` of a module that has a matrix `[N, K]` a head, one below the other.
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn read_stack(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
-    found(Siblings::stacked(checkpoint, module), shape)
+pub(super) fn read_stack(
+    checkpoint: &Checkpoint,
+    module: &str,
+    shape: (usize, usize),
+    reading: Reading,
+) -> Result<Found> {
+    found(Siblings::stacked(checkpoint, module, reading), shape)
 }
 
 fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
@@ -96,14 +78,20 @@ fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
     let (weight, layout) = match reader(&siblings) {
         Some(read) => {
             let (tensor, layout) = read(&siblings, shape)?;
+            siblings.check_layout(layout)?;
             (tensor.into(), Some(layout))
         }
         None => (unpacked(&siblings, shape)?, None),
     };
+    let (used, given) = siblings.used();
+    let mapped = |bytes: &&Bytes| given.iter().any(|given| given.same_map(bytes));
+    let own = weight.regions().filter(|bytes| !mapped(bytes));
     Ok(Found {
+        own: own.map(|bytes| bytes.len()).sum(),
+        stored: given.iter().map(|bytes| bytes.len()).sum(),
         weight,
         layout,
-        used: siblings.used(),
+        used,
     })
 }
 
@@ -121,8 +109,12 @@ fn unpacked(siblings: &Siblings<'_>, shape: (usize, usize)) -> Result<Weight> {
 }
 
 /// A tensor of these parts; of shapes checked before only a scale's value can be wrong.
-fn together(codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
-    Fp4Tensor::new(&codes.name, parts).map_err(|error| match error {
+fn together(siblings: &Siblings<'_>, codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
+    let made = match siblings.reading().headers_only {
+        true => Fp4Tensor::unread(&codes.name, parts),
+        false => Fp4Tensor::new(&codes.name, parts),
+    };
+    made.map_err(|error| match error {
         Error::Tensor { problem, .. } => scales.problem(problem),
         other => other,
     })
@@ -130,7 +122,7 @@ fn together(codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
 
 /// Whether a checkpoint has a linear layer's weight in FP4.
 pub(super) fn holds(checkpoint: &Checkpoint, module: &str) -> bool {
-    reader(&Siblings::of(checkpoint, module)).is_some()
+    reader(&Siblings::of(checkpoint, module, Reading::default())).is_some()
 }
 
 type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;

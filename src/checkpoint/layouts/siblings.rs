@@ -1,6 +1,8 @@
 //! The tensors of one linear layer.
 
+use super::{Layout, Reading};
 use crate::checkpoint::safetensors::{Checkpoint, StoredTensor};
+use crate::fp4::Bytes;
 use crate::{Error, Result};
 use safetensors::Dtype;
 use std::cell::RefCell;
@@ -12,7 +14,9 @@ pub(super) struct Siblings<'a> {
     /// What their names begin with.
     module: String,
     share: Share,
+    reading: Reading,
     used: RefCell<Vec<String>>,
+    given: RefCell<Vec<Bytes>>,
 }
 
 /// How much of the tensors is the layer's.
@@ -42,12 +46,17 @@ impl Named {
         self.tensor.expect_shape(&self.name, expected)
     }
 
-    /// The one number that it is, a tensor's factor.
-    pub fn factor(&self) -> Result<f32> {
+    /// The one number that it is, a tensor's factor; 1 where data are not read.
+    pub fn factor(&self, reading: Reading) -> Result<f32> {
         let one = StoredTensor {
             shape: vec![self.tensor.shape.iter().product()],
             ..self.tensor.clone()
         };
+        if reading.headers_only {
+            one.float_kind(&self.name)?;
+            one.expect_shape(&self.name, &[1])?;
+            return Ok(1.0);
+        }
         let factor = one.vector(&self.name, 1)?[0];
         match factor.is_normal() && factor > 0.0 {
             true => Ok(factor),
@@ -58,11 +67,11 @@ impl Named {
 
 impl<'a> Siblings<'a> {
     /// Of a module under its own name or, of an expert that is not there, under that of all.
-    pub fn of(checkpoint: &'a Checkpoint, module: &str) -> Self {
-        let own = Self::new(checkpoint, module.to_string(), Share::Whole);
+    pub fn of(checkpoint: &'a Checkpoint, module: &str, reading: Reading) -> Self {
+        let own = Self::new(checkpoint, module.to_string(), Share::Whole, reading);
         let of_all = || {
             let (module, share) = of_switch(module)?;
-            Some(Self::new(checkpoint, module, share)).filter(Self::is_there)
+            Some(Self::new(checkpoint, module, share, reading)).filter(Self::is_there)
         };
         match own.is_there() {
             true => own,
@@ -71,17 +80,47 @@ impl<'a> Siblings<'a> {
     }
 
     /// Of a module whose weight has a matrix a head.
-    pub fn stacked(checkpoint: &'a Checkpoint, module: &str) -> Self {
-        Self::new(checkpoint, module.to_string(), Share::Stacked)
+    pub fn stacked(checkpoint: &'a Checkpoint, module: &str, reading: Reading) -> Self {
+        Self::new(checkpoint, module.to_string(), Share::Stacked, reading)
     }
 
-    fn new(checkpoint: &'a Checkpoint, module: String, share: Share) -> Self {
+    fn new(checkpoint: &'a Checkpoint, module: String, share: Share, reading: Reading) -> Self {
         Self {
             checkpoint,
             module,
             share,
+            reading,
             used: RefCell::default(),
+            given: RefCell::default(),
         }
+    }
+
+    /// How they are read.
+    pub fn reading(&self) -> Reading {
+        self.reading
+    }
+
+    /// Refuses a weight in another layout than the one that was named.
+    pub fn check_layout(&self, found: Layout) -> Result<()> {
+        let Some(named) = self.reading.layout.filter(|named| *named != found) else {
+            return Ok(());
+        };
+        let problem = format!(
+            "its weight is in {} ({}); --layout says {}: name that one, or none",
+            found.name(),
+            found.told_by(),
+            named.name()
+        );
+        let file = self
+            .used
+            .borrow()
+            .first()
+            .and_then(|name| self.checkpoint.find(name));
+        Err(Error::tensor(
+            &self.module,
+            file.map(|tensor| tensor.file.clone()),
+            problem,
+        ))
     }
 
     fn is_there(&self) -> bool {
@@ -112,6 +151,7 @@ impl<'a> Siblings<'a> {
             Share::One(index) => slice(&name, tensor, index)?,
             Share::Stacked => below_one_another(&name, tensor)?,
         };
+        self.given.borrow_mut().push(tensor.bytes.clone());
         Ok(Named { name, tensor })
     }
 
@@ -122,8 +162,9 @@ impl<'a> Siblings<'a> {
         }
     }
 
-    pub fn used(self) -> Vec<String> {
-        self.used.into_inner()
+    /// The names of the tensors that were used, and the bytes that were [given](Self::get).
+    pub fn used(self) -> (Vec<String>, Vec<Bytes>) {
+        (self.used.into_inner(), self.given.into_inner())
     }
 }
 

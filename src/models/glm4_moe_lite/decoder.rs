@@ -4,6 +4,7 @@ use super::attention::{Attention, AttentionPath, norm_bytes};
 use super::cache::{cache_bytes, cache_bytes_per_token};
 use super::config::Config;
 use super::experts::FeedForward;
+use super::reads::Reads;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
@@ -114,10 +115,7 @@ impl Model {
                             or compute on the CPU (--device cpu)";
             return Err(Error::argument("load", "int8_head", expected, "true"));
         }
-        let report = loader.finish(
-            &predicted(&config),
-            config.tie_word_embeddings.then_some("lm_head.weight"),
-        );
+        let mut report = loader.finish(&predicted(&config), duplicate_head(&config));
         let rotary = RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing);
         let model = Self {
             embedding,
@@ -130,6 +128,7 @@ impl Model {
             device: device.clone(),
             config,
         };
+        report.bytes_a_token = model.bytes_read(1);
         Ok((model, report))
     }
 
@@ -172,15 +171,18 @@ impl Model {
     /// # }
     /// ```
     pub fn bytes_read(&self, tokens: usize) -> u64 {
-        let layers = self.layers.iter().map(|layer| {
-            norm_bytes(&layer.input_norm)
-                + norm_bytes(&layer.post_attention_norm)
-                + layer.attention.bytes_read()
-                + layer.feed_forward.bytes_read(tokens)
-        });
         let embedding = self.embedding.weight();
-        let rows = embedding.size_in_bytes() / embedding.shape().0 * tokens;
-        (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
+        let mut reads = Reads {
+            always: norm_bytes(&self.norm) + self.head.size_in_bytes(),
+            ..Reads::of_model(&self.config, embedding)
+        };
+        for layer in &self.layers {
+            reads.always += norm_bytes(&layer.input_norm)
+                + norm_bytes(&layer.post_attention_norm)
+                + layer.attention.bytes_read();
+            layer.feed_forward.add_to(&mut reads);
+        }
+        reads.of_tokens(tokens)
     }
 
     /// Bytes that a token takes in a cache of this kind; each later token reads them.
@@ -218,9 +220,14 @@ impl Model {
 
 /// The layers for multi-token prediction, by the beginnings of their tensors' names: they are in checkpoints and take no
 /// part here.
-fn predicted(config: &Config) -> Vec<String> {
+pub(super) fn predicted(config: &Config) -> Vec<String> {
     let layers = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
+}
+
+/// The name of a head that a checkpoint may have beside the embeddings which take its place.
+pub(super) fn duplicate_head(config: &Config) -> Option<&'static str> {
+    config.tie_word_embeddings.then_some("lm_head.weight")
 }
 
 /// Bytes of a checkpoint's tensors that take part, as they are stored.
@@ -255,7 +262,7 @@ fn check_memory(
 }
 
 /// Bytes of the weights at least.
-fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
+pub(super) fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
     match options.quantize {
         None => stored,
