@@ -112,6 +112,7 @@ fn run() -> anyhow::Result<()> {
     let start = Instant::now();
     let options = LoadOptions {
         quantize: arguments.quantize,
+        layout: arguments.layout,
         kv_cache: arguments.kv_cache,
         kv_size: arguments.kv_memory,
         ..LoadOptions::default()

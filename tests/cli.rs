@@ -564,6 +564,103 @@ fn the_doctor_fetches_no_weights() {
 }
 
 #[test]
+fn a_repository_is_inspected_by_the_headers_of_its_files() {
+    let files = common::contents(&mmfp4_demo());
+    let weights = files.iter().filter(|(name, _)| name.ends_with(".safetensors"));
+    // The connection breaks where a header ends, to which 16 KiB are enough.
+    let ends = weights.map(|(name, _)| (name.clone(), [16 << 10].into()));
+    let server = Server::start(State {
+        repo: "org/demo".into(),
+        commit: "0123456789abcdef0123456789abcdef01234567".into(),
+        revisions: ["main".to_string()].into(),
+        cuts: ends.collect(),
+        files,
+        ..State::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    let output = run(mmfp4(&["inspect", "org/demo", "--json"])
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", &server.address));
+    let found: Value = serde_json::from_str(stdout(&output)).unwrap();
+    let mut here = json(&["inspect", "--json"]);
+    for part in ["load", "layouts", "dtypes", "problems"] {
+        assert_eq!(found[part], here[part], "{part}");
+    }
+    let sent: usize = server
+        .state()
+        .sent
+        .values()
+        .filter(|sent| **sent >= 16 << 10)
+        .sum();
+    assert_eq!(sent, 2 * (16 << 10));
+
+    // A model that is in the cache is not asked for.
+    let command = |name: &str| {
+        let mut command = mmfp4(&[name, "org/demo", "--json"]);
+        command
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address);
+        command
+    };
+    server.state().cuts.clear();
+    let mut fetch = mmfp4(&["generate", "-m", "org/demo", "-p", QUESTION]);
+    assert!(
+        run(fetch
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address))
+        .status
+        .success()
+    );
+    server.state().requests.clear();
+    let found: Value = serde_json::from_str(stdout(&run(&mut command("inspect")))).unwrap();
+    assert!(found["load"] == here["load"].take() && server.state().requests.is_empty());
+}
+
+#[test]
+fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
+    let output = run(&mut mmfp4(&["inspect", "--context", "1000"]));
+    for part in [
+        "layout marlin (Marlin MMFP4), told by words of codes beside 16-bit scales",
+        "experts                MMFP4                  marlin",
+        "at load: 19.6 kB for 30 weights norms and biases",
+        "a decoded token reads 4.8 MB of weights",
+        "+ cache 1.9 MB (bf16 for 1000 tokens of 1920 bytes)",
+    ] {
+        assert!(stdout(&output).contains(part), "{output:?} should hold {part:?}");
+    }
+    let report = json(&[
+        "inspect",
+        bf16_demo().to_str().unwrap(),
+        "--quantize",
+        "nvfp4",
+        "--json",
+    ]);
+    let quantized = &report["load"]["own"][0];
+    assert_eq!(
+        (&quantized["reason"], &quantized["weights"]),
+        (&"quantized".into(), &168.into())
+    );
+
+    // Whatever loads refuses a layout that the model is not in; what is no layout is a mistake on the command line.
+    for command in [
+        &["generate", "--layout", "modelopt-nvfp4"][..],
+        &["inspect", "--layout", "modelopt-nvfp4"],
+    ] {
+        let output = run(&mut mmfp4(command));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).unwrap();
+        assert!(
+            text.contains("it is in marlin (") && text.contains("--layout says modelopt-nvfp4"),
+            "{text}"
+        );
+    }
+    let output = run(&mut mmfp4(&["inspect", "--layout", "awq"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("mlx-nvfp4"), "{output:?}");
+}
+
+#[test]
 fn a_reader_that_leaves_is_no_error() {
     let mut child = mmfp4(&["generate", "-p", QUESTION])
         .stdout(Stdio::piped())

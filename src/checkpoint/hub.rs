@@ -34,6 +34,7 @@
 
 mod cache;
 mod client;
+mod headers;
 mod plan;
 mod settings;
 mod source;
@@ -41,6 +42,7 @@ mod source;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+pub use headers::headers;
 pub use plan::{Plan, PlannedFile, machine_memory};
 pub use settings::HubSettings;
 pub use source::{ModelSource, RepoId};

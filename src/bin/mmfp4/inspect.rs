@@ -2,15 +2,17 @@
 
 use crate::output::{print_json, say};
 use crate::{cache, demo, model};
-use candle_mmfp4::checkpoint::{LoadReport, Share};
+use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
+use candle_mmfp4::checkpoint::{LoadReport, ModelFiles, Share};
 use candle_mmfp4::models::glm4_moe_lite::{Inspection, Model, Needed};
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
-Headers are read, and a few pages: a large model is told as quickly as a small one, and nothing is loaded. A repository of \
-the hub is fetched first where it is not in the cache. Where something is wrong with the model the program ends with 1.
+Headers are read, and a few pages: a large model is told as quickly as a small one, and nothing is loaded. Of a repository of \
+the hub that is not in the cache, no weights are fetched: config.json, the index, and the beginning of each file. Where \
+something is wrong with the model the program ends with 1.
 
 Examples:
   mmfp4 inspect
@@ -45,7 +47,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut options = arguments.weights.options();
     arguments.cache.apply(&mut options)?;
     let files = match &arguments.source {
-        Some(source) => model::find(source, arguments.refresh)?,
+        Some(source) => files(source, arguments.refresh)?,
         None => demo::files()?,
     };
     let found = Model::inspect(&files, &options)?;
@@ -57,6 +59,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// A model's files, of a repository that is not in the cache without their weights.
+fn files(source: &str, refresh: bool) -> anyhow::Result<ModelFiles> {
+    match ModelSource::parse(source)? {
+        ModelSource::Folder(folder) => Ok(ModelFiles::folder(folder)),
+        ModelSource::Repo(repo) => {
+            let mut settings = HubSettings::from_env()?;
+            settings.refresh = refresh;
+            Ok(hub::headers(&repo, &settings)?)
+        }
+    }
 }
 
 fn table(found: &Inspection) -> io::Result<()> {
