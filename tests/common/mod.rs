@@ -3,6 +3,7 @@
 
 pub mod draft;
 pub mod gguf;
+pub mod transcribe;
 
 use candle_core::{Device, Tensor};
 use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles, StoredTensor};
