@@ -180,6 +180,7 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Argument`] for a sequence that is not there.
     pub fn bytes_of(&self, sequence: SequenceId) -> Result<usize> {
+        // No more than the pools have: a table names no block twice.
         Ok(self.blocks.table(sequence)?.len() * self.layout.block_bytes() * self.pools.len())
     }
 

@@ -245,7 +245,7 @@ impl Model {
 pub(super) fn cache_bytes_per_token(config: &Config, kind: CacheKind, activations: DType) -> Result<u64> {
     let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
     let row = kind.latent_bytes(latent, rope, activations.size_in_bytes())?;
-    Ok((row * config.layers.len()) as u64)
+    Ok((row as u64).saturating_mul(config.layers.len() as u64))
 }
 
 /// Bytes of the cache that the options ask for or, where they do not, of the one that a GPU has.
