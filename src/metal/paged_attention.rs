@@ -4,7 +4,7 @@
 //! each query gives a part of its output, which [`Attention::merge`] (or a product that reads parts) puts together: so a query's
 //! output is the same bits beside whatever other queries.
 
-use super::args::{GatherArgs, MergeArgs, PagedArgs};
+use super::args::{Argument, GatherArgs, MergeArgs, PagedArgs};
 use super::cache;
 use super::checked::{aligned, narrow, suffix};
 use super::norm_rope::Heads;
