@@ -1,7 +1,7 @@
 //! The decoder: embeddings, layers, head.
 
 use super::attention::{Attention, AttentionPath, norm_bytes};
-use super::cache::{cache_bytes, cache_bytes_per_token};
+use super::cache::{cache_bytes, cache_bytes_per_token, check_kernels};
 use super::config::Config;
 use super::experts::FeedForward;
 use super::reads::Reads;
@@ -85,6 +85,9 @@ impl Model {
     ) -> Result<(Self, LoadReport)> {
         let dtype = options.activations_on(device)?;
         check_memory(&config, checkpoint, options, device, dtype)?;
+        if let CacheKind::Paged(format) = options.kv_cache {
+            check_kernels(&config.cache_layout(format)?, device)?;
+        }
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
         let by_kernels = ops::kernels_run_on(device);
@@ -197,10 +200,11 @@ impl Model {
     /// system gives memory of the CPU's when it is written to, not before.
     ///
     /// # Errors
-    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format does not take.
+    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format, or a GPU's kernels, do not take.
     pub fn new_paged_cache(&self, format: CacheFormat, size: CacheSize) -> Result<PagedKvCache> {
         let limit = self.config.max_position_embeddings;
         let layout = self.config.cache_layout(format)?;
+        check_kernels(&layout, &self.device)?;
         PagedKvCache::new(self.config.layers.len(), layout, size, limit, &self.device)
     }
 
