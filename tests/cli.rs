@@ -622,7 +622,7 @@ fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
     for part in [
         "layout marlin (Marlin MMFP4), told by words of codes beside 16-bit scales",
         "experts                MMFP4                  marlin",
-        "at load: 19.6 kB for 30 weights norms and biases",
+        "at load: 19.6 kB for 30 weights: norms and biases",
         "a decoded token reads 4.8 MB of weights",
         "+ cache 1.9 MB (bf16 for 1000 tokens of 1920 bytes)",
     ] {
