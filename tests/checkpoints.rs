@@ -302,23 +302,6 @@ fn scales_that_are_nan_or_in_groups_unknown() {
 }
 
 #[test]
-fn rotated_weights_are_refused() {
-    for name in [
-        format!("{UP}.hadamard_block_size"),
-        format!("{UP}.weight.hadamard_block_size"),
-    ] {
-        let mut draft = Draft::packed();
-        let marker = Stored {
-            dtype: Dtype::I32,
-            shape: vec![1],
-            bytes: vec![64, 0, 0, 0],
-        };
-        draft.tensors.insert(name.clone(), marker);
-        assert_refused(draft.write().path(), &[&format!("`{name}`"), "Hadamard"]);
-    }
-}
-
-#[test]
 fn spellings_of_the_packed_layout() {
     let packed = Draft::packed();
     let (model, report) = load(packed.write().path(), None).unwrap();

@@ -1,5 +1,6 @@
 //! From a checkpoint's tensors to weights and layers.
 
+use super::files::ModelFiles;
 use super::keep::Keep;
 use super::layouts::{self, Found, Layout, Reading};
 use super::ledger::Ledger;
@@ -31,6 +32,10 @@ pub struct LoadOptions {
     /// without matches a part of the name (`o_proj`). A pattern that matches nothing is among
     /// [`LoadReport::warnings`].
     pub keep: Vec<String>,
+    /// Another checkpoint of the same model, mostly the original in floating point: tensors that this one lacks are taken from
+    /// there, norms and the routers' biases as well as whole weights, if they are in floating point there.
+    /// [`LoadReport::supplied`] names them. Of a base with an index only the files that hold them are opened.
+    pub base: Option<ModelFiles>,
     /// The layout that the checkpoint's FP4 weights are in. Their tensors tell it, but for scales `[N, K/group]` that could as
     /// well be `[K/group, N]`: this decides. A weight in another layout is an error then.
     pub layout: Option<Layout>,
@@ -76,6 +81,9 @@ impl LoadOptions {
     }
 }
 
+/// How the names end of what other kernels quantise activations by.
+const INPUT_SCALES: [&str; 2] = ["input_scale", "input_global_scale"];
+
 /// A weight as a checkpoint has it.
 struct Stored {
     weight: Weight,
@@ -92,6 +100,8 @@ pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
     keep: Keep<'a>,
+    /// Whether there are weights in k-quants, which others could not be in.
+    k_quants: bool,
     reading: Reading,
     report: RefCell<LoadReport>,
     ledger: RefCell<Ledger>,
@@ -113,6 +123,7 @@ impl<'a> Loader<'a> {
             checkpoint,
             options,
             keep: Keep::new(options, layers)?,
+            k_quants: layouts::has_k_quants(checkpoint),
             reading: Reading {
                 layout: options.layout,
                 headers_only: false,
@@ -190,6 +201,18 @@ impl<'a> Loader<'a> {
         let Some(format) = format else {
             if let Weight::Fp4(tensor) = &stored.weight {
                 self.survey.borrow_mut().linear(tensor, true);
+            }
+            if let Weight::Dense(dense) = &stored.weight
+                && self.k_quants
+                && !k.is_multiple_of(layouts::K_BLOCK)
+            {
+                let (kind, block) = (dense.kind(), layouts::K_BLOCK);
+                self.report.borrow_mut().kept.push(Kept {
+                    name: format!("{module}.weight"),
+                    reason: format!(
+                        "the file has it in {kind:?}: K = {k} is not a multiple of {block}, which k-quants need"
+                    ),
+                });
             }
             return Ok(self.accounted(module, stored));
         };
@@ -313,6 +336,7 @@ impl<'a> Loader<'a> {
         let mut report = self.report.into_inner();
         report.warnings = self.survey.into_inner().warnings();
         report.warnings.extend(self.keep.warnings());
+        report.dangling = self.checkpoint.dangling().to_vec();
         (report.components, report.own) = self.ledger.into_inner().told();
         for (name, tensor) in self
             .checkpoint
@@ -331,7 +355,11 @@ impl<'a> Loader<'a> {
 
     /// Keeps account of a weight that was read.
     fn take(&self, found: Found) -> Stored {
-        found.used.into_iter().for_each(|name| self.mark_used(name));
+        for name in found.used {
+            let scales_inputs = INPUT_SCALES.iter().any(|suffix| name.ends_with(suffix));
+            let is_new = self.used.borrow_mut().insert(name);
+            self.report.borrow_mut().input_scales += usize::from(is_new && scales_inputs);
+        }
         self.report.borrow_mut().layouts.extend(found.layout);
         Stored {
             weight: found.weight,

@@ -2,8 +2,12 @@
 
 use super::{Component, Layout};
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Tensors that a line names, of however many.
+const NAMED: usize = 5;
 
 /// A number of tensors and the bytes they take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -21,13 +25,22 @@ impl Tally {
     }
 }
 
-/// A tensor that stays in floating point although quantising was asked for.
+/// A tensor that stays in floating point although quantising was asked for, or although others of the file are in integers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Kept {
     /// The tensor.
     pub name: String,
     /// Why.
     pub reason: String,
+}
+
+/// A tensor that the checkpoint lacks, from [`LoadOptions::base`](super::LoadOptions::base).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Supplied {
+    /// The tensor.
+    pub name: String,
+    /// The base's file that holds it.
+    pub file: PathBuf,
 }
 
 /// An output head that was rounded to eight bits.
@@ -131,7 +144,8 @@ pub struct LoadReport {
     /// The output head, where it was rounded to eight bits; it is not among the others then.
     pub int8_head: Option<RoundedHead>,
     /// Linear layers' weights that were not quantised although that was asked for: because of
-    /// [`LoadOptions`](super::LoadOptions), or because they could not be.
+    /// [`LoadOptions`](super::LoadOptions), or because they could not be; and those that a GGUF file of k-quants could not have
+    /// in them.
     pub kept: Vec<Kept>,
     /// MLPs and mixtures of experts that had to be copied to lie together, and their bytes.
     pub copied: Vec<(String, usize)>,
@@ -139,6 +153,12 @@ pub struct LoadReport {
     pub ignored: usize,
     /// Their bytes.
     pub ignored_bytes: usize,
+    /// Tensors that the index lists of layers that the model does not have, and no file holds: ignored.
+    pub dangling: Vec<String>,
+    /// Tensors that the checkpoint lacks, and that came from the base.
+    pub supplied: Vec<Supplied>,
+    /// Scales to quantise activations by, which checkpoints have for other kernels: not used here.
+    pub input_scales: usize,
     /// Tensors that nothing asked for.
     pub unused: Vec<String>,
     /// What is known to cost quality, and options without effect: each once, with what to use instead.
@@ -146,6 +166,16 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
+    /// Notes what came from the base that was given.
+    pub(crate) fn note_base(&mut self, supplied: Vec<Supplied>) {
+        if supplied.is_empty() {
+            self.warnings.push(
+                "a base was given, and it has no effect: the checkpoint lacks no tensor; leave it out".into(),
+            );
+        }
+        self.supplied = supplied;
+    }
+
     /// Bytes of weights while the model runs.
     pub fn bytes(&self) -> usize {
         self.components.iter().map(|share| share.bytes).sum()
@@ -181,6 +211,21 @@ pub(super) fn write_kept(f: &mut fmt::Formatter<'_>, kept: &[Kept]) -> fmt::Resu
                 first.name, first.reason
             )?,
         }
+    }
+    Ok(())
+}
+
+/// A line a file that tensors came from.
+fn write_supplied(f: &mut fmt::Formatter<'_>, supplied: &[Supplied]) -> fmt::Result {
+    let mut files: BTreeMap<&Path, Vec<&str>> = BTreeMap::new();
+    for Supplied { name, file } in supplied {
+        files.entry(file).or_default().push(name);
+    }
+    for (file, names) in files {
+        let (count, file) = (names.len(), file.display());
+        let named = names[..count.min(NAMED)].join(", ");
+        let rest = if count > NAMED { ", …" } else { "" };
+        write!(f, "\n{count} missing tensors taken from {file}: {named}{rest}")?;
     }
     Ok(())
 }
@@ -231,8 +276,15 @@ impl fmt::Display for LoadReport {
         if self.ignored > 0 {
             write!(f, "; {} tensors of unused layers ignored", self.ignored)?;
         }
+        if self.input_scales > 0 {
+            let scales = self.input_scales;
+            write!(
+                f,
+                "; {scales} scales of activations ignored (activations are not quantised by them here)"
+            )?;
+        }
         if !self.unused.is_empty() {
-            let named = &self.unused[..self.unused.len().min(5)];
+            let named = &self.unused[..self.unused.len().min(NAMED)];
             write!(f, "; {} unknown tensors ({}", self.unused.len(), named.join(", "))?;
             f.write_str(if named.len() < self.unused.len() {
                 ", …)"
@@ -241,6 +293,15 @@ impl fmt::Display for LoadReport {
             })?;
         }
         write_kept(f, &self.kept)?;
+        if let Some(first) = self.dangling.first() {
+            let count = self.dangling.len();
+            write!(
+                f,
+                "\n{count} tensors of layers that the model does not have are in the index and in no file (the first \
+                 {first}): ignored"
+            )?;
+        }
+        write_supplied(f, &self.supplied)?;
         for warning in &self.warnings {
             write!(f, "\nwarning: {warning}")?;
         }

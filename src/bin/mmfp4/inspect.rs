@@ -50,6 +50,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Some(source) => files(source, arguments.refresh)?,
         None => demo::files()?,
     };
+    options.base = arguments.weights.base(&files, arguments.refresh)?;
     let found = Model::inspect(&files, &options)?;
     match arguments.json {
         true => print_json(&found)?,

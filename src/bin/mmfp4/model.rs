@@ -11,14 +11,17 @@ use candle_mmfp4::cpu::{Arithmetic, Executor};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
+use candle_mmfp4::models::glm4_moe_lite::Model;
 use clap::Args;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct Arguments {
-    /// A model's folder, or a repository of the hub: `org/name` or `org/name@revision` [default: the demo model].
+    /// A model's folder, or a repository of the hub: `org/name` or `org/name@revision`, with `:Q4_K_M` or the like behind it
+    /// for one of several GGUF files [default: the demo model].
     #[arg(short, long, value_name = "FOLDER|REPO")]
     model: Option<String>,
     /// Ask the hub whether a repository that is in the cache has moved on.
@@ -46,6 +49,10 @@ pub struct Arguments {
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct Weights {
+    /// Take tensors that the model lacks from this one, its original: a folder, or a repository, of which only the files that
+    /// hold them are fetched.
+    #[arg(long, value_name = "FOLDER|REPO")]
+    base: Option<String>,
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
@@ -73,7 +80,27 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// The options that it is about, all others as they are by default.
+    /// The files of `--base`, of a repository those that hold what `files` lack, fetched first where they have to be.
+    pub fn base(&self, files: &ModelFiles, refresh: bool) -> anyhow::Result<Option<ModelFiles>> {
+        let Some(base) = &self.base else {
+            return Ok(None);
+        };
+        let folder = match ModelSource::parse(base)? {
+            ModelSource::Folder(folder) => folder,
+            ModelSource::Repo(repo) => match Model::missing_tensors(files)? {
+                missing if missing.is_empty() => {
+                    say("note: --base has no effect: the model lacks no tensor");
+                    return Ok(None);
+                }
+                missing => fetched(refresh, |settings, bar| {
+                    hub::fetch_tensors(&repo, settings, &missing, bar)
+                })?,
+            },
+        };
+        Ok(Some(ModelFiles::folder(folder)))
+    }
+
+    /// The options that it is about but the base, all others as they are by default.
     pub fn options(&self) -> LoadOptions {
         LoadOptions {
             quantize: self.quantize,
@@ -110,6 +137,7 @@ impl Arguments {
         self.start()?;
         let device = self.device()?;
         let files = self.files()?;
+        options.base = self.base(&files)?;
         let start = Instant::now();
         let (pipeline, report) = Pipeline::from_files(&files, &options, &device)?;
         let elapsed = start.elapsed();
@@ -151,6 +179,12 @@ impl Arguments {
         }
     }
 
+    /// The files of the base that was asked for, of a repository those that hold what `files` lack.
+    pub fn base(&self, files: &ModelFiles) -> anyhow::Result<Option<ModelFiles>> {
+        self.weights.base(files, self.refresh)
+    }
+
+    /// What was asked for but the base, which [`base`](Self::base) finds.
     pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
             arithmetic: self.arithmetic(),
@@ -183,11 +217,18 @@ fn activations(name: &str) -> Result<DType, String> {
 pub fn find(model: &str, refresh: bool) -> anyhow::Result<ModelFiles> {
     let folder = match ModelSource::parse(model)? {
         ModelSource::Folder(folder) => folder,
-        ModelSource::Repo(repo) => {
-            let mut settings = HubSettings::from_env()?;
-            settings.refresh = refresh;
-            hub::fetch(&repo, &settings, &mut DownloadBar::new(settings.progress_bars))?
-        }
+        ModelSource::Repo(repo) => fetched(refresh, |settings, bar| hub::fetch(&repo, settings, bar))?,
     };
     Ok(ModelFiles::folder(folder))
+}
+
+/// What `fetch` brings with the environment's settings, and a bar.
+fn fetched(
+    refresh: bool,
+    fetch: impl FnOnce(&HubSettings, &mut DownloadBar) -> candle_mmfp4::Result<PathBuf>,
+) -> anyhow::Result<PathBuf> {
+    let mut settings = HubSettings::from_env()?;
+    settings.refresh = refresh;
+    let mut bar = DownloadBar::new(settings.progress_bars);
+    Ok(fetch(&settings, &mut bar)?)
 }

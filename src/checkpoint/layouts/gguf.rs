@@ -8,8 +8,24 @@ use super::siblings::{Named, Siblings};
 use super::{Layout, Reader};
 use crate::Result;
 use crate::checkpoint::gguf::{BLOCK_TYPES, MXFP4, NVFP4, Type};
+use crate::checkpoint::safetensors::Checkpoint;
 use crate::fp4::{BlockTensor, Bytes, Factor, Fp4Tensor, Parts, ScaleKind};
 use rayon::prelude::*;
+
+/// Elements of a block of k-quants, which rows have to be a multiple of.
+pub(in crate::checkpoint) const K_BLOCK: usize = 256;
+
+/// Whether some tensor of a checkpoint is in k-quants.
+pub(in crate::checkpoint) fn has_k_quants(checkpoint: &Checkpoint) -> bool {
+    let of_k = |(_, found): &&(_, Type)| found.block == K_BLOCK;
+    let suffixes: Vec<_> = BLOCK_TYPES
+        .iter()
+        .filter(of_k)
+        .map(|(_, found)| found.suffix)
+        .collect();
+    let mut tensors = checkpoint.tensors();
+    tensors.any(|(name, _)| suffixes.iter().any(|suffix| name.ends_with(suffix)))
+}
 
 /// What reads a layer's FP4 blocks, if it has any.
 pub(super) fn reader(siblings: &Siblings<'_>) -> Option<Reader> {

@@ -1,5 +1,5 @@
-//! The layouts in which checkpoints store FP4 weights, a file each. All but GGUF's have codes of consecutive k, the even one in
-//! the low nibble, and are used where they lie; they differ in names, and in how scales are stored.
+//! The layouts in which checkpoints store FP4 weights, a file each. All but GGUF's and ModelOpt's packed experts have codes of
+//! consecutive k, the even one in the low nibble, and are used where they lie; they differ in names, and in how scales are stored.
 //!
 //! What is there decides, not a configuration: names beside the weight, dtypes and shapes.
 
@@ -9,11 +9,15 @@ mod gguf;
 mod marlin;
 mod mlx;
 mod modelopt;
+mod modelopt_packed;
 mod name;
 mod refused;
+mod rotation;
 mod siblings;
 
-pub(crate) use config::check as check_config;
+pub(crate) use config::{check as check_config, check_beside as check_quantization_file};
+
+pub(super) use gguf::{K_BLOCK, has_k_quants};
 
 use super::safetensors::{Checkpoint, StoredTensor};
 use crate::fp4::{Bytes, Fp4Tensor, Parts, Weight};
@@ -120,6 +124,11 @@ fn together(siblings: &Siblings<'_>, codes: &Named, scales: &Named, parts: Parts
     })
 }
 
+/// Whether a checkpoint has the weight of a linear layer in some form, or a part of it.
+pub(crate) fn has_weight(checkpoint: &Checkpoint, module: &str) -> bool {
+    Siblings::of(checkpoint, module, Reading::default()).has_weight()
+}
+
 /// Whether a checkpoint has a linear layer's weight in FP4.
 pub(super) fn holds(checkpoint: &Checkpoint, module: &str) -> bool {
     reader(&Siblings::of(checkpoint, module, Reading::default())).is_some()
@@ -131,6 +140,8 @@ type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;
 fn reader(siblings: &Siblings<'_>) -> Option<Reader> {
     if let Some(read) = gguf::reader(siblings) {
         Some(read)
+    } else if siblings.packed().is_some() {
+        Some(modelopt_packed::read)
     } else if siblings.has("weight_packed") {
         Some(compressed::read)
     } else if siblings.is("weight", &[Dtype::U8]) {

@@ -28,6 +28,8 @@ pub enum Layout {
     CompressedMxfp4,
     /// ModelOpt's NVFP4: U8 codes, E4M3 scales, a factor to multiply by.
     ModelOpt,
+    /// ModelOpt's NVFP4 of experts that are one parameter, transposed: the codes of a row lie apart.
+    ModelOptPacked,
     /// MLX's `mxfp4`: U32 codes, E8M0 scales; experts stacked.
     MlxMxfp4,
     /// MLX's `nvfp4`: U32 codes, E4M3 scales; experts stacked.
@@ -40,12 +42,13 @@ pub enum Layout {
 
 impl Layout {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Marlin,
         Self::MarlinTurned,
         Self::CompressedNvfp4,
         Self::CompressedMxfp4,
         Self::ModelOpt,
+        Self::ModelOptPacked,
         Self::MlxMxfp4,
         Self::MlxNvfp4,
         Self::GgufMxfp4,
@@ -54,7 +57,7 @@ impl Layout {
 
     /// Whether weights are repacked while loading: their codes do not lie as kernels read them.
     pub fn is_repacked(self) -> bool {
-        matches!(self, Self::GgufMxfp4 | Self::GgufNvfp4)
+        matches!(self, Self::ModelOptPacked | Self::GgufMxfp4 | Self::GgufNvfp4)
     }
 
     /// What `--layout` calls it, and the JSON of reports.
@@ -65,6 +68,7 @@ impl Layout {
             Self::CompressedNvfp4 => "compressed-nvfp4",
             Self::CompressedMxfp4 => "compressed-mxfp4",
             Self::ModelOpt => "modelopt-nvfp4",
+            Self::ModelOptPacked => "modelopt-packed",
             Self::MlxMxfp4 => "mlx-mxfp4",
             Self::MlxNvfp4 => "mlx-nvfp4",
             Self::GgufMxfp4 => "gguf-mxfp4",
@@ -80,6 +84,7 @@ impl Layout {
             Self::CompressedNvfp4 => ".weight_packed beside scales in F8_E4M3",
             Self::CompressedMxfp4 => ".weight_packed beside scales in U8",
             Self::ModelOpt => ".weight in U8 beside scales in F8_E4M3",
+            Self::ModelOptPacked => "experts.gate_up_proj and down_proj in U8, scales [E, K/16, R]",
             Self::MlxMxfp4 => "words of codes beside scales in U8, one every 32",
             Self::MlxNvfp4 => "words of codes beside scales in U8, one every 16",
             Self::GgufMxfp4 => "a tensor of type MXFP4",
@@ -96,6 +101,7 @@ impl fmt::Display for Layout {
             Self::CompressedNvfp4 => "compressed-tensors nvfp4-pack-quantized",
             Self::CompressedMxfp4 => "compressed-tensors mxfp4-pack-quantized",
             Self::ModelOpt => "ModelOpt NVFP4",
+            Self::ModelOptPacked => "ModelOpt NVFP4, packed experts",
             Self::MlxMxfp4 => "MLX mxfp4",
             Self::MlxNvfp4 => "MLX nvfp4",
             Self::GgufMxfp4 => "GGUF MXFP4",

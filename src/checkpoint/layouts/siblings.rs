@@ -28,6 +28,17 @@ enum Share {
     One(usize),
     /// All of a stack, its matrices one below the other.
     Stacked,
+    /// One of a stack that is a parameter of its own, as ModelOpt has it.
+    Packed(Packed),
+}
+
+/// One expert's matrix in tensors of all experts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Packed {
+    /// The expert.
+    pub expert: usize,
+    /// Which half of the rows it is: 0 the gate's, 1 up's; `None` where all are one matrix.
+    pub half: Option<usize>,
 }
 
 /// A tensor and its name.
@@ -48,20 +59,45 @@ impl Named {
 
     /// The one number that it is, a tensor's factor; 1 where data are not read.
     pub fn factor(&self, reading: Reading) -> Result<f32> {
-        let one = StoredTensor {
-            shape: vec![self.tensor.shape.iter().product()],
+        match self.tensor.shape.iter().product() {
+            1usize => self.factor_at(0, reading),
+            _ => Err(self.problem(format!("shape {:?}; expected one number", self.tensor.shape))),
+        }
+    }
+
+    /// One of the numbers that it is, counted in the order in which they lie; 1 where data are not read.
+    pub fn factor_at(&self, index: usize, reading: Reading) -> Result<f32> {
+        let count = self.tensor.shape.iter().product();
+        let flat = StoredTensor {
+            shape: vec![count],
             ..self.tensor.clone()
         };
         if reading.headers_only {
-            one.float_kind(&self.name)?;
-            one.expect_shape(&self.name, &[1])?;
-            return Ok(1.0);
+            return flat.float_kind(&self.name).map(|_| 1.0);
         }
-        let factor = one.vector(&self.name, 1)?[0];
+        let factor = flat.vector(&self.name, count)?[index];
         match factor.is_normal() && factor > 0.0 {
             true => Ok(factor),
             false => Err(self.problem(format!("it is {factor}; expected a number above 0"))),
         }
+    }
+
+    /// The one integer that it is.
+    pub fn integer(&self) -> Result<i64> {
+        let bytes = &self.tensor.bytes[..];
+        let value = match self.tensor.dtype {
+            Dtype::U8 => bytes.try_into().ok().map(u8::from_le_bytes).map(i64::from),
+            Dtype::I32 => bytes.try_into().ok().map(i32::from_le_bytes).map(i64::from),
+            Dtype::U32 => bytes.try_into().ok().map(u32::from_le_bytes).map(i64::from),
+            Dtype::I64 => bytes.try_into().ok().map(i64::from_le_bytes),
+            _ => None,
+        };
+        value.ok_or_else(|| {
+            let (dtype, shape) = (self.tensor.dtype, &self.tensor.shape);
+            self.problem(format!(
+                "dtype {dtype:?} and shape {shape:?}; expected one integer"
+            ))
+        })
     }
 }
 
@@ -73,9 +109,13 @@ impl<'a> Siblings<'a> {
             let (module, share) = of_switch(module)?;
             Some(Self::new(checkpoint, module, share, reading)).filter(Self::is_there)
         };
+        let of_packed = || {
+            let (module, share) = of_packed(module)?;
+            Some(Self::new(checkpoint, module, share, reading)).filter(Self::is_there)
+        };
         match own.is_there() {
             true => own,
-            false => of_all().unwrap_or(own),
+            false => of_all().or_else(of_packed).unwrap_or(own),
         }
     }
 
@@ -124,12 +164,32 @@ impl<'a> Siblings<'a> {
     }
 
     fn is_there(&self) -> bool {
-        self.checkpoint.has_module(&self.module)
+        match self.share {
+            Share::Packed(_) => self.has("weight"),
+            _ => self.checkpoint.has_module(&self.module),
+        }
+    }
+
+    /// Where it lies in tensors of all experts, if these are parameters of their own.
+    pub fn packed(&self) -> Option<Packed> {
+        match self.share {
+            Share::Packed(packed) => Some(packed),
+            _ => None,
+        }
+    }
+
+    /// Whether there are tensors of the weight, in whatever form.
+    pub fn has_weight(&self) -> bool {
+        self.packed().is_some() || self.checkpoint.has_weight_of(&self.module)
     }
 
     /// What messages call the layer.
     pub fn name(&self, suffix: &str) -> String {
-        format!("{}.{suffix}", self.module)
+        match (self.share, suffix) {
+            (Share::Packed(_), "weight") => self.module.clone(),
+            (Share::Packed(_), suffix) => format!("{}_{suffix}", self.module),
+            _ => format!("{}.{suffix}", self.module),
+        }
     }
 
     pub fn has(&self, suffix: &str) -> bool {
@@ -141,7 +201,7 @@ impl<'a> Siblings<'a> {
         (self.checkpoint.find(&self.name(suffix))).is_some_and(|tensor| dtypes.contains(&tensor.dtype))
     }
 
-    /// A tensor that has to be there.
+    /// A tensor that has to be there: the layer's share of it or, of a [packed](Self::packed) one, all of it.
     pub fn get(&self, suffix: &str) -> Result<Named> {
         let name = self.name(suffix);
         let tensor = self.checkpoint.get(&name)?;
@@ -150,9 +210,18 @@ impl<'a> Siblings<'a> {
             Share::Whole => tensor.clone(),
             Share::One(index) => slice(&name, tensor, index)?,
             Share::Stacked => below_one_another(&name, tensor)?,
+            Share::Packed(_) => {
+                let tensor = tensor.clone();
+                return Ok(Named { name, tensor });
+            }
         };
-        self.given.borrow_mut().push(tensor.bytes.clone());
+        self.give(&tensor.bytes);
         Ok(Named { name, tensor })
+    }
+
+    /// Counts bytes of a file as the layer's.
+    pub fn give(&self, bytes: &Bytes) {
+        self.given.borrow_mut().push(bytes.clone());
     }
 
     /// Counts a tensor as used, if it is there.
@@ -162,7 +231,7 @@ impl<'a> Siblings<'a> {
         }
     }
 
-    /// The names of the tensors that were used, and the bytes that were [given](Self::get).
+    /// The names of the tensors that were used, and the bytes that were [given](Self::give).
     pub fn used(self) -> (Vec<String>, Vec<Bytes>) {
         (self.used.into_inner(), self.given.into_inner())
     }
@@ -175,6 +244,24 @@ fn of_switch(module: &str) -> Option<(String, Share)> {
     Some((
         format!("{layer}.switch_mlp.{projection}"),
         Share::One(index.parse().ok()?),
+    ))
+}
+
+/// Where ModelOpt keeps an expert of a model whose experts are parameters: `….experts.3.up_proj` is the second half of the
+/// fourth of `….experts.gate_up_proj`.
+fn of_packed(module: &str) -> Option<(String, Share)> {
+    let (layer, expert) = module.split_once(".experts.")?;
+    let (index, projection) = expert.split_once('.')?;
+    let (stack, half) = match projection {
+        "gate_proj" => ("gate_up_proj", Some(0)),
+        "up_proj" => ("gate_up_proj", Some(1)),
+        "down_proj" => (projection, None),
+        _ => return None,
+    };
+    let expert = index.parse().ok()?;
+    Some((
+        format!("{layer}.experts.{stack}"),
+        Share::Packed(Packed { expert, half }),
     ))
 }
 

@@ -5,6 +5,7 @@ use super::cache::{cache_bytes, cache_bytes_per_token, check_kernels};
 use super::config::Config;
 use super::experts::FeedForward;
 use super::reads::Reads;
+use super::tensors::completed;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
@@ -76,7 +77,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Tensor`] names what is missing or malformed, and on a device that runs launch plans what no kernel takes;
-    /// [`Error::Argument`] an option that makes no sense there, or anywhere.
+    /// [`Error::Argument`] an option that makes no sense there, or anywhere; those of [`Checkpoint::from_files`] for
+    /// [`LoadOptions::base`].
     pub fn load(
         config: Config,
         checkpoint: &Checkpoint,
@@ -84,6 +86,8 @@ impl Model {
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
         let dtype = options.activations_on(device)?;
+        let completed = completed(&config, checkpoint, options)?;
+        let checkpoint = completed.as_ref().map_or(checkpoint, |(whole, _)| whole);
         check_memory(&config, checkpoint, options, device, dtype)?;
         if let CacheKind::Paged(format) = options.kv_cache {
             check_kernels(&config.cache_layout(format)?, device)?;
@@ -119,6 +123,9 @@ impl Model {
             return Err(Error::argument("load", "int8_head", expected, "true"));
         }
         let mut report = loader.finish(&predicted(&config), duplicate_head(&config));
+        if let Some((_, supplied)) = completed {
+            report.note_base(supplied);
+        }
         let rotary = RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing);
         let model = Self {
             embedding,

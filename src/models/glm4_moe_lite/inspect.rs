@@ -5,6 +5,7 @@ mod walk;
 use super::cache::{cache_bytes, cache_bytes_per_token};
 use super::config::Config;
 use super::decoder::{Model, weights_needed};
+use super::tensors::completed;
 use crate::checkpoint::{Checkpoint, Layout, LoadOptions, LoadReport, ModelFiles, Tally};
 use crate::{Result, memory};
 use candle_core::Device;
@@ -96,10 +97,18 @@ impl Model {
         let mut found = Inspection::of_tensors(&checkpoint);
         match Config::from_files(files) {
             Ok(config) => {
-                let (report, problems) = walk::report(&config, &checkpoint, options)?;
+                let completed = completed(&config, &checkpoint, options).unwrap_or_else(|error| {
+                    found.problems.push(error.to_string());
+                    None
+                });
+                let checkpoint = completed.as_ref().map_or(&checkpoint, |(whole, _)| whole);
+                let (mut report, problems) = walk::report(&config, checkpoint, options)?;
+                if let Some((_, supplied)) = &completed {
+                    report.note_base(supplied.clone());
+                }
                 found.layouts = told(&report);
                 found.problems.extend(problems);
-                match needed(&config, &checkpoint, options) {
+                match needed(&config, checkpoint, options) {
                     Ok(needed) => found.memory = Some(needed),
                     Err(error) => found.problems.push(error.to_string()),
                 }

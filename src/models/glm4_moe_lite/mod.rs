@@ -15,6 +15,7 @@ mod inspect;
 mod latent_heads;
 mod paged;
 mod reads;
+mod tensors;
 
 pub use attention::AttentionPath;
 pub use cache::{Cache, ContiguousCaches};
