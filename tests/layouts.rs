@@ -275,6 +275,8 @@ fn other_quantisers_are_refused_by_name() {
     beside("weight_shape", &["pack-quantized"]);
     beside("weight.absmax", &["bitsandbytes"]);
     beside("weight_scale_inv", &["FP8"]);
+    beside("pre_quant_scale", &["AWQ"]);
+    beside("svdquant_lora_a", &["SVDQuant"]);
 }
 
 #[test]

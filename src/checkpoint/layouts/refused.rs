@@ -12,7 +12,7 @@ pub(super) fn check(siblings: &Siblings<'_>) -> Result<()> {
     let integers = [Dtype::U32, Dtype::I32];
     let eight_bits = [Dtype::F8_E4M3, Dtype::F8_E5M2];
     // The first that is there tells what all are.
-    let known: [(&str, bool, &str); 9] = [
+    let known: [(&str, bool, &str); 11] = [
         (
             "biases",
             siblings.is("weight", &integers),
@@ -32,6 +32,16 @@ pub(super) fn check(siblings: &Siblings<'_>) -> Result<()> {
         ),
         ("weight.absmax", true, "bitsandbytes"),
         ("weight.quant_map", true, "bitsandbytes"),
+        (
+            "pre_quant_scale",
+            true,
+            "four bits whose inputs are scaled first (ModelOpt's AWQ)",
+        ),
+        (
+            "svdquant_lora_a",
+            true,
+            "four bits with a correction of low rank beside them (ModelOpt's SVDQuant)",
+        ),
         ("weight_scale_inv", true, "FP8 in blocks (DeepSeek's)"),
         ("weight", siblings.is("weight", &eight_bits), "FP8"),
     ];
