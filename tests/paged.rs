@@ -1,8 +1,8 @@
 //! Whole models over the paged cache: however a prompt is cut and whatever runs beside it, and against the contiguous cache.
 //!
-//! Over stored latents a token's attention is the same bits however a prompt is cut. Products are not: up to five rows, each
-//! row of weights is summed along itself; more rows are a matrix product, which sums in another order, and attention over
-//! expanded keys does likewise. So what is required bit for bit is compared where products take the same way.
+//! Attention reads what the cache holds, and no kernel sums in another order for another number of rows. So where the form
+//! of attention is forced (absorbed or materialised), a token's logits are the same bits however its prompt is cut and
+//! whatever runs beside it, in either arithmetic and every format.
 
 mod common;
 
@@ -22,14 +22,20 @@ use std::sync::Arc;
 const NEAR_TIE: f32 = 1e-3;
 const FORCED: [AttentionPath; 2] = [AttentionPath::Absorbed, AttentionPath::Materialised];
 
-/// In exact arithmetic: with rounded activations the last bit, which the order of sums decides, can choose between two
-/// steps.
-fn load(folder: &Path) -> Model {
+const ARITHMETICS: [Arithmetic; 2] = [Arithmetic::Exact, Arithmetic::W4A8];
+
+fn load_with(folder: &Path, arithmetic: Arithmetic) -> Model {
     let options = LoadOptions {
-        arithmetic: Arithmetic::Exact,
+        arithmetic,
         ..LoadOptions::default()
     };
     Model::from_folder(folder, &options, &Device::Cpu).unwrap().0
+}
+
+/// In exact arithmetic: where forms of attention are compared, with rounded activations the last bit can choose between
+/// two steps.
+fn load(folder: &Path) -> Model {
+    load_with(folder, Arithmetic::Exact)
 }
 
 fn paged(model: &Model, format: CacheFormat) -> PagedKvCache {
@@ -117,73 +123,21 @@ fn in_f16_models_say_what_they_say_over_the_contiguous_cache() {
 }
 
 #[test]
-fn a_prompt_gives_the_same_bits_token_by_token_and_in_chunks() {
+fn a_prompt_gives_the_same_bits_however_it_is_cut() {
     for golden in goldens() {
-        let mut model = load(&golden.folder);
         let tokens = longest(&golden);
-        for format in CacheFormat::ALL {
-            for path in FORCED {
-                model.set_attention_path(path);
-                // Enough tokens first that expanding all of them is a matrix product in each pass after it.
-                let run = |chunk| {
-                    let mut cache = paged(&model, format);
-                    let (id, _) = cache.start(&[]);
-                    feed(&model, &mut cache, id, &tokens[..8], 8);
-                    feed(&model, &mut cache, id, &tokens[8..], chunk)
-                };
-                let one = run(1);
-                for chunk in [2, 3, 5] {
-                    let what = format!(
-                        "{}, {format}, {path:?}, chunks of {chunk}",
-                        golden.folder.display()
-                    );
-                    assert!(run(chunk) == one, "{what}");
-                }
-            }
-        }
-    }
-}
-
-/// What leaves the attention of the layers up to the first experts, whose products have as many rows as tokens chose them.
-fn attended(model: &Model, format: CacheFormat, tokens: &[u32], chunk: usize) -> Vec<f32> {
-    let mut cache = paged(model, format);
-    let (id, _) = cache.start(&[]);
-    let mut layers = [Vec::new(), Vec::new()];
-    let mut observe = |site: Site, _: &Tensor, output: &Tensor| {
-        if let (Some(layer @ 0..2), "attention") = (site.layer, site.op) {
-            layers[layer].extend(values(output));
-        }
-        Ok(())
-    };
-    for chunk in tokens.chunks(chunk) {
-        let sequences = [(id, chunk)];
-        model
-            .forward_paged(&mut cache, &sequences, Logits::Last, Some(&mut observe))
-            .unwrap();
-    }
-    assert!(!layers[1].is_empty());
-    layers.concat()
-}
-
-#[test]
-fn attention_gives_the_same_whole_and_in_chunks() {
-    for golden in goldens() {
-        let mut model = load(&golden.folder);
-        let tokens = longest(&golden);
-        for format in CacheFormat::ALL {
-            for path in FORCED {
-                model.set_attention_path(path);
-                let whole = attended(&model, format, tokens, tokens.len());
-                for chunk in [20, 10] {
-                    let cut = attended(&model, format, tokens, chunk);
-                    let what = format!(
-                        "{}, {format}, {path:?}, chunks of {chunk}",
-                        golden.folder.display()
-                    );
-                    match path {
-                        // The layer before has its share: a pass of more rows is cut into other tasks there.
-                        AttentionPath::Materialised => assert_nmse(&cut, &whole, 1e-8, &what),
-                        _ => assert!(cut == whole, "{what}"),
+        for arithmetic in ARITHMETICS {
+            let mut model = load_with(&golden.folder, arithmetic);
+            for format in CacheFormat::ALL {
+                for path in FORCED {
+                    model.set_attention_path(path);
+                    let whole = fed(&model, format, tokens, tokens.len());
+                    for chunk in [1, 2, 3, 5, 7, 10, 20] {
+                        let what = format!(
+                            "{}, {arithmetic:?}, {format}, {path:?}, chunks of {chunk}",
+                            golden.folder.display()
+                        );
+                        assert!(fed(&model, format, tokens, chunk) == whole, "{what}");
                     }
                 }
             }

@@ -431,7 +431,11 @@ impl Call<'_> {
                     rest = tail;
                 }
                 let (keys, _) = self.attention.parts(set);
-                rotate(self.attention.layout, &mut row[..keys[0].width], hadamard::rotate);
+                rotate(
+                    self.attention.layout,
+                    &mut row[..keys[0].width],
+                    hadamard::rotate_whole,
+                );
                 // SAFETY: the executor has checked the instructions.
                 unsafe { (self.executor.kernels().paged.prepare)(row, to) };
             });
@@ -521,7 +525,7 @@ impl Call<'_> {
         let out = &mut out[..self.value];
         let factor = 1.0 / sum;
         out.iter_mut().for_each(|v| *v *= factor);
-        rotate(self.attention.layout, out, hadamard::unrotate);
+        rotate(self.attention.layout, out, hadamard::unrotate_whole);
         let row = group.rows.start + row;
         let query = group.first_query + group.query + row / self.per_query;
         let head = group.head * self.per_query + row % self.per_query;
@@ -532,9 +536,9 @@ impl Call<'_> {
 }
 
 /// Rotates a vector one way or the other, where the layout's are.
-fn rotate(layout: &RowLayout, vector: &mut [f32], how: fn(&mut [f32], usize) -> Result<()>) {
-    if let Some(block) = layout.rotation(vector.len()) {
-        how(vector, block).expect("a layout's blocks divide its vectors");
+fn rotate(layout: &RowLayout, vector: &mut [f32], how: fn(&mut [f32])) {
+    if layout.rotation(vector.len()).is_some() {
+        how(vector);
     }
 }
 

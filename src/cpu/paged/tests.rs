@@ -489,7 +489,7 @@ fn attention_reads_all_bytes_as_the_codecs() {
             let mut expected = vec![0.0; 32 + 256];
             codec::read(&layout, &pool, 0, &mut expected).unwrap();
             let mut expected = expected.split_off(32);
-            rotate(&layout, &mut expected, hadamard::unrotate);
+            rotate(&layout, &mut expected, hadamard::unrotate_whole);
             for executor in executors() {
                 let mut found = vec![0.0; 256];
                 let attention = PagedAttention {
