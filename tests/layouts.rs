@@ -486,6 +486,7 @@ fn other_quantisers_are_refused_by_name() {
     beside("Qidxs", &["QuIP#"]);
     beside("su", &["trellis"]);
     beside("pre_quant_scale", &["NVFP4_AWQ"]);
+    beside("svdquant_lora_a", &["NVFP4_SVD"]);
 
     // By the dtype alone.
     for (dtype, what) in [

@@ -105,17 +105,22 @@ fn say(model: &Model, prompt: &[u32], count: usize) -> Vec<u32> {
     said
 }
 
-/// Requires the same words of a library's file and of ours after every golden prompt; says how many are those of BF16.
-fn said(golden: &Golden, theirs: &Path, ours: &Path) -> String {
+/// Requires the same words of a library's file and of ours after every golden prompt, where their logits are the same;
+/// says which answers are BF16's.
+fn said(golden: &Golden, theirs: &Path, ours: &Path, compare: Logit) -> String {
     let [theirs, ours] = [theirs, ours].map(|folder| load(folder, Arithmetic::default()).0);
     let same = |case: &&Case| {
         let count = case.greedy_ids.len();
         let words = say(&theirs, &case.input_ids, count);
-        assert_eq!(words, say(&ours, &case.input_ids, count), "{}", case.name);
+        if compare == Logit::Bits {
+            assert_eq!(words, say(&ours, &case.input_ids, count), "{}", case.name);
+        }
         words == case.greedy_ids
     };
-    let count = golden.cases.iter().filter(same).count();
-    format!(" | {count} of {} golden answers", golden.cases.len())
+    let names: Vec<_> = (golden.cases.iter().filter(same))
+        .map(|case| case.name.as_str())
+        .collect();
+    format!(" | {}", names.join(", "))
 }
 
 /// The source's `config.json`: GGUF files have none, and Marlin's says nothing of quantisation.
@@ -178,7 +183,7 @@ fn every_layout_is_read_as_its_library_wrote_it() {
         }
         let words = words
             .as_ref()
-            .map_or(String::new(), |golden| said(golden, &folder, own.path()));
+            .map_or(String::new(), |golden| said(golden, &folder, own.path(), compare));
         println!(
             "{name} | {library} | {} matrices | {compare:?}{words}",
             expected.len()

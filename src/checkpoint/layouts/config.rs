@@ -60,7 +60,8 @@ pub(crate) fn check(field: &str, value: &Value) -> Result<()> {
             "format",
             &["nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"],
         ),
-        (Some("modelopt"), _) => one_of("quant_algo", &["NVFP4"]),
+        // Mixtures are told apart by their tensors.
+        (Some("modelopt"), _) => one_of("quant_algo", &["NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"]),
         (Some(other), _) => {
             let problem = format!("integers and eight bits are not implemented; {INSTEAD}");
             refuse("quant_method", other, problem)
@@ -94,6 +95,8 @@ mod tests {
             json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
             json!({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}),
             json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+            json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}),
+            json!({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}),
             json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}),
             json!({"group_size": 16, "bits": 4, "mode": "nvfp4"}),
             json!({"format": "mmfp4_e2m1_marlin", "use_hadamard": false}),
@@ -111,6 +114,10 @@ mod tests {
             (
                 json!({"quant_method": "modelopt", "quant_algo": "FP8"}),
                 "quant_algo = FP8",
+            ),
+            (
+                json!({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}),
+                "quant_algo = NVFP4_AWQ",
             ),
             (json!({"group_size": 64, "bits": 4}), "mode = affine"),
             (

@@ -33,6 +33,12 @@ pub(super) fn check(siblings: &Siblings<'_>) -> Result<()> {
         ("weight.absmax", true, "bitsandbytes"),
         ("weight.quant_map", true, "bitsandbytes"),
         ("SCB", true, "bitsandbytes, eight bits"),
+        // Before its scales of inputs, which it has too.
+        (
+            "svdquant_lora_a",
+            true,
+            "ModelOpt's NVFP4_SVD, with a correction of low rank beside the codes",
+        ),
         (
             "pre_quant_scale",
             true,
