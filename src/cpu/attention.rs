@@ -98,6 +98,8 @@ enum Group {
 #[derive(Debug, Clone)]
 pub(super) struct Task<'a> {
     pub attention: Attention<'a>,
+    /// Whether few rows are to be summed as many are.
+    pub uniform: bool,
     group: Group,
     rows: Range<usize>,
 }
@@ -179,6 +181,7 @@ pub fn attend(executor: &Executor, attention: Attention<'_>, y: &mut [f32]) {
         let (part, group) = (tasks - 1 - index / groups, index % groups);
         let task = Task {
             attention,
+            uniform: executor.is_uniform(),
             group: if shared { Group::All } else { Group::Head(group) },
             rows: part * rows / tasks..(part + 1) * rows / tasks,
         };
@@ -405,9 +408,9 @@ mod tests {
                 let (n, position) = (150, 30);
                 let mut case = Case::new(heads, n, position, widths);
                 case.window = window;
-                for executor in executors() {
+                for executor in executors().iter().map(|executor| executor.uniform()) {
                     for materialised in [false, true] {
-                        let whole = case.run(executor, materialised);
+                        let whole = case.run(&executor, materialised);
                         for ranges in cuts(n) {
                             let what = format!(
                                 "{heads} heads, {widths:?}, window {window:?}, {:?}: {:?}",
@@ -415,7 +418,7 @@ mod tests {
                                 ranges[0]
                             );
                             let part =
-                                |rows: &std::ops::Range<usize>| case.part(rows).run(executor, materialised);
+                                |rows: &std::ops::Range<usize>| case.part(rows).run(&executor, materialised);
                             let cut: Vec<_> = ranges.iter().flat_map(part).collect();
                             assert_same_bits(&cut, &whole, &what);
                         }

@@ -233,7 +233,7 @@ mod tests {
         for weight in weights(&[192], &[128, 336, 512]) {
             let k = weight.shape().1;
             for rows in LAYOUTS {
-                for executor in executors() {
+                for executor in executors().iter().map(|executor| executor.uniform()) {
                     let what = |cut: usize| format!("{weight:?}, {rows:?}, {:?}: {cut} rows", executor.isa());
                     let cut = |x: &[f32], width: usize, f: &dyn Fn(&[f32]) -> Vec<f32>| {
                         let whole = f(x);
@@ -247,12 +247,12 @@ mod tests {
                     let x = noise(19 * rows.heads * k, 5);
                     for arithmetic in ARITHMETICS {
                         cut(&x, rows.heads * k, &|x| {
-                            ordinary(executor, &weight, rows, x, arithmetic)
+                            ordinary(&executor, &weight, rows, x, arithmetic)
                         });
                     }
                     let x = noise(19 * rows.heads * rows.len, 6);
                     cut(&x, rows.heads * rows.len, &|x| {
-                        transposed(executor, &weight, rows, x)
+                        transposed(&executor, &weight, rows, x)
                     });
                 }
             }

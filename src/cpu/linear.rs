@@ -196,13 +196,13 @@ mod tests {
             let k = weight.shape().1;
             let x = noise(66 * k, 3);
             for arithmetic in ARITHMETICS {
-                for executor in executors() {
-                    let whole = run(executor, &weight, &x, arithmetic);
+                for executor in executors().iter().map(|executor| executor.uniform()) {
+                    let whole = run(&executor, &weight, &x, arithmetic);
                     for ranges in cuts(66) {
                         let part = |rows: &std::ops::Range<usize>| &x[rows.start * k..rows.end * k];
                         let cut: Vec<_> = ranges
                             .iter()
-                            .flat_map(|rows| run(executor, &weight, part(rows), arithmetic))
+                            .flat_map(|rows| run(&executor, &weight, part(rows), arithmetic))
                             .collect();
                         let what = format!(
                             "{weight:?}, {arithmetic:?}, {:?}: {:?}",

@@ -425,12 +425,12 @@ mod tests {
             .map(|i| if i % 2 == 0 { 0 } else { 1 + i as u32 % 7 })
             .collect();
         for arithmetic in ARITHMETICS {
-            for executor in executors() {
+            for executor in executors().iter().map(|executor| executor.uniform()) {
                 let run = |tokens: std::ops::Range<usize>| {
                     let mut y = vec![f32::NAN; tokens.len() * d];
                     let slots = tokens.start * top_k..tokens.end * top_k;
                     fused_moe(
-                        executor,
+                        &executor,
                         &experts,
                         &shared,
                         &x[tokens.start * d..tokens.end * d],

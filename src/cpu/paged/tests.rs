@@ -204,6 +204,22 @@ fn paged_widths_of_the_model_and_odd_ones() {
         ),
         (
             RowKind::Heads {
+                kv_heads: 2,
+                key_dim: 64,
+                value_dim: 64,
+            },
+            8,
+        ),
+        (
+            RowKind::Heads {
+                kv_heads: 4,
+                key_dim: 96,
+                value_dim: 96,
+            },
+            4,
+        ),
+        (
+            RowKind::Heads {
                 kv_heads: 1,
                 key_dim: 256,
                 value_dim: 256,

@@ -1,19 +1,14 @@
 //! The inner loops of attention, once for all instruction sets.
-//!
-//! A row's sums run in one order however many rows a task has and whichever they are: blocks of keys begin at multiples of
-//! 64 positions, scores are added up in the lanes of a register, outputs key by key. So a query gives the same bits alone
-//! and among many.
 
 use super::elementwise::exp;
-use super::product::{Columns, Rows, aligned, passes, product};
+use super::product::{Columns, Rows, aligned, passes, product, transpose};
 use super::{Scratch, Simd, sized};
-use crate::cpu::attention::{HeadView, Task};
+use crate::cpu::attention::Task;
 
 /// Keys that are taken at a time.
 const KEYS: usize = 64;
-/// From so many rows on, copying keys and values together costs less than reading them where they lie: rows of a head
-/// may be so far apart that they push each other out of the first-level cache.
-const MANY: usize = 17;
+/// Up to so many rows, transposing keys costs more than adding up the lanes of dot products.
+const FEW: usize = 16;
 
 /// The rows of a task, `[rows, values.width]`.
 ///
@@ -29,42 +24,37 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     let (rows, width, value) = (task.len(), attention.width(), attention.values.width);
     let stride = out_stride(value);
     assert!(rows > 0 && out.len() == rows * stride);
-    // What is read where it lies is whole registers.
-    let whole = |width: usize| width.is_multiple_of(S::LANES);
-    let copied = rows >= MANY || !whole(value) || attention.keys.iter().any(|part| !whole(part.width));
-    let padded = width.next_multiple_of(S::LANES);
-    let queries = aligned(&mut scratch.floats, rows * padded);
-    gather(task, padded, queries);
-    let scores = aligned(&mut scratch.tile, rows * KEYS);
-    let copies = aligned(
+    let few = rows <= FEW && !task.uniform;
+    let queries = aligned(&mut scratch.floats, rows * width);
+    gather(task, width, queries);
+    // The last register of a row that begins within a block may reach into the next one's hidden places.
+    let scores = aligned(&mut scratch.tile, rows * KEYS + 16);
+    let packed = aligned(
         &mut scratch.weights,
-        if copied { KEYS * (padded + stride) } else { 0 },
+        if few { 0 } else { KEYS * (width + stride) },
     );
-    let (keys, values) = copies.split_at_mut(if copied { KEYS * padded } else { 0 });
+    let (keys, values) = packed.split_at_mut(if few { 0 } else { KEYS * width });
     let (maxima, sums) = sized(&mut scratch.gathered, 2 * rows).split_at_mut(rows);
     maxima.fill(f32::NEG_INFINITY);
     sums.fill(0.0);
 
     // Later rows see later keys.
     let seen = attention.visible(task.row(0).0).start..attention.visible(task.row(rows - 1).0).end;
+    // Blocks begin at multiples of their size, whichever rows the task has.
     for base in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
         let first = base.max(seen.start);
         let (count, add) = ((seen.end - first).min(base + KEYS - first), base > seen.start);
-        // SAFETY: the instructions are the caller's promise; there are `rows` queries, as wide as a key in whole registers.
+        // SAFETY: the instructions are the caller's promise; there are `rows` queries of
+        // `width`, and that many keys have been packed, to whole registers.
         unsafe {
-            let (queries, scores) = (Rows::of(queries, padded), &mut scores[first - base..]);
-            if copied {
-                copy_keys(task, first, count, padded, keys);
-                let together = HeadView {
-                    data: keys,
-                    row: padded,
-                    head: 0,
-                    width: padded,
-                };
-                dots::<S, NR, MR>(&[together], (0, 0), rows, queries, count, scores);
+            let (a, scores) = (Rows::of(queries, width), &mut scores[first - base..]);
+            if few {
+                dots::<S, NR, MR>(task, a, first, count, scores);
             } else {
-                let at = (first, task.head());
-                dots::<S, NR, MR>(attention.keys, at, rows, queries, count, scores);
+                pack_keys::<S>(task, first, count, width, keys);
+                let b = Columns::packed::<S>(keys, width);
+                let columns = count.div_ceil(S::LANES) * S::LANES;
+                product::<S, NR, MR>(a, b, (rows, width, columns), (scores, KEYS), false);
             }
         }
         for (index, scores) in scores.as_chunks_mut::<KEYS>().0.iter_mut().enumerate() {
@@ -94,11 +84,11 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
         // SAFETY: the instructions are the caller's promise; there are `rows` rows of 64 scores, and
         // `count` rows of values, as they lie or packed to whole registers.
         unsafe {
-            let (b, columns) = if copied {
+            let (b, columns) = if few {
+                (values_of::<S>(task, first, count), value)
+            } else {
                 pack_values::<S>(task, first, count, values);
                 (Columns::packed::<S>(values, KEYS), stride)
-            } else {
-                (values_of::<S>(task, first, count), value)
             };
             product::<S, NR, MR>(
                 Rows::of(scores, KEYS).skip(0, first - base),
@@ -120,7 +110,7 @@ pub(in crate::cpu) fn out_stride(width: usize) -> usize {
     width.next_multiple_of(16)
 }
 
-/// The task's queries, their parts side by side, times the scale; zeros after them, to `width`.
+/// The task's queries, their parts side by side, times the scale.
 #[inline(always)]
 fn gather(task: &Task<'_>, width: usize, queries: &mut [f32]) {
     for (index, mut query) in queries.chunks_exact_mut(width).enumerate() {
@@ -132,20 +122,28 @@ fn gather(task: &Task<'_>, width: usize, queries: &mut [f32]) {
             }
             query = rest;
         }
-        query.fill(0.0);
     }
 }
 
-/// Copies keys one after the other, their parts side by side; zeros after them, to `width`.
+/// Transposes keys: sets of `LANES` of them, in a set an element of all keys after the other. What is missing to a whole
+/// set is the last key again.
 #[inline(always)]
-fn copy_keys(task: &Task<'_>, first: usize, count: usize, width: usize, to: &mut [f32]) {
-    for (t, mut key) in to.chunks_exact_mut(width).take(count).enumerate() {
+unsafe fn pack_keys<S: Simd>(task: &Task<'_>, first: usize, count: usize, width: usize, to: &mut [f32]) {
+    let h = task.head();
+    let sets = to
+        .chunks_exact_mut(width * S::LANES)
+        .take(count.div_ceil(S::LANES));
+    for (set, mut to) in sets.enumerate() {
         for part in task.attention.keys {
-            let (place, rest) = key.split_at_mut(part.width);
-            place.copy_from_slice(part.get(first + t, task.head()));
-            key = rest;
+            let mut keys = [part.get(first, h); 16];
+            for (lane, key) in keys[..S::LANES].iter_mut().enumerate() {
+                *key = part.get(first + (set * S::LANES + lane).min(count - 1), h);
+            }
+            let (place, rest) = to.split_at_mut(part.width * S::LANES);
+            // SAFETY: the instructions are the caller's promise.
+            unsafe { transpose::<S>(keys, place) };
+            to = rest;
         }
-        key.fill(0.0);
     }
 }
 
@@ -177,52 +175,53 @@ unsafe fn pack_values<S: Simd>(task: &Task<'_>, first: usize, count: usize, to: 
     }
 }
 
-/// Scores of all rows with `count` keys, from the row and of the head that `at` says: each query along each key, sums in
-/// the lanes of a register.
+/// Scores of few rows: each query along each key as it lies, sums in the lanes of a register.
 ///
 /// # Safety
-/// `queries` has `rows` rows, as wide as all parts of a key; these are whole registers.
+/// `queries` has a row for each of the task.
 #[inline(always)]
 unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
-    keys: &[HeadView<'_>],
-    (first, head): (usize, usize),
-    rows: usize,
+    task: &Task<'_>,
     queries: Rows,
+    first: usize,
     count: usize,
     scores: &mut [f32],
 ) {
     for key in (0..count).step_by(NR) {
-        let at = (first + key, head, (count - key).min(NR));
-        // SAFETY: as the caller promises.
-        passes!(rows, MR, |row, R| unsafe {
+        let keys = (first + key, (count - key).min(NR));
+        // SAFETY: the instructions are the caller's promise; `queries` has a row for each of
+        // the task.
+        passes!(task.len(), MR, |row, R| unsafe {
             let scores = &mut scores[row * KEYS + key..];
-            dots_of::<S, NR, R>(keys, at, queries.skip(row, 0), scores);
+            dots_of::<S, NR, R>(task, queries.skip(row, 0), keys, scores);
         });
     }
 }
 
-/// Of `MR` queries with up to `NR` keys, given by the first one, the head and their number.
+/// Of `MR` queries with up to `NR` keys, given by the first one and their number.
 ///
 /// # Safety
-/// `queries` has `MR` rows, as wide as all parts of a key; these are whole registers.
+/// `queries` has `MR` rows, as wide as all parts of a key.
 #[inline(always)]
 unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
-    keys: &[HeadView<'_>],
-    (first, head, count): (usize, usize, usize),
+    task: &Task<'_>,
     queries: Rows,
+    (first, count): (usize, usize),
     scores: &mut [f32],
 ) {
     // SAFETY: the instructions are the caller's promise; `MR` queries are there, as wide as all
-    // parts of a key; a part's key is a slice of its width, whole registers.
+    // parts of a key; a part's key is a slice of its width.
     unsafe {
         let mut sums = [[S::splat(0.0); NR]; MR];
+        let mut rests = [[0f32; NR]; MR];
         let mut query = queries.start;
-        for part in keys {
-            let mut keys = [part.get(first, head); NR];
-            for v in 1..count {
-                keys[v] = part.get(first + v, head);
+        for part in task.attention.keys {
+            let mut keys = [part.get(first, task.head()); NR];
+            for v in 1..count.min(NR) {
+                keys[v] = part.get(first + v, task.head());
             }
-            for k in (0..part.width).step_by(S::LANES) {
+            let whole = part.width / S::LANES * S::LANES;
+            for k in (0..whole).step_by(S::LANES) {
                 let mut b = [S::splat(0.0); NR];
                 for v in 0..NR {
                     b[v] = S::load(keys[v].as_ptr().add(k));
@@ -234,11 +233,20 @@ unsafe fn dots_of<S: Simd, const NR: usize, const MR: usize>(
                     }
                 }
             }
+            for k in whole..part.width {
+                for (i, rests) in rests.iter_mut().enumerate() {
+                    for (rest, key) in rests.iter_mut().zip(keys) {
+                        *rest += *query.add(i * queries.stride + k) * key[k];
+                    }
+                }
+            }
             query = query.add(part.width);
         }
-        for (i, sums) in sums.into_iter().enumerate() {
-            let sums = S::sums(sums);
-            scores[i * KEYS..][..count].copy_from_slice(&sums[..count]);
+        for (i, (sums, rests)) in sums.into_iter().zip(rests).enumerate() {
+            let scores = &mut scores[i * KEYS..][..count];
+            for (score, (sum, rest)) in scores.iter_mut().zip(sums.into_iter().zip(rests)) {
+                *score = S::sum(sum) + rest;
+            }
         }
     }
 }

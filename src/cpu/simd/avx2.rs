@@ -54,7 +54,6 @@ impl<const VNNI: bool> Simd for Bits256<VNNI> {
         fn dot_int8(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i { Self::dot(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
 
         fn load_int(from: *const i32) -> __m256i { _mm256_loadu_si256(from.cast()) }
-        fn store_int(to: *mut i32, values: __m256i) { _mm256_storeu_si256(to.cast(), values) }
         fn splat_int(value: i32) -> __m256i { _mm256_set1_epi32(value) }
         fn add_int(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
         fn to_float(values: __m256i) -> __m256 { _mm256_cvtepi32_ps(values) }

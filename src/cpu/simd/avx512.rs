@@ -19,17 +19,6 @@ pub(super) struct Avx512;
 /// Twice the value of each code, plus 12.
 const DOUBLED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
-/// The sum of the four 128-bit parts.
-#[inline(always)]
-unsafe fn quarters(values: __m512) -> [f32; 4] {
-    // SAFETY: the caller promises the instructions; a register of four numbers is four numbers.
-    unsafe {
-        let two = _mm256_add_ps(_mm512_castps512_ps256(values), _mm512_extractf32x8_ps(values, 1));
-        let one = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
-        std::mem::transmute::<__m128, [f32; 4]>(one)
-    }
-}
-
 impl Simd for Avx512 {
     const LANES: usize = 16;
     const BIASED: bool = true;
@@ -62,7 +51,6 @@ impl Simd for Avx512 {
         }
 
         fn load_int(from: *const i32) -> __m512i { _mm512_loadu_si512(from.cast()) }
-        fn store_int(to: *mut i32, values: __m512i) { _mm512_storeu_si512(to.cast(), values) }
         fn splat_int(value: i32) -> __m512i { _mm512_set1_epi32(value) }
         fn add_int(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn to_float(values: __m512i) -> __m512 { _mm512_cvtepi32_ps(values) }
@@ -72,13 +60,7 @@ impl Simd for Avx512 {
         fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
-
-        /// Within each 128 bits first, so that four registers can be summed together.
-        fn sum(values: __m512) -> f32 {
-            let two = _mm512_add_ps(values, _mm512_permute_ps(values, 0b01_00_11_10));
-            quarters(_mm512_add_ps(two, _mm512_permute_ps(two, 0b10_11_00_01)))[0]
-        }
-
+        fn sum(values: __m512) -> f32 { _mm512_reduce_add_ps(values) }
         fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
 
         /// Sixteen rows of sixteen words, in four rounds of two-register shuffles.
@@ -152,29 +134,6 @@ impl Simd for Avx512 {
             _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
             _mm512_storeu_ps(to.add(16), _mm512_permutex2var_ps(even, second, odd));
         }
-    }
-
-    #[inline(always)]
-    unsafe fn sums<const N: usize>(values: [__m512; N]) -> [f32; N] {
-        let mut sums = [0.0; N];
-        // SAFETY: the caller promises the instructions.
-        unsafe {
-            for (values, sums) in values.chunks(4).zip(sums.chunks_mut(4)) {
-                if let [a, b, c, d] = *values {
-                    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-                    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-                    let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-                    let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
-                    let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
-                    sums.copy_from_slice(&quarters(_mm512_add_ps(low, high)));
-                } else {
-                    for (sum, values) in sums.iter_mut().zip(values) {
-                        *sum = Self::sum(*values);
-                    }
-                }
-            }
-        }
-        sums
     }
 }
 

@@ -26,9 +26,14 @@ pub(super) unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
     let (row_bytes, group) = (k / 2, tensor.group());
     let codes = &tensor.codes()[weights.first * row_bytes..][..weights.rows * row_bytes];
     let groups = k / group;
-    let by_group = sized(&mut scratch.weights, groups * TILE);
-    // SAFETY: the instructions are the caller's promise.
-    unsafe { scales::by_group::<S>(weights, by_group, &mut scratch.floats) };
+    let scales = sized(&mut scratch.floats, weights.rows * groups);
+    scales::decode(tensor, weights.first * groups, scales);
+    let by_row = sized(&mut scratch.weights, groups * TILE);
+    for (g, by_row) in by_row.chunks_exact_mut(TILE).enumerate() {
+        for (by_row, scales) in by_row.iter_mut().zip(scales.chunks_exact(groups)) {
+            *by_row = scales[g];
+        }
+    }
 
     let blocks = k.div_ceil(BLOCK);
     // With one chunk no block is needed twice.
@@ -53,7 +58,7 @@ pub(super) unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
                 // SAFETY: the instructions are the caller's promise.
                 unsafe { decode_block::<S>(codes, row_bytes, weights.rows, b, codes_of_block) };
             }
-            let scales = &by_group[b * BLOCK / group * TILE..];
+            let scales = &by_row[b * BLOCK / group * TILE..];
             let scales = &scales[..scales.len().min(BLOCK / group * TILE)];
             let x = &x.blocks[b * x.rows..][..x.rows];
             passes!(rows, MR, |from, R| {

@@ -1,11 +1,7 @@
 //! Weights of any kind times f32 activations.
-//!
-//! However many rows of activations there are, a product is summed alike: elements of K whose place is the same modulo two
-//! registers, one after the other; then these sums, lane by lane; then what does not fill two registers. A row gives the
-//! same bits alone and among many.
 
 use super::decode::{decode_row, int8_span, span_scale};
-use super::product::{Rows, aligned, gather, passes};
+use super::product::{Columns, Rows, aligned, gather, passes, product, transpose};
 use super::{DISTANCE, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::fp4::{FloatKind, Weight};
 use std::ops::Range;
@@ -13,12 +9,9 @@ use std::ops::Range;
 /// Rows of activations that [`few`] takes: two registers of sums each.
 const ROWS: usize = 3;
 
-/// From this many rows of activations on, decoding rows of weights to memory pays.
-const MANY: usize = 6;
-
-/// Rows of activations that meet the same weights before the next ones' turn: the second-level cache holds them beside a
-/// tile of weights.
-const CHUNK: usize = 48;
+/// From this many rows of activations on, a matrix product over decoded rows is faster than dot products.
+const PRODUCT: usize = 6;
+const _: () = assert!(PRODUCT <= super::MANY);
 
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
@@ -31,118 +24,41 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    let m = selection.len();
-    let in_registers = match weight {
-        Weight::Fp4(_) | Weight::Int8(_) => true,
-        // The others are rare among large weights: not worth loops of their own.
-        Weight::Dense(tensor) => tensor.kind() == FloatKind::BF16,
-        // Candle's block types decode a row.
-        Weight::Blocks(_) => false,
-    };
-    if in_registers && m < MANY {
+    let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
+    if m < PRODUCT {
         passes!(m, ROWS, |first, R| {
             let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
             // SAFETY: the instructions are the caller's promise.
             unsafe { few::<S, R>(weight, rows.clone(), x, selection, out, scratch) }
         });
-    } else {
+        return;
+    }
+    let packed = aligned(&mut scratch.packed, TILE * k);
+    let set = sized(&mut scratch.weights, S::LANES * k);
+    let sets = packed
+        .chunks_exact_mut(S::LANES * k)
+        .take(count.div_ceil(S::LANES));
+    for (first, packed) in rows.clone().step_by(S::LANES).zip(sets) {
+        for (n, row) in (first..rows.end).zip(set.chunks_exact_mut(k)) {
+            // SAFETY: the instructions are the caller's promise.
+            unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
+        }
+        let mut decoded = [&set[..k]; 16];
+        for (decoded, row) in decoded.iter_mut().zip(set.chunks_exact(k)) {
+            *decoded = row;
+        }
         // SAFETY: the instructions are the caller's promise.
-        unsafe { many::<S, NR, MR>(weight, rows, x, selection, out, scratch) }
+        unsafe { transpose::<S>(decoded, packed) };
     }
-}
-
-/// Rows of weights decoded to memory, `NR` of them at a time with rows of activations.
-#[inline(always)]
-unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
-    weight: &Weight,
-    rows: Range<usize>,
-    x: &[f32],
-    selection: Selection<'_>,
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
-    let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
-    let decoded = aligned(&mut scratch.packed, count * k);
-    for (n, row) in rows.zip(decoded.chunks_exact_mut(k)) {
-        // SAFETY: the instructions are the caller's promise.
-        unsafe { decode_row::<S>(weight, n, 0, row, &mut scratch.floats) };
-    }
-    let x = gather(x, k, selection, &mut scratch.gathered);
-    // Two registers of sums for each product of two rows.
-    let most = MR.div_ceil(2);
-    for start in (0..m).step_by(CHUNK) {
-        let chunk = (m - start).min(CHUNK);
-        for first in (0..count).step_by(NR) {
-            let mut weights = [decoded[first * k..].as_ptr(); NR];
-            let there = (count - first).min(NR);
-            for v in 1..there {
-                weights[v] = decoded[(first + v) * k..].as_ptr();
-            }
-            passes!(chunk, most, |row, R| {
-                let x = Rows::of(&x[(start + row) * k..][..R * k], k);
-                // SAFETY: the instructions are the caller's promise; all rows are `k` long.
-                let sums = unsafe { dots::<S, NR, R>(weights, x, k) };
-                for i in 0..R {
-                    let out = &mut out[(start + row + i) * TILE + first..];
-                    out[..there].copy_from_slice(&sums[i][..there]);
-                }
-            });
-        }
-    }
-}
-
-/// `MR` rows of activations with `NR` rows of weights, both `k` long.
-///
-/// # Safety
-/// They are.
-#[inline(always)]
-unsafe fn dots<S: Simd, const NR: usize, const MR: usize>(
-    weights: [*const f32; NR],
-    x: Rows,
-    k: usize,
-) -> [[f32; NR]; MR] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut sums = [[[S::splat(0.0); 2]; NR]; MR];
-        let whole = k - k % (2 * S::LANES);
-        for start in (0..whole).step_by(2 * S::LANES) {
-            for half in 0..2 {
-                let at = start + half * S::LANES;
-                let mut w = [S::splat(0.0); NR];
-                for v in 0..NR {
-                    w[v] = S::load(weights[v].add(at));
-                }
-                for i in 0..MR {
-                    let x = S::load(x.start.add(i * x.stride + at));
-                    for v in 0..NR {
-                        sums[i][v][half] = S::fma(w[v], x, sums[i][v][half]);
-                    }
-                }
-            }
-        }
-        let mut all = [[0f32; NR]; MR];
-        for i in 0..MR {
-            let mut both = [S::splat(0.0); NR];
-            for v in 0..NR {
-                both[v] = S::add(sums[i][v][0], sums[i][v][1]);
-            }
-            all[i] = S::sums(both);
-            if whole < k {
-                for v in 0..NR {
-                    let w = std::slice::from_raw_parts(weights[v].add(whole), k - whole);
-                    let x = std::slice::from_raw_parts(x.start.add(i * x.stride + whole), k - whole);
-                    all[i][v] += rest(w, x);
-                }
-            }
-        }
-        all
-    }
-}
-
-/// The sum of what does not fill two registers.
-#[inline(always)]
-fn rest(w: &[f32], x: &[f32]) -> f32 {
-    w.iter().zip(x).map(|(w, x)| w * x).sum()
+    let (a, b) = (
+        Rows::of(gather(x, k, selection, &mut scratch.gathered), k),
+        Columns::packed::<S>(packed, k),
+    );
+    // Columns beyond the rows there are have room, and nobody reads them.
+    let columns = count.next_multiple_of(S::LANES);
+    // SAFETY: the instructions are the caller's promise; `a` has `m` rows of K, `b` room for
+    // 64 columns of K.
+    unsafe { product::<S, NR, MR>(a, b, (m, k, columns), (out, TILE), false) };
 }
 
 /// Each row of weights, decoded in registers, with `M` rows of activations.
@@ -156,9 +72,27 @@ unsafe fn few<S: Simd, const M: usize>(
     scratch: &mut Scratch,
 ) {
     let (k, span) = (weight.shape().1, 2 * S::LANES);
+    let by_rows = match weight {
+        // Rare among large weights: not worth loops of its own.
+        Weight::Dense(tensor) => tensor.kind() != FloatKind::BF16,
+        // Candle's block types decode a row.
+        Weight::Blocks(_) => true,
+        Weight::Fp4(_) | Weight::Int8(_) => false,
+    };
+    if by_rows {
+        let row = sized(&mut scratch.weights, k);
+        for (r, n) in rows.enumerate() {
+            weight.decode_row_part(n, 0, row);
+            for i in 0..M {
+                // SAFETY: the instructions are the caller's promise.
+                out[i * TILE + r] = unsafe { dot::<S>(row, &x[selection.row(i) * k..][..k]) };
+            }
+        }
+        return;
+    }
     // Even and odd elements apart, as decoding gives the weights'; what does not fill two registers stays behind.
     let whole = k / span;
-    let split = sized(&mut scratch.gathered, M * k);
+    let split = aligned(&mut scratch.gathered, M * k);
     for i in 0..M {
         let (x, split) = (&x[selection.row(i) * k..][..k], &mut split[i * k..][..k]);
         for (x, split) in x.chunks_exact(span).zip(split.chunks_exact_mut(span)) {
@@ -169,7 +103,7 @@ unsafe fn few<S: Simd, const M: usize>(
         }
         split[whole * span..].copy_from_slice(&x[whole * span..]);
     }
-    let split = &scratch.gathered[..M * k];
+    let split = &*split;
     for (r, n) in rows.enumerate() {
         // SAFETY: the instructions are the caller's promise.
         let mut sums = [[unsafe { S::splat(0.0) }; 2]; M];
@@ -208,7 +142,7 @@ unsafe fn few<S: Simd, const M: usize>(
                     }
                 }
             }
-            Weight::Blocks(_) => unreachable!("decoded to memory"),
+            Weight::Blocks(_) => unreachable!("decoded by rows above"),
             Weight::Int8(tensor) => {
                 for i in 0..whole {
                     // SAFETY: the instructions are the caller's promise.
@@ -219,23 +153,16 @@ unsafe fn few<S: Simd, const M: usize>(
                 }
             }
         }
-        let mut end = [0f32; 32];
-        let end = &mut end[..k - whole * span];
-        if !end.is_empty() {
-            weight.decode_row_part(n, whole * span, end);
+        let mut rest = [0f32; 32];
+        let rest = &mut rest[..k - whole * span];
+        if !rest.is_empty() {
+            weight.decode_row_part(n, whole * span, rest);
         }
         for i in 0..M {
-            let mut turns = [0f32; 32];
-            // SAFETY: the instructions are the caller's promise; there is room for two registers.
-            let sum = unsafe {
-                S::store_interleaved(turns.as_mut_ptr(), sums[i][0], sums[i][1]);
-                let (low, high) = (S::load(turns.as_ptr()), S::load(turns.as_ptr().add(S::LANES)));
-                S::sum(S::add(low, high))
-            };
-            out[i * TILE + r] = sum;
-            if !end.is_empty() {
-                out[i * TILE + r] += rest(end, &split[i * k + whole * span..(i + 1) * k]);
-            }
+            let x = &split[i * k + whole * span..(i + 1) * k];
+            let rest: f32 = rest.iter().zip(x).map(|(w, x)| w * x).sum();
+            // SAFETY: the instructions are the caller's promise.
+            out[i * TILE + r] = unsafe { S::sum(S::add(sums[i][0], sums[i][1])) } + rest;
         }
     }
 }
@@ -258,5 +185,25 @@ unsafe fn add<S: Simd, const M: usize>(
             sums[i][0] = S::fma(even, S::load(x), sums[i][0]);
             sums[i][1] = S::fma(odd, S::load(x.add(S::LANES)), sums[i][1]);
         }
+    }
+}
+
+/// The sum of `a[k] · b[k]`, in four registers of partial sums.
+#[inline(always)]
+unsafe fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let step = 4 * S::LANES;
+    let whole = a.len() - a.len() % step;
+    // SAFETY: the instructions are the caller's promise; four registers begin at each of the starts.
+    unsafe {
+        let mut sums = [S::splat(0.0); 4];
+        for start in (0..whole).step_by(step) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let at = start + i * S::LANES;
+                *sum = S::fma(S::load(a.as_ptr().add(at)), S::load(b.as_ptr().add(at)), *sum);
+            }
+        }
+        let rest: f32 = a[whole..].iter().zip(&b[whole..]).map(|(a, b)| a * b).sum();
+        S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]))) + rest
     }
 }

@@ -53,6 +53,9 @@ use std::ops::Range;
 /// Rows of weights in a tile.
 pub(super) const TILE: usize = 64;
 
+/// From so many rows of activations on, no product takes a kernel for a few.
+pub(super) const MANY: usize = 9;
+
 /// Bytes of codes that a block of 128 elements has.
 const BLOCK_BYTES: usize = BLOCK / 2;
 /// Lanes of 32 bits that these bytes fill.
@@ -127,8 +130,6 @@ pub(super) struct Scratch {
     pub gathered: Vec<f32>,
     /// Gathered rounded activations.
     pub blocks: Vec<Block>,
-    /// Sums of products of rounded activations.
-    pub numbers: Vec<few::Line>,
     /// The right side of a product, register by register.
     pub packed: Vec<f32>,
     /// A tile's result before it goes where it belongs.
@@ -263,7 +264,6 @@ pub(super) trait Simd: Sized {
     }
 
     unsafe fn load_int(from: *const i32) -> Self::Int;
-    unsafe fn store_int(to: *mut i32, values: Self::Int);
     unsafe fn splat_int(value: i32) -> Self::Int;
     unsafe fn add_int(a: Self::Int, b: Self::Int) -> Self::Int;
     unsafe fn to_float(values: Self::Int) -> Self::Float;
@@ -277,17 +277,6 @@ pub(super) trait Simd: Sized {
     unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float;
     /// The sum of all lanes.
     unsafe fn sum(values: Self::Float) -> f32;
-
-    /// The sums of all lanes of each, in the order of [`sum`](Self::sum).
-    #[inline(always)]
-    unsafe fn sums<const N: usize>(values: [Self::Float; N]) -> [f32; N] {
-        let mut sums = [0.0; N];
-        for i in 0..N {
-            // SAFETY: the caller's promise.
-            sums[i] = unsafe { Self::sum(values[i]) };
-        }
-        sums
-    }
 
     /// Asks for the line of the cache that holds this byte.
     #[inline(always)]

@@ -60,7 +60,6 @@ impl<const I8MM: bool> Simd for Bits128<I8MM> {
         }
 
         fn load_int(from: *const i32) -> int32x4_t { vld1q_s32(from) }
-        fn store_int(to: *mut i32, values: int32x4_t) { vst1q_s32(to, values) }
         fn splat_int(value: i32) -> int32x4_t { vdupq_n_s32(value) }
         fn add_int(a: int32x4_t, b: int32x4_t) -> int32x4_t { vaddq_s32(a, b) }
         fn to_float(values: int32x4_t) -> float32x4_t { vcvtq_f32_s32(values) }

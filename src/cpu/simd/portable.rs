@@ -61,12 +61,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn store_int(to: *mut i32, values: Self::Int) {
-        // SAFETY: the caller's promise.
-        unsafe { to.cast::<Self::Int>().write_unaligned(values) }
-    }
-
-    #[inline(always)]
     unsafe fn splat_int(value: i32) -> Self::Int {
         [value; LANES]
     }

@@ -217,3 +217,25 @@ unsafe fn micro<S: Simd, const NR: usize, const MR: usize>(
         }
     }
 }
+
+/// `to[k · LANES + lane] = rows[lane][k]` for the first `LANES` of the rows.
+#[inline(always)]
+pub(super) unsafe fn transpose<S: Simd>(rows: [&[f32]; 16], to: &mut [f32]) {
+    let whole = rows[0].len() / 16 * 16;
+    assert_eq!(to.len(), rows[0].len() * S::LANES);
+    let (wholes, tail) = to.split_at_mut(whole * S::LANES);
+    for (step, to) in wholes.chunks_exact_mut(16 * S::LANES).enumerate() {
+        let mut pointers = [std::ptr::null(); 16];
+        for (pointer, row) in pointers.iter_mut().zip(rows) {
+            *pointer = row[step * 16..][..16].as_ptr().cast();
+        }
+        // SAFETY: the instructions are the caller's promise; each pointer names sixteen elements, `to` is
+        // LANES times as long.
+        unsafe { S::transpose(&pointers[..S::LANES], to.as_mut_ptr().cast()) };
+    }
+    for (k, to) in (whole..).zip(tail.chunks_exact_mut(S::LANES)) {
+        for (to, row) in to.iter_mut().zip(rows) {
+            *to = row[k];
+        }
+    }
+}

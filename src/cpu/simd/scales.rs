@@ -1,6 +1,5 @@
 //! Block scales to f32, many at a time, in arithmetic that a compiler turns into vector instructions.
 
-use super::{Fp4Rows, Simd, TILE, sized};
 use crate::fp4::{Factor, Fp4Tensor, ScaleKind};
 
 /// Writes the scales `first..first + out.len()` of the tensor, its factor included.
@@ -27,35 +26,6 @@ pub(super) fn decode(tensor: &Fp4Tensor, first: usize, out: &mut [f32]) {
         Factor::None => {}
         Factor::Mul(factor) => out.iter_mut().for_each(|scale| *scale *= factor),
         Factor::Div(factor) => out.iter_mut().for_each(|scale| *scale /= factor),
-    }
-}
-
-/// Writes the scales of up to 64 rows group by group: of each group 64 numbers, a row each.
-#[inline(always)]
-pub(super) unsafe fn by_group<S: Simd>(weights: Fp4Rows<'_>, out: &mut [f32], memory: &mut Vec<f32>) {
-    let groups = out.len() / TILE;
-    // Sixteen are read from any group of any row on.
-    let decoded = sized(memory, weights.rows * groups + 16);
-    decode(
-        weights.tensor,
-        weights.first * groups,
-        &mut decoded[..weights.rows * groups],
-    );
-    let mut turned = [0f32; 16 * 16];
-    for first in (0..weights.rows).step_by(S::LANES) {
-        for start in (0..groups).step_by(16) {
-            let mut rows = [decoded.as_ptr().cast(); 16];
-            for (lane, row) in rows[..S::LANES.min(weights.rows - first)].iter_mut().enumerate() {
-                *row = decoded[(first + lane) * groups + start..][..16].as_ptr().cast();
-            }
-            // SAFETY: the instructions are the caller's promise; sixteen numbers are there for each of `LANES` rows, and
-            // as many registers.
-            unsafe { S::transpose(&rows[..S::LANES], turned.as_mut_ptr().cast()) };
-            let registers = turned.chunks_exact(S::LANES).take(16);
-            for (register, out) in registers.zip(out[start * TILE..].chunks_exact_mut(TILE)) {
-                out[first..][..S::LANES].copy_from_slice(register);
-            }
-        }
     }
 }
 

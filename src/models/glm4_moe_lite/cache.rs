@@ -39,11 +39,32 @@ pub struct ContiguousCaches {
     empty: TokenCache,
     sequences: HashMap<SequenceId, TokenCache>,
     next: u64,
+    /// The most tokens of all sequences together.
+    limit: Option<usize>,
 }
 
 impl ContiguousCaches {
     fn find(&self, sequence: SequenceId) -> Result<&TokenCache> {
         self.sequences.get(&sequence).ok_or_else(|| missing(sequence))
+    }
+
+    /// Tokens of all sequences.
+    fn tokens(&self) -> usize {
+        self.sequences.values().map(TokenCache::len).sum()
+    }
+
+    fn check_room(&self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
+        let new = sequences.iter().map(|(_, tokens)| tokens.len());
+        let total = new.fold(self.tokens(), usize::saturating_add);
+        match self.limit {
+            Some(limit) if total > limit => {
+                let expected = format!(
+                    "at most {limit} tokens of all sequences, the size of the cache: make it larger, or ask for less"
+                );
+                Err(Error::argument(OP, "sequences", expected, total.to_string()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes the caches of a pass's sequences out and puts them back when it has ended.
@@ -54,6 +75,7 @@ impl ContiguousCaches {
         logits: Logits,
         observer: Option<&mut Observer<'_>>,
     ) -> Result<Tensor> {
+        self.check_room(sequences)?;
         let mut taken = Vec::with_capacity(sequences.len());
         for (id, _) in sequences {
             taken.push(self.sequences.remove(id).ok_or_else(|| missing(*id)));
@@ -189,17 +211,21 @@ impl Cache {
                 let blocks = tokens.div_ceil(cache.layout().block_tokens()).max(1);
                 Some(cache.statistics().free / blocks)
             }
-            Self::Contiguous(_) => None,
+            Self::Contiguous(all) => {
+                let free = all.limit?.saturating_sub(all.tokens());
+                Some(free / tokens.max(1))
+            }
         }
     }
 }
 
 impl Model {
     /// A cache of this kind, without sequences. Blocks take all their memory now; `None`: on the CPU a
-    /// quarter of the memory that is available, up to the model's context or 65,536 tokens, on a GPU 8,192 tokens. Contiguous caches grow with their tokens.
+    /// quarter of the memory that is available, up to the model's context or 65,536 tokens, on a GPU 8,192 tokens. Contiguous
+    /// caches grow with their tokens, to so many of all sequences where a size is given.
     ///
     /// # Errors
-    /// As [`new_paged_cache`](Self::new_paged_cache).
+    /// As [`new_paged_cache`](Self::new_paged_cache); [`Error::Argument`] for bytes of a contiguous cache.
     pub fn new_kv_cache(&self, kind: CacheKind, size: Option<CacheSize>) -> Result<Cache> {
         match kind {
             CacheKind::Paged(format) => {
@@ -216,6 +242,11 @@ impl Model {
                 empty: self.new_cache(),
                 sequences: HashMap::new(),
                 next: 0,
+                limit: match size {
+                    None => None,
+                    Some(CacheSize::Tokens(tokens)) => Some(tokens),
+                    Some(CacheSize::Bytes(_)) => return Err(bytes_of_contiguous()),
+                },
             })),
         }
     }
@@ -249,6 +280,12 @@ pub(super) fn cache_bytes_per_token(config: &Config, kind: CacheKind, activation
     Ok((row as u64).saturating_mul(config.layers.len() as u64))
 }
 
+fn bytes_of_contiguous() -> Error {
+    let expected = "a cache in blocks: contiguous ones grow with their tokens (leave out the size, give it in tokens, or take \
+                    another cache)";
+    Error::argument(OP, "size", expected, "contiguous")
+}
+
 /// Bytes of the cache that the options ask for or, where they do not, of the one that a GPU has.
 ///
 /// # Errors
@@ -257,11 +294,7 @@ pub(super) fn cache_bytes(config: &Config, options: &LoadOptions, activations: D
     let row = cache_bytes_per_token(config, options.kv_cache, activations)?;
     let of = |tokens: usize| row.saturating_mul(tokens as u64);
     match (options.kv_size, options.kv_cache) {
-        (Some(CacheSize::Bytes(_)), CacheKind::Contiguous) => {
-            let expected = "a cache in blocks: contiguous ones grow with their tokens (leave out the size, or take another \
-                            cache)";
-            Err(Error::argument(OP, "size", expected, "contiguous"))
-        }
+        (Some(CacheSize::Bytes(_)), CacheKind::Contiguous) => Err(bytes_of_contiguous()),
         (Some(CacheSize::Bytes(bytes)), _) => Ok(bytes),
         (Some(CacheSize::Tokens(tokens)), _) => Ok(of(tokens)),
         (None, _) => Ok(of(CONTEXT.min(config.max_position_embeddings))),
@@ -407,6 +440,12 @@ mod tests {
             assert!(run(&mut cache, &[(b, &[7]), (a, &[8])]).is_err());
             assert_eq!(cache.len(b).unwrap(), 2);
             assert_eq!(cache.statistics().is_some(), kind != CacheKind::Contiguous);
+            // A size is one in either kind: 2 of 64 tokens are there.
+            assert_eq!((cache.room_for(16), cache.room_for(64)), (Some(3), Some(0)));
+            let many = vec![1; 63];
+            assert!(run(&mut cache, &[(b, &many)]).is_err());
+            assert_eq!(cache.len(b).unwrap(), 2);
+            run(&mut cache, &[(b, &many[1..])]).unwrap();
         }
     }
 }
