@@ -347,20 +347,21 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
     let out_stride = out_stride(call.value);
     let parts = SharedSlice::new(sized(&mut kept.parts, plan.parts * out_stride));
     let totals = SharedSlice::new(sized(&mut kept.totals, plan.parts));
-    // A thread takes its next item before it computes one, so that it can ask memory for what it will read.
     let threads = executor.threads().min(plan.items);
     let next = AtomicUsize::new(threads);
+    let take = || {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        (index < plan.items).then(|| plan.item(index))
+    };
+    // Where there are many items, a thread takes its next one before it computes one, so that it can ask memory for what it
+    // will read. Of few, another thread may be free to take it first.
+    let many = plan.items >= 4 * threads;
     executor.run(threads, |thread| {
         let (mut taken, mut asked) = (Some(plan.item(thread)), false);
         while let Some(item) = taken {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            taken = (index < plan.items).then(|| plan.item(index));
-            let turn = Turn {
-                item,
-                asked,
-                next: taken,
-            };
-            asked = true;
+            let next = if many { take() } else { None };
+            let turn = Turn { item, asked, next };
+            asked = many;
             let rows = item.part();
             // SAFETY: these rows are this item's alone.
             let (out, totals) = unsafe {
@@ -370,6 +371,7 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
                 )
             };
             tile::with_scratch(|scratch| call.chunk(turn, queries, out, totals, scratch));
+            taken = if many { next } else { take() };
         }
     });
     executor.run(plan.rows, |index| {
