@@ -228,12 +228,7 @@ fn kv_random_operations_over_bytes_reach_every_case() {
     let mut run = Run::new(CacheFormat::fp4(), 16);
     for _ in 0..5000 {
         let mut below = |limit| random.below(limit);
-        run.operate((
-            below(16) as u8,
-            below(256) as u8,
-            below(3) as u32,
-            below(40) as usize,
-        ));
+        run.operate((below(16) as u8, below(256) as u8, below(3) as u32, below(40)));
     }
     run.check();
     let statistics = run.cache.statistics();
