@@ -186,21 +186,22 @@ impl ModelFiles {
     }
 }
 
-const GGUF: &str = ".gguf";
+pub(super) const GGUF: &str = ".gguf";
 
 fn is_gguf_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()
 }
 
 /// The files that a large GGUF model is split into, by the name of one: `stem-00001-of-00003.gguf`.
-#[derive(PartialEq)]
-struct Part<'a> {
-    stem: &'a str,
-    of: usize,
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Part<'a> {
+    pub stem: &'a str,
+    pub of: usize,
 }
 
 impl<'a> Part<'a> {
-    fn of(name: &'a str) -> Option<Self> {
+    /// What a file is a part of; `None` for one that is whole.
+    pub fn of(name: &'a str) -> Option<Self> {
         let (rest, of) = name.strip_suffix(GGUF)?.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
         let parse = |text: &str| (text.len() == 5).then(|| text.parse::<usize>().ok()).flatten();
@@ -208,7 +209,8 @@ impl<'a> Part<'a> {
         (1..=of).contains(&number).then_some(Self { stem, of })
     }
 
-    fn name(&self, number: usize) -> String {
+    /// The name of a part, counted from 1.
+    pub fn name(&self, number: usize) -> String {
         format!("{}-{number:05}-of-{:05}{GGUF}", self.stem, self.of)
     }
 }

@@ -87,6 +87,19 @@ impl Int8Tensor {
         })
     }
 
+    /// A matrix of the size that [`round`](Self::round) gives, of zeros that take no memory.
+    ///
+    /// # Errors
+    /// As [`Bytes::unwritten`].
+    pub(crate) fn unwritten((n, k): (usize, usize)) -> Result<Self> {
+        let blocks = n * k.div_ceil(INT8_BLOCK);
+        Ok(Self {
+            shape: (n, k),
+            codes: Bytes::unwritten(blocks * INT8_BLOCK)?,
+            scales: Bytes::unwritten(blocks * SCALE)?,
+        })
+    }
+
     /// `(N, K)`.
     pub fn shape(&self) -> (usize, usize) {
         self.shape

@@ -65,16 +65,34 @@ mod tests {
 
     /// Where a kernel finds codes and scales, by the words that it is given.
     fn at(part: &CachePart, slot: usize, head: usize) -> (usize, usize) {
-        let [
+        let CachePart {
             block_bytes,
             block_tokens,
-            _,
             codes,
             code_stride,
             scales,
             scale_stride,
             head_bytes,
-        ] = part.words().map(|word| word as usize);
+            ..
+        } = *part;
+        let words = [
+            block_bytes,
+            block_tokens,
+            codes,
+            code_stride,
+            scales,
+            scale_stride,
+            head_bytes,
+        ];
+        let [
+            block_bytes,
+            block_tokens,
+            codes,
+            code_stride,
+            scales,
+            scale_stride,
+            head_bytes,
+        ] = words.map(|word| word as usize);
         let (block, offset) = (slot / block_tokens, slot % block_tokens);
         let start = block * block_bytes + head * head_bytes;
         (

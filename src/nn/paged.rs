@@ -1,5 +1,6 @@
 //! A cache of many sequences in blocks of one pool a layer.
 
+use super::memory::zeros;
 use crate::cpu::PagedSequence;
 use crate::kv::{BlockCopy, BlockStatistics, Blocks, RowLayout, SequenceId};
 use crate::ops::PagedBatch;
@@ -126,7 +127,7 @@ impl PagedKvCache {
             (layout.row_bytes() as u64).saturating_mul(layers as u64),
             device,
         )?;
-        let pools = (0..layers).map(|_| Tensor::zeros(of_layer, DType::U8, device));
+        let pools = (0..layers).map(|_| zeros(of_layer, DType::U8, device));
         Ok(Self {
             pools: pools.collect::<candle_core::Result<_>>()?,
             blocks: Blocks::new(blocks, layout.block_tokens())?,

@@ -19,6 +19,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(20);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The largest description of a repository that is read; the hub's longest are a few megabytes.
 const INFO_LIMIT: u64 = 64 << 20;
+/// The largest header that a safetensors file may have, as its format says.
+const HEADER_LIMIT: u64 = 100_000_000;
 const CHUNK: usize = 256 << 10;
 /// Addresses that may see the token besides the endpoint itself: mirrors redirect to them.
 const HUB_ORIGINS: [&str; 2] = ["https://huggingface.co", "https://hf.co"];
@@ -122,6 +124,33 @@ impl<'a> Client<'a> {
                 etag: etag.ok_or_else(|| incomplete("ETag"))?,
                 cached: 0,
             })
+        })
+    }
+
+    /// The header of a safetensors file, its length before it: what follows stays where it is.
+    pub(super) fn header(&self, commit: &str, file: &PlannedFile) -> Result<Vec<u8>, Failure> {
+        let url = self.url(commit, &file.name);
+        self.patiently(|| {
+            let response = self.send(Method::GET, &url, None)?;
+            let body = self.accept(response, Some(&file.name))?.into_body();
+            let mut body = body.into_reader();
+            let mut length = [0; 8];
+            body.read_exact(&mut length).map_err(transient)?;
+            let told = u64::from_le_bytes(length);
+            if told > file.size.saturating_sub(8) || told > HEADER_LIMIT {
+                let problem = format!(
+                    "`{}`, of {} bytes, begins with a header of {told}",
+                    file.name, file.size
+                );
+                let remedy = "it is not a safetensors file; the repository is at fault, or the proxy";
+                return Err(Failure::Final(self.repo.error(problem, remedy)));
+            }
+            let mut header = length.to_vec();
+            body.take(told).read_to_end(&mut header).map_err(transient)?;
+            match header.len() as u64 == 8 + told {
+                true => Ok(header),
+                false => Err(transient("the connection was closed early")),
+            }
         })
     }
 

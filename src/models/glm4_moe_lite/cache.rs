@@ -4,9 +4,10 @@ use super::config::Config;
 use super::decoder::Model;
 use super::forward::{Logits, Sequence};
 use crate::checkpoint::LoadOptions;
-use crate::kv::{BlockStatistics, CacheKind, SequenceId};
+use crate::kv::{BlockStatistics, CacheKind, RowLayout, SequenceId};
 use crate::models::observe::Observer;
 use crate::nn::{CacheSize, PagedKvCache, TokenCache};
+use crate::ops::{self, PagedAttention};
 use crate::{Error, Result, memory};
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
@@ -300,6 +301,26 @@ pub(super) fn cache_bytes(config: &Config, options: &LoadOptions, activations: D
     }
 }
 
+/// Refuses rows in blocks that a device which runs launch plans has no kernel for: at the first token that would be late.
+///
+/// # Errors
+/// [`Error::Argument`] says how wide they may be, and what takes any.
+pub(super) fn check_kernels(layout: &RowLayout, device: &Device) -> Result<()> {
+    if !ops::kernels_run_on(device) {
+        return Ok(());
+    }
+    PagedAttention::check_kernels(layout).map_err(|error| match error {
+        Error::Argument { expected, found, .. } => {
+            let expected = format!(
+                "{expected}: wider ones have no Metal kernel in a cache of blocks; take --kv-cache contiguous, or compute on \
+                 the CPU (--device cpu)"
+            );
+            Error::argument(OP, "kv_cache", expected, found)
+        }
+        other => other,
+    })
+}
+
 /// How large a cache is whose rows take `row` bytes in all layers, where nobody says it. On a GPU memory is taken when the
 /// cache is made: 8,192 tokens. On the CPU a cache that nobody writes to costs nothing, so that it may have a quarter of
 /// what is `available`, up to the model's context or 65,536 tokens, whichever is more.
@@ -345,6 +366,44 @@ mod tests {
         let of = |available| default_size(&short, 1920, &Device::Cpu, available);
         assert_eq!(of(Some(1 << 40)), CacheSize::Tokens(65_536));
         assert_eq!(of(None), CacheSize::Tokens(2048));
+    }
+
+    #[test]
+    #[cfg(msl_host)]
+    fn latents_that_no_kernel_takes_are_refused_at_load() {
+        use crate::checkpoint::{Checkpoint, ModelFiles};
+        let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model"));
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let config = Config {
+            kv_lora_rank: 576,
+            ..Config::from_files(&ModelFiles::folder(folder)).unwrap()
+        };
+        let load = |kv_cache| {
+            let options = LoadOptions {
+                kv_cache,
+                ..LoadOptions::default()
+            };
+            Model::load(config.clone(), &checkpoint, &options, &Device::Cpu)
+                .unwrap_err()
+                .to_string()
+        };
+        // On the CPU what is at fault is a weight, which is of the demo model's width.
+        assert!(
+            load(CacheKind::default()).contains("kv_a_"),
+            "{}",
+            load(CacheKind::default())
+        );
+        let host = std::sync::Arc::new(crate::metal::host::Host::recorder(false));
+        host.install(|| {
+            let error = load(CacheKind::default());
+            for part in ["`kv_cache`", "512", "576", "--kv-cache contiguous"] {
+                assert!(error.contains(part), "{error}");
+            }
+            assert!(load(CacheKind::Contiguous).contains("kv_a_"));
+            // Who makes a cache of another kind than was loaded for hears of it then.
+            let layout = config.cache_layout(CacheFormat::F16).unwrap();
+            assert!(check_kernels(&layout, &Device::Cpu).is_err());
+        });
     }
 
     #[test]

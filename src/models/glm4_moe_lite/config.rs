@@ -1,6 +1,6 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
-use crate::checkpoint::{ModelFiles, check_config, gguf_config};
+use crate::checkpoint::{ModelFiles, check_config, check_quantization_file, gguf_config};
 use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
@@ -89,7 +89,8 @@ impl Config {
     /// Reads the `config.json` of a model or, where its weights are GGUF files, what these say of it.
     ///
     /// # Errors
-    /// As [`from_file`](Self::from_file).
+    /// As [`from_file`](Self::from_file); and [`Error::File`] for a `quantization_config.json` beside it that tells of what is
+    /// not implemented.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
         files.check()?;
         if files.is_gguf() {
@@ -106,7 +107,9 @@ impl Config {
                 other => other,
             });
         }
-        Self::parse(&files.read("config.json")?, &files.path("config.json"))
+        let config = Self::parse(&files.read("config.json")?, &files.path("config.json"))?;
+        check_quantization_file(files)?;
+        Ok(config)
     }
 
     /// Reads a file's contents; `path` names it in messages.
