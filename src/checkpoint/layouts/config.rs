@@ -1,6 +1,7 @@
 //! What a `config.json` says of quantisation. The tensors decide how they are read; this refuses by name what no reader
 //! is for, and what only a configuration tells: rotations.
 
+use crate::error::shortened;
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -16,7 +17,7 @@ pub(crate) fn check(field: &str, value: &Value) -> Result<()> {
     let refuse = |name: &str, found: &str, problem: String| {
         Err(Error::Config {
             field: format!("{field}.{name}"),
-            value: found.to_string(),
+            value: shortened(found.to_string()),
             problem,
         })
     };
