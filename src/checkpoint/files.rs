@@ -82,12 +82,13 @@ impl ModelFiles {
     /// The contents of a small file.
     ///
     /// # Errors
-    /// [`Error::Io`] where it is not there or cannot be read.
+    /// [`Error::Io`] where it is not there or cannot be read, [`Error::File`] where it is no file.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         match &self.memory {
             Some(_) => Ok(self.map(name)?.to_vec()),
             None => {
                 let path = self.path(name);
+                check_ordinary(&path)?;
                 std::fs::read(&path).map_err(|e| Error::io(path, e, format!("the model needs its {name}")))
             }
         }
@@ -113,7 +114,11 @@ impl ModelFiles {
                 let missing = io::Error::from(io::ErrorKind::NotFound);
                 Error::io(self.path(name), missing, format!("the model needs its {name}"))
             }),
-            None => Bytes::map_file(self.path(name)),
+            None => {
+                let path = self.path(name);
+                check_ordinary(&path)?;
+                Bytes::map_file(path)
+            }
         }
     }
 
@@ -187,6 +192,17 @@ impl ModelFiles {
 }
 
 pub(super) const GGUF: &str = ".gguf";
+
+/// Refuses what would be read for ever, a pipe or a device; what is not there, opening it tells.
+fn check_ordinary(path: &Path) -> Result<()> {
+    match path.metadata() {
+        Ok(found) if !found.is_file() => {
+            let problem = "no ordinary file, nor a link to one";
+            Err(Error::file(path, problem, "put the model's own file there"))
+        }
+        _ => Ok(()),
+    }
+}
 
 fn is_gguf_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()

@@ -17,6 +17,7 @@ use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
@@ -93,6 +94,8 @@ struct Stored {
     stored: usize,
     /// Bytes that lie in memory of this process.
     own: usize,
+    /// The file that it is in.
+    file: Option<PathBuf>,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -225,10 +228,11 @@ impl<'a> Loader<'a> {
         }
         let rule = ScaleRule::default();
         let packed = match &stored.weight {
-            _ if self.reading.headers_only => unwritten(&name, (n, k), format)?,
-            Weight::Dense(dense) => quantize_dense(&name, dense, format, rule, None)?,
-            other => quantize(&name, &other.to_f32(), (n, k), format, rule)?,
+            _ if self.reading.headers_only => unwritten(&name, (n, k), format),
+            Weight::Dense(dense) => quantize_dense(&name, dense, format, rule, None),
+            other => quantize(&name, &other.to_f32(), (n, k), format, rule),
         };
+        let packed = packed.map_err(|error| error.in_file(stored.file.clone()))?;
         self.survey.borrow_mut().linear(&packed, false);
         let size = packed.size_in_bytes();
         self.report.borrow_mut().quantized.add(size);
@@ -259,15 +263,17 @@ impl<'a> Loader<'a> {
                 layout: None,
                 stored: 0,
                 own: 0,
+                file: None,
             },
             None => self.sensitive_weight(module, n, k)?,
         };
         if self.options.int8_head {
             if let Weight::Dense(dense) = &stored.weight {
                 let rounded = match self.reading.headers_only {
-                    true => Int8Tensor::unwritten((n, k))?,
-                    false => Int8Tensor::round(&format!("{module}.weight"), dense)?,
+                    true => Int8Tensor::unwritten((n, k)),
+                    false => Int8Tensor::round(&format!("{module}.weight"), dense),
                 };
+                let rounded = rounded.map_err(|error| error.in_file(stored.file.clone()))?;
                 self.report.borrow_mut().int8_head = Some(RoundedHead {
                     before: stored.weight.size_in_bytes(),
                     after: rounded.size_in_bytes(),
@@ -355,6 +361,8 @@ impl<'a> Loader<'a> {
 
     /// Keeps account of a weight that was read.
     fn take(&self, found: Found) -> Stored {
+        let first = found.used.first().and_then(|name| self.checkpoint.find(name));
+        let file = first.map(|tensor| tensor.file.clone());
         for name in found.used {
             let scales_inputs = INPUT_SCALES.iter().any(|suffix| name.ends_with(suffix));
             let is_new = self.used.borrow_mut().insert(name);
@@ -366,6 +374,7 @@ impl<'a> Loader<'a> {
             layout: found.layout,
             stored: found.stored,
             own: found.own,
+            file,
         }
     }
 

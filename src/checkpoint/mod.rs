@@ -5,6 +5,7 @@ mod component;
 mod disk;
 mod files;
 mod gguf;
+mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod keep;

@@ -1,8 +1,9 @@
 //! A model's tensors: one or many safetensors files, or GGUF files, mapped.
 
 use super::files::ModelFiles;
-use super::gguf;
 use super::surplus::Surplus;
+use super::{gguf, header};
+use crate::error::shortened;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
 use crate::{Error, Result};
 use ::safetensors::{Dtype, SafeTensors};
@@ -49,7 +50,8 @@ impl StoredTensor {
     pub fn matrix(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor> {
         let kind = self.float_kind(name)?;
         self.expect_shape(name, &[n, k])?;
-        DenseTensor::new(name, (n, k), kind, self.bytes.clone())
+        let matrix = DenseTensor::new(name, (n, k), kind, self.bytes.clone());
+        matrix.map_err(|error| error.in_file(Some(self.file.clone())))
     }
 
     /// The tensor as a vector of `len` floats, in f32.
@@ -309,7 +311,8 @@ fn read_index(text: &str, path: &Path) -> Result<BTreeMap<String, String>> {
         let mut parts = Path::new(file).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         if !plain || Path::new(file).extension() != Some(OsStr::new("safetensors")) {
-            let problem = format!("it names {file:?}; expected safetensors files in the same folder");
+            let file = shortened(format!("{file:?}"));
+            let problem = format!("it names {file}; expected safetensors files in the same folder");
             return Err(Error::file(path, problem, "do not use this checkpoint"));
         }
     }
@@ -338,8 +341,14 @@ fn missing_file(model: &ModelFiles, name: &str, by_index: bool) -> Error {
 
 fn read_file(path: &Path, bytes: &Bytes) -> Result<Vec<(String, StoredTensor)>> {
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| {
-        let problem = format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
-        Error::file(path, problem, "it may be truncated; fetch it again")
+        let again = "it may be truncated; fetch it again";
+        let problem = |e: &str| format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
+        match header::fault(bytes) {
+            Some((name, fault)) => {
+                Error::tensor(name, Some(path.into()), format!("{}; {again}", problem(&fault)))
+            }
+            None => Error::file(path, problem(&e.to_string()), again),
+        }
     })?;
     let data = 8 + header;
     let stored = |(name, info): (String, &::safetensors::tensor::TensorInfo)| {

@@ -70,6 +70,7 @@ impl Int8Tensor {
             bad.map_or(Ok(()), |(index, value)| {
                 Err(Error::NonFinite {
                     name: name.into(),
+                    file: None,
                     index,
                     value,
                 })
@@ -275,7 +276,9 @@ mod tests {
             values[60 * 130] = bad;
             let error = Int8Tensor::round("lm_head.weight", &dense(&values, (70, 130), kind)).unwrap_err();
             match error {
-                Error::NonFinite { name, index, value } => {
+                Error::NonFinite {
+                    name, index, value, ..
+                } => {
                     assert_eq!((&*name, index), ("lm_head.weight", 30 * 130 + 129));
                     assert!(!value.is_finite());
                 }

@@ -3,6 +3,7 @@
 
 use super::rotation::{self, Rotation};
 use crate::checkpoint::files::ModelFiles;
+use crate::error::shortened;
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -40,7 +41,7 @@ pub(crate) fn check(field: &str, value: &Value) -> Result<()> {
     let refuse = |name: &str, found: &str, problem: String| {
         Err(Error::Config {
             field: format!("{field}.{name}"),
-            value: found.to_string(),
+            value: shortened(found.to_string()),
             problem,
         })
     };

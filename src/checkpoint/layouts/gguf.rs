@@ -11,6 +11,7 @@ use crate::checkpoint::gguf::{BLOCK_TYPES, MXFP4, NVFP4, Type};
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::fp4::{BlockTensor, Bytes, Factor, Fp4Tensor, Parts, ScaleKind};
 use rayon::prelude::*;
+use safetensors::Dtype;
 
 /// Elements of a block of k-quants, which rows have to be a multiple of.
 pub(in crate::checkpoint) const K_BLOCK: usize = 256;
@@ -57,6 +58,14 @@ pub(super) fn integers(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Resul
 /// The tensor of a layer's blocks, its shape that of a weight `[N, K]`.
 fn blocks(siblings: &Siblings<'_>, (n, k): (usize, usize), found: &Type) -> Result<Named> {
     let named = siblings.get(found.suffix)?;
+    // Of a GGUF file it is; another may use the name for anything.
+    if named.tensor.dtype != Dtype::U8 {
+        let problem = format!(
+            "dtype {:?}; expected {}'s blocks in U8",
+            named.tensor.dtype, found.name
+        );
+        return Err(named.problem(problem));
+    }
     if !k.is_multiple_of(found.block) {
         let problem = format!(
             "K = {k} is not a multiple of {}'s block of {}",

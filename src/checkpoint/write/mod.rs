@@ -188,6 +188,15 @@ pub fn quantize_folder(
     quantize_checkpoint(source, target, &options, |_, _| {}).map(|_| ())
 }
 
+/// A value that cannot be quantised, with the file of the source that it stands in.
+fn in_its_file(error: Error, source: &Checkpoint) -> Error {
+    let file = match &error {
+        Error::NonFinite { name, .. } => source.find(name).map(|stored| stored.file.clone()),
+        _ => None,
+    };
+    error.in_file(file)
+}
+
 fn write_files(
     source: &Checkpoint,
     plan: &Plan<'_>,
@@ -201,12 +210,14 @@ fn write_files(
     let mut done = total - missing().map(|(_, file)| plan.source_bytes(file)).sum::<u64>();
     progress(done, total);
     for (name, file) in missing() {
-        partial.add(name, |path| {
-            shard::write(plan, file, path, &mut |bytes| {
-                done += bytes;
-                progress(done, total);
+        partial
+            .add(name, |path| {
+                shard::write(plan, file, path, &mut |bytes| {
+                    done += bytes;
+                    progress(done, total);
+                })
             })
-        })?;
+            .map_err(|error| in_its_file(error, source))?;
     }
     match plan.files.len() {
         1 => Ok(()),

@@ -7,6 +7,10 @@ use crate::models::glm4_moe_lite::reads::Reads;
 use crate::models::glm4_moe_lite::{Config, Layer};
 use crate::{Error, Result};
 
+/// Problems that are looked for: a configuration may tell of a million experts that are not there, in each of thousands of
+/// layers.
+const MOST_PROBLEMS: usize = 1000;
+
 /// What loading would report, and what it would end with: all of it, not only the first.
 ///
 /// # Errors
@@ -21,6 +25,7 @@ pub(super) fn report(
         config,
         reads: Reads::default(),
         problems: Vec::new(),
+        gave_up: false,
     };
     walk.model();
     let mut report = walk.loader.finish(&predicted(config), duplicate_head(config));
@@ -33,6 +38,7 @@ struct Walk<'a> {
     config: &'a Config,
     reads: Reads,
     problems: Vec<String>,
+    gave_up: bool,
 }
 
 impl Walk<'_> {
@@ -45,6 +51,9 @@ impl Walk<'_> {
             self.reads = Reads::of_model(config, weight);
         }
         for (index, kind) in config.layers.iter().enumerate() {
+            if self.gives_up() {
+                return;
+            }
             let name = |part: &str| format!("model.layers.{index}.{part}");
             match kind {
                 Layer::Dense => self.mlp(&name("mlp")),
@@ -71,8 +80,11 @@ impl Walk<'_> {
 
     fn mixture(&mut self, prefix: &str) {
         let (config, width) = (self.config, self.config.moe_intermediate_size);
-        let mut weights = Vec::with_capacity(3 * (config.n_routed_experts + 1));
+        let mut weights = Vec::new();
         for index in 0..config.n_routed_experts {
+            if self.gives_up() {
+                return;
+            }
             weights.extend(self.expert(&format!("{prefix}.experts.{index}"), width));
         }
         self.reads.experts.push(bytes(&weights));
@@ -162,6 +174,15 @@ impl Walk<'_> {
     /// Counts a weight that every token reads.
     fn always(&mut self, weight: Result<Weight>) {
         self.reads.always += self.found(weight).map_or(0, |weight| weight.size_in_bytes());
+    }
+
+    /// Whether there are so many problems that no more are looked for, which is the last of them then.
+    fn gives_up(&mut self) -> bool {
+        if self.problems.len() >= MOST_PROBLEMS && !self.gave_up {
+            self.gave_up = true;
+            self.problems.push("more of them are not looked for".into());
+        }
+        self.gave_up
     }
 
     /// Takes note of what is not as it should be.
