@@ -175,7 +175,11 @@ fn weights(out: &mut impl Write, report: &LoadReport) -> io::Result<()> {
     }
     for own in &report.own {
         let bytes = size(own.bytes as u64);
-        writeln!(out, "at load: {bytes} for {} weights: {}", own.weights, own.reason)?;
+        writeln!(
+            out,
+            "at load: {bytes} for {} weights: {}",
+            own.weights, own.reason
+        )?;
     }
     for warning in &report.warnings {
         writeln!(out, "warning: {warning}")?;
