@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, Plan, Progress, RepoId};
+use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::models::glm4_moe_lite::Model;
 use candle_mmfp4::{Error, Result};
 use common::hub_server::{Server, State, etag};
 
@@ -1105,4 +1107,58 @@ fn the_longest_timeout_is_no_overflow() {
     bench
         .fetch_as(REPO, &[("HF_HUB_DOWNLOAD_TIMEOUT", seconds.as_str())])
         .unwrap();
+}
+
+/// What the headers in a repository tell, without its weights in the cache.
+fn inspected(bench: &Bench) -> candle_mmfp4::models::glm4_moe_lite::Inspection {
+    let files = hub::headers(&RepoId::parse(REPO).unwrap(), &bench.settings(&[])).unwrap();
+    let snapshot = bench.cached_repo().join("snapshots").join(COMMIT);
+    let cached: Vec<_> = fs::read_dir(snapshot).into_iter().flatten().collect();
+    for file in cached {
+        let name = file.unwrap().file_name().into_string().unwrap();
+        assert!(name.ends_with(".json"), "{name} was fetched");
+    }
+    Model::inspect(&files, &LoadOptions::default()).unwrap()
+}
+
+#[test]
+fn headers_of_gguf_files_and_what_says_that_weights_are_rotated_are_looked_at() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf/mxfp4.gguf");
+    let mut state = of_files(&["README.md"]);
+    state
+        .files
+        .insert("GLM-MXFP4.gguf".into(), fs::read(&file).unwrap());
+    let found = inspected(&Bench::new(state));
+    let here = Model::inspect(&ModelFiles::folder(file), &LoadOptions::default()).unwrap();
+    assert!(found.load == here.load && found.load.is_some() && found.problems.is_empty());
+
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo-model");
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut state = of_files(&[]);
+    for path in entries {
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        state.files.insert(name, fs::read(path).unwrap());
+    }
+    let rotated = br#"{"use_hadamard": true, "hadamard_block_size": 64}"#;
+    state
+        .files
+        .insert("quantization_config.json".into(), rotated.to_vec());
+    let found = inspected(&Bench::new(state));
+    assert!(found.problems[0].contains("use_hadamard"), "{:?}", found.problems);
+}
+
+#[test]
+fn a_header_longer_than_its_file_is_refused() {
+    let mut state = demo();
+    for (name, bytes) in &mut state.files {
+        if name.ends_with(".safetensors") {
+            *bytes = u64::MAX.to_le_bytes().to_vec();
+        }
+    }
+    let bench = Bench::new(state);
+    let found = hub::headers(&RepoId::parse(REPO).unwrap(), &bench.settings(&[]));
+    line(
+        found,
+        &["of 8 bytes, begins with a header of 18446744073709551615"],
+    );
 }
