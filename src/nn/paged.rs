@@ -127,6 +127,8 @@ impl PagedKvCache {
             (layout.row_bytes() as u64).saturating_mul(layers as u64),
             device,
         )?;
+        // A GPU has the memory of a cache that is gone only once it has come to rest.
+        device.synchronize()?;
         let pools = (0..layers).map(|_| zeros(of_layer, DType::U8, device));
         Ok(Self {
             pools: pools.collect::<candle_core::Result<_>>()?,
