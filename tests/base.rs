@@ -96,7 +96,7 @@ fn a_quantised_checkpoint_is_completed_but_never_mixed() {
     let folder = draft.write();
     assert_eq!(
         Model::missing_tensors(&ModelFiles::folder(folder.path())).unwrap(),
-        [codes.clone()]
+        std::slice::from_ref(&codes)
     );
     let (_, report) = load(folder.path(), Some(&original)).unwrap();
     assert_eq!(
