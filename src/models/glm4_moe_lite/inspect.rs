@@ -93,9 +93,14 @@ impl Model {
     /// whatever the model. What is wrong with the model is among [`Inspection::problems`].
     pub fn inspect(files: &ModelFiles, options: &LoadOptions) -> Result<Inspection> {
         files.check()?;
-        let checkpoint = Checkpoint::from_files(files)?;
+        // As loading reads them: what is wrong with both is told of the config.
+        let config = Config::from_files(files);
+        let checkpoint = match Checkpoint::from_files(files) {
+            Ok(checkpoint) => checkpoint,
+            Err(error) => return Err(config.err().unwrap_or(error)),
+        };
         let mut found = Inspection::of_tensors(&checkpoint);
-        match Config::from_files(files) {
+        match config {
             Ok(config) => {
                 let completed = completed(&config, &checkpoint, options).unwrap_or_else(|error| {
                     found.problems.push(error.to_string());
