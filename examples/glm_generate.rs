@@ -5,7 +5,7 @@
 //! documentation. `-- --prompt "What does \`Vec::push\` do?"` asks something else.
 
 use candle_mmfp4::Place;
-use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::checkpoint::{Layout, LoadOptions};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Event, Message, Pipeline, RenderOptions};
 use candle_mmfp4::kv::CacheKind;
@@ -44,6 +44,9 @@ struct Arguments {
     /// Quantise a floating-point model while it loads: mmfp4, mxfp4 or nvfp4.
     #[arg(long)]
     quantize: Option<Format>,
+    /// The layout of its 4-bit weights, where their tensors leave it open (`mmfp4 inspect` has the names).
+    #[arg(long)]
+    layout: Option<Layout>,
     /// What the cache of keys and values stores: f16, bf16, fp8, fp4 or contiguous.
     #[arg(long, default_value_t)]
     kv_cache: CacheKind,
@@ -109,6 +112,7 @@ fn run() -> anyhow::Result<()> {
     let start = Instant::now();
     let options = LoadOptions {
         quantize: arguments.quantize,
+        layout: arguments.layout,
         kv_cache: arguments.kv_cache,
         kv_size: arguments.kv_memory,
         ..LoadOptions::default()

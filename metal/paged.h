@@ -34,12 +34,13 @@ static inline uint split_tokens(uint end, constant PagedArgs& args) {
     return max(args.split_tokens, ((end - 1) / (most * block) + 1) * block);
 }
 
-// The positions of a split that the query at `position` sees: from x up to y, none where y is not more.
+// The positions of a split that the query at `position` sees: from x up to y, none where y is not more. Splits are cut from
+// position 0 on; the first that it sees something of is its first.
 static inline uint2 seen(uint position, uint split, constant PagedArgs& args) {
     const uint end = position + 1;
     const uint first = end > args.window ? end - args.window : 0;
     const uint tokens = split_tokens(end, args);
-    const uint start = split * tokens;
+    const uint start = (first / tokens + split) * tokens;
     return uint2(max(first, start), min(end, start + tokens));
 }
 

@@ -66,10 +66,15 @@ pub enum Error {
     },
 
     /// A value that cannot be quantised: NaN or infinity.
-    #[error("tensor `{name}`: element {index} is {value}; only finite values can be quantised")]
+    #[error(
+        "tensor `{name}`{}: element {index} is {value}; only finite values can be quantised",
+        place_suffix(file)
+    )]
     NonFinite {
         /// The tensor's name.
         name: String,
+        /// The file that holds it, where there is one.
+        file: Option<PathBuf>,
         /// The flat index of the first such element, row-major.
         index: usize,
         /// NaN or an infinity.
@@ -217,6 +222,16 @@ impl Error {
         }
     }
 
+    /// The same with the file of the tensor that it names, where it does not say that yet.
+    pub(crate) fn in_file(mut self, path: Option<PathBuf>) -> Self {
+        if let Self::Tensor { file, .. } | Self::NonFinite { file, .. } = &mut self
+            && file.is_none()
+        {
+            *file = path;
+        }
+        self
+    }
+
     /// Shorthand for [`Error::File`].
     pub(crate) fn file(
         path: impl Into<PathBuf>,
@@ -247,6 +262,16 @@ impl From<Error> for candle_core::Error {
             other => candle_core::Error::wrap(other),
         }
     }
+}
+
+/// What a message shows of a value that a file has: what is wrong with it may be that it is a whole file.
+pub(crate) fn shortened(mut text: String) -> String {
+    const LONGEST: usize = 200;
+    if text.len() > LONGEST {
+        text.truncate(text.floor_char_boundary(LONGEST));
+        text.push('…');
+    }
+    text
 }
 
 fn remedy_suffix(remedy: &str) -> String {

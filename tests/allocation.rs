@@ -214,26 +214,39 @@ fn kernels_allocate_nothing_once_they_have_run() {
                     };
                     expect_none("attend", &mut || attend(&executor, attention, &mut turned));
                 }
-                for format in [CacheFormat::BF16, CacheFormat::fp4()] {
-                    let layout = RowLayout::heads(format, heads, 32, 32).unwrap();
-                    let table: Vec<u32> = (0..40).rev().collect();
-                    let pool = vec![0; layout.pool_bytes(table.len()).unwrap()];
-                    let attention = PagedAttention {
-                        layout: &layout,
-                        pool: &pool,
-                        heads,
-                        queries: &[half],
-                        sequences: &[PagedSequence {
-                            table: &table,
-                            len: 600,
-                            queries: m,
-                        }],
-                        window: None,
-                        scale: 0.1,
-                    };
-                    expect_none("attend_paged", &mut || {
-                        attend_paged(&executor, attention, &mut turned).unwrap()
-                    });
+                let all = HeadView {
+                    width: d / heads,
+                    ..half
+                };
+                for format in [CacheFormat::BF16, CacheFormat::Fp8, CacheFormat::fp4()] {
+                    let latents = RowLayout::latent(format, 32, 32).unwrap();
+                    let of_heads = RowLayout::heads(format, heads, 64, 32).unwrap();
+                    // A step is of one token; of many it is enough to see that kernels share their memory.
+                    let windows = if m == 1 { &[None, Some(300)][..] } else { &[None] };
+                    for (layout, window) in windows
+                        .iter()
+                        .flat_map(|window| [(&latents, *window), (&of_heads, *window)])
+                    {
+                        let table: Vec<u32> = (0..40).rev().collect();
+                        let pool = vec![0; layout.pool_bytes(table.len()).unwrap()];
+                        let attention = PagedAttention {
+                            layout,
+                            pool: &pool,
+                            heads,
+                            queries: &[all],
+                            sequences: &[PagedSequence {
+                                table: &table,
+                                len: 600,
+                                queries: m,
+                            }],
+                            window,
+                            scale: 0.1,
+                        };
+                        let what = format!("attend_paged, {format}, {:?}, window {window:?}", layout.kind());
+                        expect_none(&what, &mut || {
+                            attend_paged(&executor, attention, &mut turned).unwrap()
+                        });
+                    }
                 }
             }
         }

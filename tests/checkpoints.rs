@@ -5,7 +5,7 @@ mod common;
 use candle_core::Device;
 use candle_mmfp4::Error;
 use candle_mmfp4::checkpoint::{
-    Checkpoint, LoadOptions, LoadReport, QuantizeOptions, quantize_checkpoint, quantize_folder,
+    Checkpoint, LoadOptions, LoadReport, ModelFiles, QuantizeOptions, quantize_checkpoint, quantize_folder,
 };
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Bytes, Factor, Format, Fp4Tensor, Parts, ScaleKind, ScaleRule};
@@ -30,7 +30,7 @@ fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model,
         arithmetic: Arithmetic::Exact,
         ..LoadOptions::default()
     };
-    Model::from_folder(folder, &options, &Device::Cpu)
+    common::load(&ModelFiles::folder(folder), &options)
 }
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -299,23 +299,6 @@ fn scales_that_are_nan_or_in_groups_unknown() {
         draft.write().path(),
         &[&format!("`{scales}`"), "model.safetensors", "[64, 16]"],
     );
-}
-
-#[test]
-fn rotated_weights_are_refused() {
-    for name in [
-        format!("{UP}.hadamard_block_size"),
-        format!("{UP}.weight.hadamard_block_size"),
-    ] {
-        let mut draft = Draft::packed();
-        let marker = Stored {
-            dtype: Dtype::I32,
-            shape: vec![1],
-            bytes: vec![64, 0, 0, 0],
-        };
-        draft.tensors.insert(name.clone(), marker);
-        assert_refused(draft.write().path(), &[&format!("`{name}`"), "Hadamard"]);
-    }
 }
 
 #[test]

@@ -5,7 +5,8 @@ mod common;
 #[path = "common/hub_server.rs"]
 mod hub_server;
 
-use common::{bf16_demo, mmfp4_demo};
+use common::gguf::{Gguf, f16, mxfp4 as as_mxfp4};
+use common::{bf16_demo, mmfp4_demo, rewritten};
 use hub_server::{Server, State};
 use serde_json::Value;
 use std::io::Write;
@@ -533,18 +534,7 @@ fn help_shows_examples_and_formats() {
 
 #[test]
 fn the_doctor_fetches_no_weights() {
-    let files = std::fs::read_dir(mmfp4_demo()).unwrap().map(|entry| {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_string();
-        (name, std::fs::read(path).unwrap())
-    });
-    let server = Server::start(State {
-        repo: "org/demo".into(),
-        commit: "0123456789abcdef0123456789abcdef01234567".into(),
-        revisions: ["main".to_string()].into(),
-        files: files.collect(),
-        ..State::default()
-    });
+    let server = demo_server();
     let home = tempfile::tempdir().unwrap();
     let mut command = mmfp4(&["doctor", "--device", "cpu", "-m", "org/demo"]);
     let output = run(command
@@ -561,6 +551,100 @@ fn the_doctor_fetches_no_weights() {
     ] {
         assert!(server.downloads(file).is_empty(), "{file}");
     }
+}
+
+#[test]
+fn a_repository_is_inspected_by_the_headers_of_its_files() {
+    let files = common::contents(&mmfp4_demo());
+    let weights = files.iter().filter(|(name, _)| name.ends_with(".safetensors"));
+    // The connection breaks where a header ends, to which 32 KiB are enough.
+    let ends = weights.map(|(name, _)| (name.clone(), [32 << 10].into()));
+    let server = Server::start(State {
+        repo: "org/demo".into(),
+        commit: "0123456789abcdef0123456789abcdef01234567".into(),
+        revisions: ["main".to_string()].into(),
+        cuts: ends.collect(),
+        files,
+        ..State::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    let output = run(mmfp4(&["inspect", "org/demo", "--json"])
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", &server.address));
+    let found: Value = serde_json::from_str(stdout(&output)).unwrap();
+    let mut here = json(&["inspect", "--json"]);
+    for part in ["load", "layouts", "dtypes", "problems"] {
+        assert_eq!(found[part], here[part], "{part}");
+    }
+    let state = server.state();
+    let of_weights = (state.sent.iter()).filter(|(name, _)| name.ends_with(".safetensors"));
+    assert_eq!(of_weights.map(|(_, sent)| sent).sum::<usize>(), 2 * (32 << 10));
+    drop(state);
+
+    // A model that is in the cache is not asked for.
+    let command = |name: &str| {
+        let mut command = mmfp4(&[name, "org/demo", "--json"]);
+        command
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address);
+        command
+    };
+    server.state().cuts.clear();
+    let mut fetch = mmfp4(&["generate", "-m", "org/demo", "-p", QUESTION]);
+    assert!(
+        run(fetch
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address))
+        .status
+        .success()
+    );
+    server.state().requests.clear();
+    let found: Value = serde_json::from_str(stdout(&run(&mut command("inspect")))).unwrap();
+    assert!(found["load"] == here["load"].take() && server.state().requests.is_empty());
+}
+
+#[test]
+fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
+    let output = run(&mut mmfp4(&["inspect", "--context", "1000"]));
+    for part in [
+        "layout marlin (Marlin MMFP4), told by words of codes beside 16-bit scales",
+        "experts                MMFP4                  marlin",
+        "at load: 19.6 kB for 30 weights: norms and biases",
+        "a decoded token reads 4.8 MB of weights",
+        "+ cache 1.9 MB (bf16 for 1000 tokens of 1920 bytes)",
+    ] {
+        assert!(stdout(&output).contains(part), "{output:?} should hold {part:?}");
+    }
+    let report = json(&[
+        "inspect",
+        bf16_demo().to_str().unwrap(),
+        "--quantize",
+        "nvfp4",
+        "--json",
+    ]);
+    let quantized = &report["load"]["own"][0];
+    assert_eq!(
+        (&quantized["reason"], &quantized["weights"]),
+        (&"quantized".into(), &168.into())
+    );
+
+    // Whatever loads refuses a layout that the model is not in; what is no layout is a mistake on the command line.
+    for command in [
+        &["generate", "--layout", "modelopt-nvfp4"][..],
+        &["inspect", "--layout", "modelopt-nvfp4"],
+    ] {
+        let output = run(&mut mmfp4(command));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).unwrap();
+        assert!(
+            text.contains("it is in marlin (") && text.contains("--layout says modelopt-nvfp4"),
+            "{text}"
+        );
+    }
+    let output = run(&mut mmfp4(&["inspect", "--layout", "awq"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("mlx-nvfp4"), "{output:?}");
 }
 
 #[test]
@@ -658,19 +742,119 @@ fn perplexity_of_texts_and_lists() {
 }
 
 #[test]
-fn a_model_comes_from_the_hub_by_its_name() {
+fn a_base_supplies_what_a_model_lacks() {
+    const NORM: &str = "model.norm.weight";
+    let model = rewritten(&mmfp4_demo(), |name, _| (name == NORM).then(Vec::new));
+    let folder = model.path().to_str().unwrap();
+    let line = failure(&["generate", "-m", folder, "-p", QUESTION], 1);
+    assert!(
+        line.contains(&format!("`{NORM}`")) && line.contains("--base"),
+        "{line}"
+    );
+
+    let original = mmfp4_demo();
+    let told = |output: &Output| stderr(output).contains("1 missing tensors taken from ");
+    let arguments = ["generate", "-m", folder, "-p", QUESTION, "--base"];
+    let output = run(&mut mmfp4(
+        &[&arguments[..], &[original.to_str().unwrap()]].concat(),
+    ));
+    assert_eq!(stdout(&output), format!("{ANSWER}\n"));
+    assert!(told(&output), "{output:?}");
+
+    // Of a repository only the file that holds it comes.
+    let server = demo_server();
+    let home = tempfile::tempdir().unwrap();
+    let with_hub = |arguments: &[&str]| {
+        let mut command = mmfp4(arguments);
+        run(command
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address))
+    };
+    let output = with_hub(&[&arguments[..], &["org/demo"]].concat());
+    assert_eq!(stdout(&output), format!("{ANSWER}\n"));
+    assert!(told(&output), "{output:?}");
+    let index: Value = serde_json::from_slice(&server.state().files["model.safetensors.index.json"]).unwrap();
+    for file in [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ] {
+        let holds = index["weight_map"][NORM] == file;
+        assert_eq!(!server.downloads(file).is_empty(), holds, "{file}");
+    }
+    assert!(server.downloads("tokenizer.json").is_empty());
+    let measured = with_hub(&[
+        "bench", "-m", folder, "--base", "org/demo", "-p", "0", "-n", "1", "-r", "1", "--json",
+    ]);
+    let rows: Value = serde_json::from_str(stdout(&measured)).unwrap();
+    assert!(generated(&rows, 1), "{rows}");
+
+    // A whole model needs none.
+    let output = with_hub(&["generate", "-p", QUESTION, "--base", "org/none"]);
+    assert!(stderr(&output).contains("--base has no effect"), "{output:?}");
+}
+
+#[test]
+fn a_gguf_file_comes_from_the_hub_by_its_quantisation() {
+    let files = [
+        ("tiny-MXFP4.gguf", Gguf::tiny(false, as_mxfp4).bytes()),
+        ("tiny-F16.gguf", Gguf::tiny(false, f16).bytes()),
+    ];
+    let server = Server::start(State {
+        repo: "org/tiny".into(),
+        commit: "0123456789abcdef0123456789abcdef01234567".into(),
+        revisions: ["main".to_string()].into(),
+        files: files.map(|(name, bytes)| (name.to_string(), bytes)).into(),
+        ..State::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    let with_hub = |command: &str, model: &str, more: &[&str]| {
+        let mut command = mmfp4(&[&[command, "-m", model], more].concat());
+        run(command
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &server.address))
+    };
+    let bench = ["-p", "0", "-n", "1", "-r", "1", "--json"];
+    let output = with_hub("bench", "org/tiny", &bench);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("name one as `org/tiny:F16`; it has F16, MXFP4"),
+        "{output:?}"
+    );
+    // Before it is here nothing tells its dimensions.
+    let output = with_hub("doctor", "org/tiny:mxfp4", &["--device", "cpu"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("fetch it first"), "{output:?}");
+    let output = with_hub("bench", "org/tiny:mxfp4", &bench);
+    let rows: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert!(generated(&rows, 1), "{rows}");
+    assert!(server.downloads("tiny-F16.gguf").is_empty());
+}
+
+/// Whether a benchmark measured the generation of so many tokens.
+fn generated(rows: &Value, tokens: u64) -> bool {
+    let mut rows = rows.as_array().unwrap().iter();
+    rows.any(|row| row["test"] == "tg" && row["generated_tokens"] == tokens)
+}
+
+/// A hub with the demo model as `org/demo`.
+fn demo_server() -> Server {
     let files = std::fs::read_dir(mmfp4_demo()).unwrap().map(|entry| {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_string();
         (name, std::fs::read(path).unwrap())
     });
-    let server = Server::start(State {
+    Server::start(State {
         repo: "org/demo".into(),
         commit: "0123456789abcdef0123456789abcdef01234567".into(),
         revisions: ["main".to_string()].into(),
         files: files.collect(),
         ..State::default()
-    });
+    })
+}
+
+#[test]
+fn a_model_comes_from_the_hub_by_its_name() {
+    let server = demo_server();
     let home = tempfile::tempdir().unwrap();
     let command = |more: &[&str]| {
         let mut command = mmfp4(&[&["generate", "-m", "org/demo", "-p", QUESTION], more].concat());

@@ -34,7 +34,7 @@ fn files(bytes: &[u8]) -> ModelFiles {
 }
 
 fn open(file: &Gguf) -> candle_mmfp4::Result<(Model, LoadReport)> {
-    Model::from_files(&files(&file.bytes()), &options(None), &Device::Cpu)
+    common::load(&files(&file.bytes()), &options(None))
 }
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -128,6 +128,11 @@ fn floats_are_used_where_they_lie() {
 
 /// The tiny model with the weights that `pack` makes of its own, in F32.
 fn decoded(pack: &impl Fn((usize, usize), &[f32]) -> Packed) -> Draft {
+    decoded_or(pack, |_| false)
+}
+
+/// The same, but those that `stays` is true of as they were.
+fn decoded_or(pack: &impl Fn((usize, usize), &[f32]) -> Packed, stays: impl Fn(&Packed) -> bool) -> Draft {
     let mut draft = Draft::plain();
     for (name, tensor) in &mut draft.tensors {
         if !(name.ends_with("_proj.weight") || name.ends_with("_with_mqa.weight")) {
@@ -139,7 +144,11 @@ fn decoded(pack: &impl Fn((usize, usize), &[f32]) -> Packed) -> Draft {
             .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
             .collect();
         let shape = (tensor.shape[0], tensor.shape[1]);
-        tensor.bytes = gguf::decoded(&pack(shape, &values), shape)
+        let packed = pack(shape, &values);
+        if stays(&packed) {
+            continue;
+        }
+        tensor.bytes = gguf::decoded(&packed, shape)
             .into_iter()
             .flat_map(f32::to_le_bytes)
             .collect();
@@ -153,6 +162,7 @@ fn integers_are_decoded_as_candle_decodes_them() {
     for (by_256, by_32) in [
         (GgmlDType::Q4K, GgmlDType::Q5_0),
         (GgmlDType::Q6K, GgmlDType::Q8_0),
+        (GgmlDType::Q8_0, GgmlDType::Q8_0),
     ] {
         let pack = integers(by_256, by_32);
         let (model, report) = open(&Gguf::tiny(false, &pack)).unwrap();
@@ -179,6 +189,48 @@ fn integers_are_decoded_as_candle_decodes_them() {
         halves.set_attention_path(AttentionPath::Materialised);
         assert_nmse(&logits(&halves), &absorbed, 1e-9, &format!("{by_256:?}, halves"));
     }
+}
+
+#[test]
+fn what_k_quants_cannot_hold_is_in_f16_and_reported() {
+    // As llama.cpp does where not even 32 divides a row; here wherever 256 does not.
+    let pack = |shape: (usize, usize), values: &[f32]| match shape.1.is_multiple_of(256) {
+        true => integers(GgmlDType::Q4K, GgmlDType::Q8_0)(shape, values),
+        false => f16(shape, values),
+    };
+    let (model, report) = open(&Gguf::tiny(false, pack)).unwrap();
+    let draft = Draft::plain();
+    let linear = |name: &str| name.ends_with("_proj.weight") || name.ends_with("_with_mqa.weight");
+    let odd = draft
+        .tensors
+        .iter()
+        .filter(|(name, tensor)| linear(name) && tensor.shape[1] % 256 != 0);
+    let odd: Vec<_> = odd
+        .map(|(name, tensor)| (name.clone(), tensor.shape[1]))
+        .collect();
+    assert!(!odd.is_empty() && odd.len() < LINEARS);
+    assert_eq!(report.blocks.tensors, LINEARS - odd.len());
+    let kept: BTreeMap<_, _> = report
+        .kept
+        .iter()
+        .map(|kept| (&kept.name, &kept.reason))
+        .collect();
+    assert_eq!(kept.len(), odd.len());
+    for (name, k) in &odd {
+        let reason = format!("the file has it in F16: K = {k} is not a multiple of 256, which k-quants need");
+        assert_eq!(*kept[name], reason);
+    }
+    assert!(report.to_string().contains("stay in floating point"), "{report}");
+    let expected = decoded_or(&pack, |packed| packed.kind == gguf::F16);
+    assert_nmse(
+        &logits(&model),
+        &of_folder(expected.write().path(), None),
+        1e-6,
+        "F16 and Q4_K",
+    );
+    // Of a file without k-quants there is nothing to tell.
+    let report = open(&Gguf::tiny(false, f16)).unwrap().1;
+    assert!(report.kept.is_empty(), "{report}");
 }
 
 #[test]
@@ -244,7 +296,7 @@ fn assert_refused(file: &Gguf, parts: &[&str]) {
 }
 
 fn assert_bytes_refused(bytes: &[u8], parts: &[&str]) {
-    let error = Model::from_files(&files(bytes), &options(None), &Device::Cpu);
+    let error = common::load(&files(bytes), &options(None));
     let error = error.unwrap_err().to_string();
     for part in parts.iter().chain(&["held"]) {
         assert!(error.contains(part), "{error} should contain {part}");

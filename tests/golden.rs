@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{Device, Tensor};
-use candle_mmfp4::checkpoint::LoadOptions;
+use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::models::Site;
@@ -16,9 +16,8 @@ const TOLERANCE: f32 = 2e-4;
 const NEAR_TIE: f32 = 1e-3;
 
 fn load(golden: &Golden) -> Model {
-    Model::from_folder(&golden.folder, &Default::default(), &Device::Cpu)
-        .unwrap()
-        .0
+    let files = ModelFiles::folder(&golden.folder);
+    common::load(&files, &Default::default()).unwrap().0
 }
 
 /// The largest difference of logits, as a share of the largest logit.

@@ -12,14 +12,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, Plan, Progress, RepoId};
+use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::models::glm4_moe_lite::Model;
 use candle_mmfp4::{Error, Result};
 use common::hub_server::{Server, State, etag};
 
 const REPO: &str = "org/demo";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const INDEX: &str = "model.safetensors.index.json";
-const OPTIONAL: [&str; 3] = [
+const OPTIONAL: [&str; 4] = [
     "generation_config.json",
+    "quantization_config.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 ];
@@ -65,6 +68,8 @@ fn demo_files() -> BTreeMap<String, Vec<u8>> {
             files.insert(name.to_string(), format!("{{ \"{name}\": 1 }}").into_bytes());
         }
     }
+    let quantization = br#"{ "format": "mmfp4_e2m1_marlin" }"#;
+    files.insert("quantization_config.json".to_string(), quantization.to_vec());
     files.insert("README.md".to_string(), b"read me".to_vec());
     files.insert("original/consolidated.safetensors".to_string(), vec![7; 1000]);
     files
@@ -414,8 +419,239 @@ fn needed_files_may_not() {
         );
     }
     let mut state = demo();
-    state.files = [("model-Q4_K_M.gguf".to_string(), vec![0])].into();
-    line(Bench::new(state).fetch(), &["holds GGUF files"]);
+    state.files.remove("model-00002-of-00002.safetensors").unwrap();
+    state.files.insert("model-Q4_K_M.gguf".to_string(), vec![0]);
+    line(
+        Bench::new(state).fetch(),
+        &["holds GGUF files too", "`org/demo:QUANT` takes one"],
+    );
+}
+
+/// A repository of nothing but these files, whose contents are their names.
+fn of_files(names: &[&str]) -> State {
+    let file = |name: &&str| (name.to_string(), name.as_bytes().to_vec());
+    State {
+        files: names.iter().map(file).collect(),
+        ..demo()
+    }
+}
+
+const GGUF: [&str; 7] = [
+    "GLM-Q4_K_M.gguf",
+    "GLM-Q8_0.gguf",
+    "bf16/GLM-bf16-00001-of-00002.gguf",
+    "bf16/GLM-bf16-00002-of-00002.gguf",
+    "mmproj-F16.gguf",
+    "config.json",
+    "tokenizer.json",
+];
+
+#[test]
+fn one_of_several_gguf_files_is_chosen_by_its_name() {
+    let bench = Bench::new(of_files(&GGUF));
+    line(
+        bench.fetch(),
+        &[
+            "several models in GGUF",
+            "name one as `org/demo:Q4_K_M`",
+            "it has Q4_K_M, Q8_0, bf16",
+        ],
+    );
+    line(
+        bench.fetch_as("org/demo:Q5_K_M", &[]),
+        &["is `Q5_K_M`", "Q4_K_M, Q8_0, bf16"],
+    );
+    let hub = bench.home.path().join("hub");
+    assert!(!hub.exists(), "a failure leaves nothing in the cache");
+    let snapshot = bench.cached_repo().join("snapshots").join(COMMIT);
+    for (repo, files) in [
+        ("org/demo:q8_0", &GGUF[1..2]),
+        ("org/demo@v1.0:Q4_K_M", &GGUF[..1]),
+        ("org/demo:bf16", &GGUF[2..4]),
+    ] {
+        let found = bench.fetch_as(repo, &[]).unwrap();
+        assert_eq!(found, snapshot.join(files[0]));
+        for name in files {
+            assert_eq!(fs::read(snapshot.join(name)).unwrap(), name.as_bytes());
+        }
+        let asked = bench.requests();
+        assert!(asked > 0);
+        // Once it is here nobody is asked, on line or off.
+        assert_eq!(bench.fetch_as(repo, &[]).unwrap(), found);
+        assert_eq!(bench.fetch_as(repo, &[("HF_HUB_OFFLINE", "1")]).unwrap(), found);
+        assert_eq!(bench.requests(), 0);
+    }
+    assert!(snapshot.join("tokenizer.json").is_file() && !snapshot.join("config.json").exists());
+    // What others have fetched does not make the choice for those who make none.
+    line(bench.fetch(), &["several models in GGUF"]);
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    line(
+        bench.fetch_as("org/demo:Q5_K_M", &offline),
+        &["HF_HUB_OFFLINE forbids"],
+    );
+}
+
+#[test]
+fn the_only_gguf_file_needs_no_name() {
+    let bench = Bench::new(of_files(&["GLM-Q4_K_M.gguf", "README.md"]));
+    let found = bench.fetch().unwrap();
+    assert!(
+        found.ends_with(format!("snapshots/{COMMIT}/GLM-Q4_K_M.gguf")),
+        "{found:?}"
+    );
+    assert_eq!(fs::read(&found).unwrap(), b"GLM-Q4_K_M.gguf");
+    bench.requests();
+    assert_eq!(bench.fetch().unwrap(), found);
+    assert_eq!(bench.fetch_as("org/demo:Q4_K_M", &[]).unwrap(), found);
+    assert_eq!(bench.requests(), 0);
+    let settings = bench.settings(&[]);
+    let plan = hub::plan(&RepoId::parse(REPO).unwrap(), &settings).unwrap();
+    assert_eq!(
+        (plan.weights(), plan.remaining()),
+        ("GLM-Q4_K_M.gguf".len() as u64, 0)
+    );
+}
+
+#[test]
+fn safetensors_go_before_gguf_files_unless_one_is_named() {
+    let mut state = demo();
+    state
+        .files
+        .insert("GLM-Q8_0.gguf".to_string(), b"blocks".to_vec());
+    let bench = Bench::new(state);
+    let found = bench.fetch_as("org/demo:Q8_0", &[]).unwrap();
+    assert_eq!(fs::read(&found).unwrap(), b"blocks");
+    assert!(bench.server.downloads(&bench.shards[0]).is_empty());
+    let folder = bench.fetch().unwrap();
+    assert_eq!(folder, found.parent().unwrap());
+    assert!(bench.shards.iter().all(|name| folder.join(name).is_file()));
+    line(
+        Bench::new(demo()).fetch_as("org/demo:Q8_0", &[]),
+        &["no GGUF files", "leave out `:Q8_0`"],
+    );
+}
+
+#[test]
+fn gguf_parts_that_are_missing_and_names_that_lead_out_are_refused() {
+    let bench = Bench::new(of_files(&["GLM-Q8_0-00001-of-00002.gguf"]));
+    line(
+        bench.fetch(),
+        &["no `GLM-Q8_0-00002-of-00002.gguf`, a part of the model"],
+    );
+    for name in ["../GLM-Q8_0.gguf", "/GLM-Q8_0.gguf", "a\\..\\GLM-Q8_0.gguf"] {
+        let bench = Bench::new(of_files(&[name]));
+        line(bench.fetch(), &["outside of itself"]);
+        let state = bench.server.state();
+        assert!(
+            state.requests.iter().all(|seen| !seen.path.contains("GLM")),
+            "{:?}",
+            state.requests
+        );
+    }
+}
+
+/// Three layers in a shard each; what the model has besides lies in the first.
+fn sharded() -> State {
+    let shards = ["one", "two", "three"].map(|name| format!("{name}.safetensors"));
+    let mut state = of_files(&[
+        "tokenizer.json",
+        "one.safetensors",
+        "two.safetensors",
+        "three.safetensors",
+    ]);
+    let map = serde_json::json!({
+        "model.norm.weight": shards[0],
+        "model.layers.0.mlp.gate.weight": shards[0],
+        "model.layers.1.mlp.gate.weight": shards[1],
+        "model.layers.2.mlp.gate.weight": shards[2],
+    });
+    let index = serde_json::json!({ "weight_map": map });
+    state
+        .files
+        .insert(INDEX.to_string(), index.to_string().into_bytes());
+    state.files.insert(
+        "config.json".to_string(),
+        br#"{ "num_hidden_layers": 2 }"#.to_vec(),
+    );
+    state
+}
+
+#[test]
+fn of_a_base_only_what_holds_the_tensors_is_fetched() {
+    let bench = Bench::new(sharded());
+    let fetch = |names: &[&str], variables: &[(&str, &str)]| {
+        let names: Vec<_> = names.iter().map(|name| name.to_string()).collect();
+        hub::fetch_tensors(
+            &RepoId::parse(REPO).unwrap(),
+            &bench.settings(variables),
+            &names,
+            &mut (),
+        )
+    };
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    line(
+        fetch(&["model.norm.weight"], &offline),
+        &["HF_HUB_OFFLINE forbids"],
+    );
+    let folder = fetch(&["model.norm.weight", "model.layers.0.mlp.gate.weight"], &[]).unwrap();
+    let mut found: Vec<_> = (fs::read_dir(&folder).unwrap())
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    assert_eq!(found, [INDEX, "one.safetensors"]);
+    bench.requests();
+    assert_eq!(fetch(&["model.norm.weight"], &[]).unwrap(), folder);
+    assert_eq!(fetch(&["model.norm.weight"], &offline).unwrap(), folder);
+    assert_eq!(bench.requests(), 0);
+    // More is fetched when more is asked for, and then the whole model is no less whole.
+    line(
+        fetch(&["model.layers.1.mlp.gate.weight"], &offline),
+        &["`two.safetensors`"],
+    );
+    fetch(&["model.layers.1.mlp.gate.weight"], &[]).unwrap();
+    assert!(folder.join("two.safetensors").is_file() && !folder.join("three.safetensors").exists());
+    line(
+        fetch(&["model.extra.weight"], &[]),
+        &["lists no tensor `model.extra.weight`", "the original"],
+    );
+    assert_eq!(bench.fetch().unwrap(), folder);
+    assert!(folder.join("three.safetensors").is_file() && folder.join("config.json").is_file());
+
+    // One file needs no index.
+    let bench = Bench::new(of_files(&["model.safetensors"]));
+    let names = ["model.norm.weight".to_string()];
+    let repo = RepoId::parse(REPO).unwrap();
+    let folder = hub::fetch_tensors(&repo, &bench.settings(&[]), &names, &mut ()).unwrap();
+    assert!(folder.join("model.safetensors").is_file());
+    bench.requests();
+    hub::fetch_tensors(&repo, &bench.settings(&[]), &names, &mut ()).unwrap();
+    assert_eq!(bench.requests(), 0);
+}
+
+#[test]
+fn shards_of_layers_that_the_model_does_not_have_may_be_missing() {
+    // What is there is fetched, whatever it is for.
+    let bench = Bench::new(sharded());
+    assert!(bench.fetch().unwrap().join("three.safetensors").is_file());
+
+    let mut state = sharded();
+    state.files.remove("three.safetensors").unwrap();
+    let bench = Bench::new(state);
+    let folder = bench.fetch().unwrap();
+    assert!(folder.join("two.safetensors").is_file());
+    bench.requests();
+    assert_eq!(bench.fetch().unwrap(), folder);
+    assert_eq!(bench.requests(), 0);
+
+    for (shard, config) in [("two", r#"{ "num_hidden_layers": 2 }"#), ("three", "{}")] {
+        let mut state = sharded();
+        state.files.remove(&format!("{shard}.safetensors")).unwrap();
+        state.files.insert("config.json".to_string(), config.into());
+        line(
+            Bench::new(state).fetch(),
+            &[&format!("holds no `{shard}.safetensors`")],
+        );
+    }
 }
 
 #[test]
@@ -871,4 +1107,58 @@ fn the_longest_timeout_is_no_overflow() {
     bench
         .fetch_as(REPO, &[("HF_HUB_DOWNLOAD_TIMEOUT", seconds.as_str())])
         .unwrap();
+}
+
+/// What the headers in a repository tell, without its weights in the cache.
+fn inspected(bench: &Bench) -> candle_mmfp4::models::glm4_moe_lite::Inspection {
+    let files = hub::headers(&RepoId::parse(REPO).unwrap(), &bench.settings(&[])).unwrap();
+    let snapshot = bench.cached_repo().join("snapshots").join(COMMIT);
+    let cached: Vec<_> = fs::read_dir(snapshot).into_iter().flatten().collect();
+    for file in cached {
+        let name = file.unwrap().file_name().into_string().unwrap();
+        assert!(name.ends_with(".json"), "{name} was fetched");
+    }
+    Model::inspect(&files, &LoadOptions::default()).unwrap()
+}
+
+#[test]
+fn headers_of_gguf_files_and_what_says_that_weights_are_rotated_are_looked_at() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf/mxfp4.gguf");
+    let mut state = of_files(&["README.md"]);
+    state
+        .files
+        .insert("GLM-MXFP4.gguf".into(), fs::read(&file).unwrap());
+    let found = inspected(&Bench::new(state));
+    let here = Model::inspect(&ModelFiles::folder(file), &LoadOptions::default()).unwrap();
+    assert!(found.load == here.load && found.load.is_some() && found.problems.is_empty());
+
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo-model");
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut state = of_files(&[]);
+    for path in entries {
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        state.files.insert(name, fs::read(path).unwrap());
+    }
+    let rotated = br#"{"use_hadamard": true, "hadamard_block_size": 64}"#;
+    state
+        .files
+        .insert("quantization_config.json".into(), rotated.to_vec());
+    let found = inspected(&Bench::new(state));
+    assert!(found.problems[0].contains("use_hadamard"), "{:?}", found.problems);
+}
+
+#[test]
+fn a_header_longer_than_its_file_is_refused() {
+    let mut state = demo();
+    for (name, bytes) in &mut state.files {
+        if name.ends_with(".safetensors") {
+            *bytes = u64::MAX.to_le_bytes().to_vec();
+        }
+    }
+    let bench = Bench::new(state);
+    let found = hub::headers(&RepoId::parse(REPO).unwrap(), &bench.settings(&[]));
+    line(
+        found,
+        &["of 8 bytes, begins with a header of 18446744073709551615"],
+    );
 }

@@ -2,8 +2,7 @@
 
 mod common;
 
-use candle_core::Device;
-use candle_mmfp4::checkpoint::{Checkpoint, Layout, LoadOptions, LoadReport};
+use candle_mmfp4::checkpoint::{Checkpoint, Layout, LoadOptions, LoadReport, ModelFiles};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Factor, Format, Fp4Tensor, ScaleRule, quantize};
 use candle_mmfp4::models::glm4_moe_lite::{AttentionPath, Logits, Model};
@@ -20,7 +19,7 @@ fn load(folder: &Path, quantize: Option<Format>) -> candle_mmfp4::Result<(Model,
         arithmetic: Arithmetic::Exact,
         ..LoadOptions::default()
     };
-    Model::from_folder(folder, &options, &Device::Cpu)
+    common::load(&ModelFiles::folder(folder), &options)
 }
 
 fn bits(model: &Model) -> Vec<u32> {
@@ -108,6 +107,109 @@ fn compressed(format: Format) -> Draft {
     })
 }
 
+/// The same with another factor for each of the experts' matrices; those that the quantiser chooses are mostly alike.
+fn modelopt_varied() -> Draft {
+    let mut draft = modelopt();
+    let of_experts = |name: &str| name.contains(".experts.") && name.ends_with("weight_scale_2");
+    let factors = draft.tensors.iter_mut().filter(|(name, _)| of_experts(name));
+    for (index, (_, tensor)) in factors.enumerate() {
+        let factor = f32::from_le_bytes(tensor.bytes[..].try_into().unwrap());
+        tensor.bytes = (factor * (1.0 + index as f32 / 64.0)).to_le_bytes().into();
+    }
+    draft
+}
+
+/// How a layer's experts lie in one parameter.
+#[derive(Clone, Copy, PartialEq)]
+enum Lie {
+    /// `[E, R, …]`.
+    Rows,
+    /// `[E, …, R]`.
+    Columns,
+}
+
+/// What multiplies them.
+#[derive(Clone, Copy, PartialEq)]
+enum Factors {
+    /// One an expert, or its gate and one its up.
+    Each,
+    /// One for all gates, one for all ups and one for all downs.
+    Halves,
+    /// One for all.
+    One,
+}
+
+/// ModelOpt's, with a layer's experts in `gate_up_proj` and `down_proj`. With less than one factor each they are those of the
+/// first expert, or 1.
+fn modelopt_packed(lie: Lie, factors: Factors) -> Draft {
+    let mut draft = modelopt_varied();
+    let experts = draft.config["n_routed_experts"].as_u64().unwrap() as usize;
+    for layer in [1, 2] {
+        let prefix = format!("model.layers.{layer}.mlp.experts");
+        for (stack, parts) in [
+            ("gate_up_proj", &["gate_proj", "up_proj"][..]),
+            ("down_proj", &["down_proj"]),
+        ] {
+            for (from, to) in [("weight", ""), ("weight_scale", "_weight_scale")] {
+                let mut all = Vec::new();
+                let mut shape = Vec::new();
+                for expert in 0..experts {
+                    let mut rows = Vec::new();
+                    for part in parts {
+                        let tensor = draft
+                            .tensors
+                            .remove(&format!("{prefix}.{expert}.{part}.{from}"))
+                            .unwrap();
+                        shape = vec![experts, tensor.shape[0] * parts.len(), tensor.shape[1]];
+                        rows.extend(tensor.bytes);
+                        all.push((tensor.dtype, Vec::new()));
+                    }
+                    let (count, width) = (shape[1], shape[2]);
+                    let columns = (0..width).flat_map(|k| (0..count).map(move |row| row * width + k));
+                    all.last_mut().unwrap().1 = match lie {
+                        Lie::Rows => rows,
+                        Lie::Columns => columns.map(|at| rows[at]).collect(),
+                    };
+                }
+                if lie == Lie::Columns {
+                    shape.swap(1, 2);
+                }
+                let dtype = all[0].0;
+                let bytes: Vec<u8> = all.into_iter().flat_map(|(_, bytes)| bytes).collect();
+                draft
+                    .tensors
+                    .insert(format!("{prefix}.{stack}{to}"), stored(dtype, &shape, &bytes));
+            }
+            for (from, to) in [
+                ("weight_scale_2", "_weight_scale_2"),
+                ("input_scale", "_input_scale"),
+            ] {
+                let mut bytes = Vec::new();
+                for expert in 0..experts {
+                    for part in parts {
+                        let tensor = draft
+                            .tensors
+                            .remove(&format!("{prefix}.{expert}.{part}.{from}"))
+                            .unwrap();
+                        bytes.extend(tensor.bytes);
+                    }
+                }
+                let (shape, len) = match (factors, parts.len()) {
+                    (Factors::Each, 1) => (vec![experts, 1], experts),
+                    (Factors::Each, of) => (vec![experts, of], experts * of),
+                    (Factors::Halves, of) => (vec![of], of),
+                    (Factors::One, _) => (vec![], 1),
+                };
+                draft.tensors.insert(
+                    format!("{prefix}.{stack}{to}"),
+                    stored(Dtype::F32, &shape, &bytes[..4 * len]),
+                );
+            }
+        }
+    }
+    draft
+}
+
 /// MLX's, with the experts of a layer in one tensor.
 fn mlx(format: Format) -> Draft {
     let mut draft = quantised(format, |_, tensor| {
@@ -181,6 +283,118 @@ fn the_same_codes_give_the_same_logits() {
     let (layouts, logits) = read(&mlx(Format::nvfp4()));
     assert_eq!(layouts, [Layout::MlxNvfp4]);
     assert!(logits == read(&without).1 && logits != nvfp4);
+}
+
+#[test]
+fn packed_experts_are_repacked_once_and_keep_their_factors() {
+    // What the packed ones have for all, each has.
+    let apart = |factors: Factors| {
+        let mut draft = modelopt_varied();
+        let named = draft.tensors.clone();
+        for (name, tensor) in &mut draft.tensors {
+            let Some((layer, expert)) = name.split_once(".experts.").filter(|_| name.ends_with("scale_2"))
+            else {
+                continue;
+            };
+            let part = match expert.split('.').nth(1).unwrap() {
+                "up_proj" if factors == Factors::One => "gate_proj",
+                part => part,
+            };
+            if factors != Factors::Each {
+                tensor.bytes = named[&format!("{layer}.experts.0.{part}.weight_scale_2")]
+                    .bytes
+                    .clone();
+            }
+        }
+        read(&draft).1
+    };
+    for factors in [Factors::Each, Factors::Halves, Factors::One] {
+        let expected = apart(factors);
+        for lie in [Lie::Rows, Lie::Columns] {
+            let (layouts, logits) = read(&modelopt_packed(lie, factors));
+            let packed = match lie {
+                Lie::Rows => vec![Layout::ModelOpt],
+                Lie::Columns => vec![Layout::ModelOpt, Layout::ModelOptPacked],
+            };
+            assert_eq!(layouts, packed);
+            assert!(logits == expected);
+        }
+    }
+    assert!(apart(Factors::Each) != apart(Factors::Halves) && apart(Factors::Halves) != apart(Factors::One));
+
+    // Two layers of eight experts, three matrices each, in columns; of rows nothing is repacked.
+    let folder = modelopt_packed(Lie::Columns, Factors::Each).write();
+    let (_, report) = load(folder.path(), None).unwrap();
+    assert_eq!(report.repacked.tensors, 2 * 8 * 3);
+    assert!(
+        report.to_string().contains("48 repacked while loading"),
+        "{report}"
+    );
+    // Four tensors of the experts, and one of each other linear layer: 15 of attention, 3 of the MLP, 6 of shared experts.
+    assert_eq!(report.input_scales, 4 + 24);
+    assert!(
+        report.to_string().contains("28 scales of activations ignored"),
+        "{report}"
+    );
+    let folder = modelopt_packed(Lie::Rows, Factors::Each).write();
+    assert_eq!(load(folder.path(), None).unwrap().1.repacked.tensors, 0);
+}
+
+#[test]
+fn packed_experts_that_do_not_fit_are_refused() {
+    let stack = "model.layers.1.mlp.experts.gate_up_proj";
+    let changed = |suffix: &str, change: &dyn Fn(&mut Stored), parts: &[&str]| {
+        let mut draft = modelopt_packed(Lie::Columns, Factors::Each);
+        change(draft.get(&format!("{stack}{suffix}")));
+        assert_refused(&draft, parts);
+    };
+    let scales = format!("`{stack}_weight_scale`");
+    changed("", &|tensor| tensor.shape.swap(1, 2), &[&scales, "expected [E, "]);
+    changed(
+        "_weight_scale",
+        &|tensor| tensor.shape.swap(0, 2),
+        &[&scales, "expected [E, "],
+    );
+    changed(
+        "_weight_scale",
+        &|tensor| tensor.dtype = Dtype::I8,
+        &[&scales, "I8"],
+    );
+    changed(
+        "_weight_scale",
+        &|tensor| tensor.bytes[0] = 0xff,
+        &[&scales, "scale [0, 0]"],
+    );
+    changed(
+        "",
+        &|tensor| tensor.dtype = Dtype::BOOL,
+        &[&format!("`{stack}`"), "BOOL", "U8"],
+    );
+    let factor = format!("`{stack}_weight_scale_2`");
+    changed(
+        "_weight_scale_2",
+        &|tensor| tensor.shape = vec![4, 4],
+        &[&factor, "[4, 4]", "8 experts"],
+    );
+    changed(
+        "_weight_scale_2",
+        &|tensor| tensor.bytes[..4].fill(0),
+        &[&factor, "above 0"],
+    );
+    let fewer = |tensor: &mut Stored| {
+        tensor.shape[0] = 7;
+        tensor.bytes.truncate(tensor.bytes.len() / 8 * 7);
+    };
+    let mut draft = modelopt_packed(Lie::Columns, Factors::Each);
+    for suffix in ["", "_weight_scale", "_weight_scale_2"] {
+        fewer(draft.get(&format!("{stack}{suffix}")));
+    }
+    assert_refused(&draft, &[&format!("`{stack}`"), "more than 7 experts"]);
+    for suffix in ["_weight_scale", "_weight_scale_2"] {
+        let mut draft = modelopt_packed(Lie::Columns, Factors::Each);
+        draft.tensors.remove(&format!("{stack}{suffix}")).unwrap();
+        assert_refused(&draft, &[&format!("`{stack}{suffix}`"), "missing"]);
+    }
 }
 
 /// Loading fails and says all of `parts`.
@@ -275,6 +489,44 @@ fn other_quantisers_are_refused_by_name() {
     beside("weight_shape", &["pack-quantized"]);
     beside("weight.absmax", &["bitsandbytes"]);
     beside("weight_scale_inv", &["FP8"]);
+    beside("weight.quant_map", &["bitsandbytes"]);
+    beside("SCB", &["bitsandbytes"]);
+    beside("q_weight", &["EXL2"]);
+    beside("trellis", &["EXL3"]);
+    beside("W_q", &["HQQ"]);
+    beside("codebooks", &["AQLM"]);
+    beside("Qidxs", &["QuIP#"]);
+    beside("su", &["trellis"]);
+    beside("pre_quant_scale", &["NVFP4_AWQ"]);
+    beside("svdquant_lora_a", &["NVFP4_SVD"]);
+
+    // By the dtype alone.
+    for (dtype, what) in [
+        (Dtype::F8_E4M3, "FP8"),
+        (Dtype::F8_E5M2, "FP8"),
+        (Dtype::I8, "eight-bit integers"),
+    ] {
+        let mut draft = Draft::plain();
+        let name = format!("{UP}.weight");
+        let tensor = draft.get(&name);
+        *tensor = stored(dtype, &tensor.shape, &tensor.bytes[..tensor.bytes.len() / 2]);
+        assert_refused(&draft, &[&format!("`{name}`"), what, "--quantize"]);
+    }
+}
+
+#[test]
+fn codes_of_a_column_in_a_word_are_refused() {
+    let name = "model.layers.1.mlp.shared_experts.up_proj";
+    let mut draft = Draft::packed();
+    draft.get(&format!("{name}.weight")).shape.reverse();
+    let [k, n] = draft.get(&format!("{name}.weight")).shape[..] else {
+        panic!()
+    };
+    assert_ne!(k, n);
+    assert_refused(
+        &draft,
+        &[&format!("`{name}.weight`"), "codes of a column", "--quantize"],
+    );
 }
 
 #[test]
@@ -298,7 +550,73 @@ fn scales_that_lie_the_other_way_round_are_turned() {
         tensor.shape = vec![columns, rows];
         turned += 1;
     }
-    assert!(turned > 10 && read(&draft) == expected);
+    assert!(turned > 10 && read(&draft) == (vec![Layout::MarlinTurned], expected.1));
+}
+
+#[test]
+fn rotations_are_refused_wherever_they_are_told() {
+    let said = |name: &str, text: &str| {
+        let folder = Draft::packed().write();
+        std::fs::write(folder.path().join(name), text).unwrap();
+        load(folder.path(), None)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    };
+    const BESIDE: &str = "quantization_config.json";
+    said(
+        BESIDE,
+        r#"{"format": "mmfp4_e2m1_marlin", "use_hadamard": false, "hadamard_block_size": 64}"#,
+    )
+    .unwrap();
+    for (text, parts) in [
+        (
+            r#"{"use_hadamard": true, "hadamard_block_size": 64}"#,
+            ["use_hadamard = true", "--quantize mmfp4"],
+        ),
+        (
+            r#"{"hadamard_block_size": 128}"#,
+            ["hadamard_block_size = 128", "--quantize mmfp4"],
+        ),
+        ("{", ["not JSON", "fetch"]),
+    ] {
+        let error = said(BESIDE, text).unwrap_err();
+        for part in parts.iter().chain(&[BESIDE]) {
+            assert!(error.contains(part), "{error} should hold {part}");
+        }
+    }
+    // And in it, and beside the weight, in either spelling.
+    let mut draft = Draft::packed();
+    draft.config["quantization_config"] = serde_json::json!({"quant_method": "mmfp4", "use_hadamard": true});
+    assert_refused(&draft, &["quantization_config.use_hadamard = true", "Hadamard"]);
+    for name in ["hadamard_block_size", "weight.hadamard_block_size"] {
+        let name = format!("{UP}.{name}");
+        let marked = |dtype, bytes: &[u8]| {
+            let mut draft = Draft::packed();
+            let (shape, bytes) = (vec![1], bytes.to_vec());
+            draft.tensors.insert(name.clone(), Stored { dtype, shape, bytes });
+            draft
+        };
+        let named = format!("`{name}`");
+        assert_refused(
+            &marked(Dtype::I32, &64i32.to_le_bytes()),
+            &[
+                &named,
+                "model.safetensors",
+                "it is 64",
+                "Hadamard",
+                "--quantize mmfp4",
+            ],
+        );
+        assert_refused(&marked(Dtype::I64, &(-2i64).to_le_bytes()), &[&named, "it is -2"]);
+        assert_refused(
+            &marked(Dtype::F32, &64f32.to_le_bytes()),
+            &[&named, "F32", "one integer"],
+        );
+        // A block of one is no rotation.
+        let (model, report) = load(marked(Dtype::I32, &1i32.to_le_bytes()).write().path(), None).unwrap();
+        assert!(report.unused.is_empty(), "{report}");
+        assert!(bits(&model) == bits(&load(Draft::packed().write().path(), None).unwrap().0));
+    }
 }
 
 /// The tiny model with `kv_b_proj` as MLX and llama.cpp split it, in floating point: keys transposed, values as they are.

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_mmfp4::Error;
-use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, quantize_folder};
+use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles, quantize_folder};
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{FloatKind, Format, ScaleRule, quantize, validate};
 use candle_mmfp4::generation::{Options, Pipeline};
@@ -19,7 +19,7 @@ use safetensors::Dtype;
 use std::path::Path;
 
 fn load(folder: &Path, options: &LoadOptions) -> Result<(Model, LoadReport), Error> {
-    Model::from_folder(folder, options, &Device::Cpu)
+    common::load(&ModelFiles::folder(folder), options)
 }
 
 fn tiny() -> std::path::PathBuf {

@@ -82,12 +82,13 @@ impl ModelFiles {
     /// The contents of a small file.
     ///
     /// # Errors
-    /// [`Error::Io`] where it is not there or cannot be read.
+    /// [`Error::Io`] where it is not there or cannot be read, [`Error::File`] where it is no file.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         match &self.memory {
             Some(_) => Ok(self.map(name)?.to_vec()),
             None => {
                 let path = self.path(name);
+                check_ordinary(&path)?;
                 std::fs::read(&path).map_err(|e| Error::io(path, e, format!("the model needs its {name}")))
             }
         }
@@ -113,7 +114,11 @@ impl ModelFiles {
                 let missing = io::Error::from(io::ErrorKind::NotFound);
                 Error::io(self.path(name), missing, format!("the model needs its {name}"))
             }),
-            None => Bytes::map_file(self.path(name)),
+            None => {
+                let path = self.path(name);
+                check_ordinary(&path)?;
+                Bytes::map_file(path)
+            }
         }
     }
 
@@ -186,21 +191,33 @@ impl ModelFiles {
     }
 }
 
-const GGUF: &str = ".gguf";
+pub(super) const GGUF: &str = ".gguf";
+
+/// Refuses what would be read for ever, a pipe or a device; what is not there, opening it tells.
+fn check_ordinary(path: &Path) -> Result<()> {
+    match path.metadata() {
+        Ok(found) if !found.is_file() => {
+            let problem = "no ordinary file, nor a link to one";
+            Err(Error::file(path, problem, "put the model's own file there"))
+        }
+        _ => Ok(()),
+    }
+}
 
 fn is_gguf_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()
 }
 
 /// The files that a large GGUF model is split into, by the name of one: `stem-00001-of-00003.gguf`.
-#[derive(PartialEq)]
-struct Part<'a> {
-    stem: &'a str,
-    of: usize,
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Part<'a> {
+    pub stem: &'a str,
+    pub of: usize,
 }
 
 impl<'a> Part<'a> {
-    fn of(name: &'a str) -> Option<Self> {
+    /// What a file is a part of; `None` for one that is whole.
+    pub fn of(name: &'a str) -> Option<Self> {
         let (rest, of) = name.strip_suffix(GGUF)?.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
         let parse = |text: &str| (text.len() == 5).then(|| text.parse::<usize>().ok()).flatten();
@@ -208,7 +225,8 @@ impl<'a> Part<'a> {
         (1..=of).contains(&number).then_some(Self { stem, of })
     }
 
-    fn name(&self, number: usize) -> String {
+    /// The name of a part, counted from 1.
+    pub fn name(&self, number: usize) -> String {
         format!("{}-{number:05}-of-{:05}{GGUF}", self.stem, self.of)
     }
 }

@@ -1,18 +1,23 @@
 //! From a checkpoint's tensors to weights and layers.
 
+use super::files::ModelFiles;
 use super::keep::Keep;
-use super::layouts::{self, Found, Layout};
+use super::layouts::{self, Found, Layout, Reading};
+use super::ledger::Ledger;
 use super::quality::Survey;
-use super::report::{Kept, LoadReport, RoundedHead};
+use super::report::{Kept, LoadReport, OwnReason, RoundedHead};
 use super::safetensors::Checkpoint;
 use crate::Result;
 use crate::cpu::Arithmetic;
-use crate::fp4::{Format, Int8Tensor, ScaleRule, Weight, quantize, quantize_dense};
+use crate::fp4::{
+    Bytes, Factor, Format, Fp4Tensor, Int8Tensor, Parts, ScaleRule, Weight, quantize, quantize_dense,
+};
 use crate::kv::CacheKind;
 use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +33,13 @@ pub struct LoadOptions {
     /// without matches a part of the name (`o_proj`). A pattern that matches nothing is among
     /// [`LoadReport::warnings`].
     pub keep: Vec<String>,
+    /// Another checkpoint of the same model, mostly the original in floating point: tensors that this one lacks are taken from
+    /// there, norms and the routers' biases as well as whole weights, if they are in floating point there.
+    /// [`LoadReport::supplied`] names them. Of a base with an index only the files that hold them are opened.
+    pub base: Option<ModelFiles>,
+    /// The layout that the checkpoint's FP4 weights are in. Their tensors tell it, but for scales `[N, K/group]` that could as
+    /// well be `[K/group, N]`: this decides. A weight in another layout is an error then.
+    pub layout: Option<Layout>,
     /// How activations meet FP4 weights on the CPU: rounded to eight bits, or exactly.
     pub arithmetic: Arithmetic,
     /// Run the experts that a token chooses one after the other instead of in one fused op: slower, and there to
@@ -70,11 +82,20 @@ impl LoadOptions {
     }
 }
 
+/// How the names end of what other kernels quantise activations by.
+const INPUT_SCALES: [&str; 2] = ["input_scale", "input_global_scale"];
+
 /// A weight as a checkpoint has it.
 struct Stored {
     weight: Weight,
-    /// Whether it lies in memory of this process, in another order than in the file.
-    repacked: bool,
+    /// Of an FP4 weight.
+    layout: Option<Layout>,
+    /// Bytes of its tensors.
+    stored: usize,
+    /// Bytes that lie in memory of this process.
+    own: usize,
+    /// The file that it is in.
+    file: Option<PathBuf>,
 }
 
 /// Takes a model's weights out of a checkpoint and keeps account of it.
@@ -82,7 +103,11 @@ pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
     keep: Keep<'a>,
+    /// Whether there are weights in k-quants, which others could not be in.
+    k_quants: bool,
+    reading: Reading,
     report: RefCell<LoadReport>,
+    ledger: RefCell<Ledger>,
     survey: RefCell<Survey>,
     used: RefCell<BTreeSet<String>>,
 }
@@ -101,10 +126,31 @@ impl<'a> Loader<'a> {
             checkpoint,
             options,
             keep: Keep::new(options, layers)?,
+            k_quants: layouts::has_k_quants(checkpoint),
+            reading: Reading {
+                layout: options.layout,
+                headers_only: false,
+            },
             report: RefCell::default(),
+            ledger: RefCell::default(),
             survey: RefCell::default(),
             used: RefCell::default(),
         })
+    }
+
+    /// The same, of which only the report is asked for: of data no more than a sample is read, nothing is quantised, and the
+    /// weights that it gives are of no use but for their sizes.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn of_headers(
+        checkpoint: &'a Checkpoint,
+        options: &'a LoadOptions,
+        layers: usize,
+    ) -> Result<Self> {
+        let mut loader = Self::new(checkpoint, options, layers)?;
+        loader.reading.headers_only = true;
+        Ok(loader)
     }
 
     /// The linear layer `module` with its weight `[N, K]` and, if `bias`, its bias `[N]`.
@@ -134,7 +180,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        self.quantized(module, self.take(layouts::read(self.checkpoint, module, (n, k))?))
+        self.quantized(module, self.take(self.read(module, n, k)?))
     }
 
     /// Whether the checkpoint has a module.
@@ -147,7 +193,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn stack(&self, module: &str, heads: usize, n: usize, k: usize) -> Result<Weight> {
-        let found = layouts::read_stack(self.checkpoint, module, (heads * n, k))?;
+        let found = layouts::read_stack(self.checkpoint, module, (heads * n, k), self.reading)?;
         self.quantized(module, self.take(found))
     }
 
@@ -159,23 +205,41 @@ impl<'a> Loader<'a> {
             if let Weight::Fp4(tensor) = &stored.weight {
                 self.survey.borrow_mut().linear(tensor, true);
             }
-            return Ok(self.accounted(stored));
+            if let Weight::Dense(dense) = &stored.weight
+                && self.k_quants
+                && !k.is_multiple_of(layouts::K_BLOCK)
+            {
+                let (kind, block) = (dense.kind(), layouts::K_BLOCK);
+                self.report.borrow_mut().kept.push(Kept {
+                    name: format!("{module}.weight"),
+                    reason: format!(
+                        "the file has it in {kind:?}: K = {k} is not a multiple of {block}, which k-quants need"
+                    ),
+                });
+            }
+            return Ok(self.accounted(module, stored));
         };
         let name = format!("{module}.weight");
         let odd = || format!("K = {k} is not a multiple of the group of {}", format.group);
         let reason = self.keep.reason(&name);
         if let Some(reason) = reason.or_else(|| (!k.is_multiple_of(format.group)).then(odd)) {
             self.report.borrow_mut().kept.push(Kept { name, reason });
-            return Ok(self.accounted(stored));
+            return Ok(self.accounted(module, stored));
         }
         let rule = ScaleRule::default();
         let packed = match &stored.weight {
-            Weight::Dense(dense) => quantize_dense(&name, dense, format, rule, None)?,
-            other => quantize(&name, &other.to_f32(), (n, k), format, rule)?,
+            _ if self.reading.headers_only => unwritten(&name, (n, k), format),
+            Weight::Dense(dense) => quantize_dense(&name, dense, format, rule, None),
+            other => quantize(&name, &other.to_f32(), (n, k), format, rule),
         };
+        let packed = packed.map_err(|error| error.in_file(stored.file.clone()))?;
         self.survey.borrow_mut().linear(&packed, false);
-        self.report.borrow_mut().quantized.add(packed.size_in_bytes());
-        Ok(packed.into())
+        let size = packed.size_in_bytes();
+        self.report.borrow_mut().quantized.add(size);
+        let weight = packed.into();
+        let mut ledger = self.ledger.borrow_mut();
+        ledger.weight(module, &weight, None, stored.stored, (OwnReason::Quantized, size));
+        Ok(weight)
     }
 
     /// As [`weight`](Self::weight), but never quantised: embeddings, output head, routers.
@@ -183,7 +247,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn kept_weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
-        Ok(self.accounted(self.sensitive_weight(module, n, k)?))
+        Ok(self.accounted(module, self.sensitive_weight(module, n, k)?))
     }
 
     /// The output head `[N, K]`: `tied` where it shares the embeddings' matrix, else that of `module`; rounded to eight
@@ -196,24 +260,35 @@ impl<'a> Loader<'a> {
         let stored = match tied {
             Some(weight) => Stored {
                 weight: weight.clone(),
-                repacked: false,
+                layout: None,
+                stored: 0,
+                own: 0,
+                file: None,
             },
             None => self.sensitive_weight(module, n, k)?,
         };
         if self.options.int8_head {
             if let Weight::Dense(dense) = &stored.weight {
-                let rounded = Int8Tensor::round(&format!("{module}.weight"), dense)?;
+                let rounded = match self.reading.headers_only {
+                    true => Int8Tensor::unwritten((n, k)),
+                    false => Int8Tensor::round(&format!("{module}.weight"), dense),
+                };
+                let rounded = rounded.map_err(|error| error.in_file(stored.file.clone()))?;
                 self.report.borrow_mut().int8_head = Some(RoundedHead {
                     before: stored.weight.size_in_bytes(),
                     after: rounded.size_in_bytes(),
                 });
-                return Ok(rounded.into());
+                let weight = Weight::from(rounded);
+                let own = (OwnReason::HeadRounded, weight.size_in_bytes());
+                let mut ledger = self.ledger.borrow_mut();
+                ledger.weight(module, &weight, None, stored.stored, own);
+                return Ok(weight);
             }
             self.survey.borrow_mut().int8_head_without_effect();
         }
         match tied {
             Some(_) => Ok(stored.weight),
-            None => Ok(self.accounted(stored)),
+            None => Ok(self.accounted(module, stored)),
         }
     }
 
@@ -232,9 +307,17 @@ impl<'a> Loader<'a> {
     /// [`Error::Tensor`](crate::Error::Tensor) where it is missing or malformed.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let stored = self.checkpoint.get(name)?;
-        let values = stored.vector(name, len)?;
+        let values = match self.reading.headers_only {
+            true => {
+                stored.float_kind(name)?;
+                stored.expect_shape(name, &[len])?;
+                vec![0.0; len]
+            }
+            false => stored.vector(name, len)?,
+        };
         self.mark_used(name.to_string());
         self.report.borrow_mut().dense.add(stored.bytes.len());
+        self.ledger.borrow_mut().vector(name, len, stored.bytes.len());
         Ok(values)
     }
 
@@ -245,6 +328,7 @@ impl<'a> Loader<'a> {
 
     /// Records that the weights of the MLP or the experts of `module` were copied to lie together.
     pub fn note_copied(&self, module: &str, bytes: usize) {
+        self.ledger.borrow_mut().gathered(module, bytes);
         let mut report = self.report.borrow_mut();
         // Experts made in memory are always gathered: that is not worth telling.
         if bytes > 0 && self.options.quantize.is_none() && report.repacked.tensors == 0 {
@@ -258,13 +342,16 @@ impl<'a> Loader<'a> {
         let mut report = self.report.into_inner();
         report.warnings = self.survey.into_inner().warnings();
         report.warnings.extend(self.keep.warnings());
-        for (name, _) in self
+        report.dangling = self.checkpoint.dangling().to_vec();
+        (report.components, report.own) = self.ledger.into_inner().told();
+        for (name, tensor) in self
             .checkpoint
             .tensors()
             .filter(|(name, _)| !used.contains(*name))
         {
             if ignored.iter().any(|prefix| name.starts_with(prefix)) {
                 report.ignored += 1;
+                report.ignored_bytes += tensor.bytes.len();
             } else if !name.ends_with(".rotary_emb.inv_freq") && duplicate != Some(name) {
                 report.unused.push(name.to_string());
             }
@@ -274,27 +361,53 @@ impl<'a> Loader<'a> {
 
     /// Keeps account of a weight that was read.
     fn take(&self, found: Found) -> Stored {
-        found.used.into_iter().for_each(|name| self.mark_used(name));
+        let first = found.used.first().and_then(|name| self.checkpoint.find(name));
+        let file = first.map(|tensor| tensor.file.clone());
+        for name in found.used {
+            let scales_inputs = INPUT_SCALES.iter().any(|suffix| name.ends_with(suffix));
+            let is_new = self.used.borrow_mut().insert(name);
+            self.report.borrow_mut().input_scales += usize::from(is_new && scales_inputs);
+        }
         self.report.borrow_mut().layouts.extend(found.layout);
         Stored {
             weight: found.weight,
-            repacked: found.layout.is_some_and(Layout::is_repacked),
+            layout: found.layout,
+            stored: found.stored,
+            own: found.own,
+            file,
         }
     }
 
+    fn read(&self, module: &str, n: usize, k: usize) -> Result<Found> {
+        layouts::read(self.checkpoint, module, (n, k), self.reading)
+    }
+
     fn sensitive_weight(&self, module: &str, n: usize, k: usize) -> Result<Stored> {
-        let stored = self.take(layouts::read(self.checkpoint, module, (n, k))?);
+        let stored = self.take(self.read(module, n, k)?);
         self.survey.borrow_mut().sensitive(module, &stored.weight);
         // A pattern that names it is met, if not by this.
         self.keep.reason(&format!("{module}.weight"));
         Ok(stored)
     }
 
-    fn accounted(&self, stored: Stored) -> Weight {
+    fn accounted(&self, module: &str, stored: Stored) -> Weight {
         let mut report = self.report.borrow_mut();
         let size = stored.weight.size_in_bytes();
+        let reason = match &stored.weight {
+            Weight::Fp4(_) if stored.layout.is_some_and(Layout::is_repacked) => OwnReason::Repacked,
+            Weight::Fp4(_) => OwnReason::ScalesTurned,
+            _ => OwnReason::Misaligned,
+        };
+        let mut ledger = self.ledger.borrow_mut();
+        ledger.weight(
+            module,
+            &stored.weight,
+            stored.layout,
+            stored.stored,
+            (reason, stored.own),
+        );
         match &stored.weight {
-            Weight::Fp4(_) if stored.repacked => report.repacked.add(size),
+            Weight::Fp4(_) if reason == OwnReason::Repacked => report.repacked.add(size),
             Weight::Fp4(_) => report.fp4.add(size),
             Weight::Dense(_) => report.dense.add(size),
             Weight::Blocks(_) => report.blocks.add(size),
@@ -307,4 +420,18 @@ impl<'a> Loader<'a> {
     fn mark_used(&self, name: String) {
         self.used.borrow_mut().insert(name);
     }
+}
+
+/// A weight of the size that quantising would give, of zeros that take no memory.
+fn unwritten(name: &str, shape: (usize, usize), format: Format) -> Result<Fp4Tensor> {
+    let (n, k) = shape;
+    let parts = Parts {
+        shape,
+        group: format.group,
+        codes: Bytes::unwritten(n * k / 2)?,
+        scales: Bytes::unwritten(n * (k / format.group) * format.kind.size())?,
+        kind: format.kind,
+        factor: Factor::None,
+    };
+    Fp4Tensor::unread(name, parts)
 }

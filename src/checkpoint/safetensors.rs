@@ -1,7 +1,9 @@
 //! A model's tensors: one or many safetensors files, or GGUF files, mapped.
 
 use super::files::ModelFiles;
-use super::gguf;
+use super::surplus::Surplus;
+use super::{gguf, header};
+use crate::error::shortened;
 use crate::fp4::{Bytes, DenseTensor, FloatKind};
 use crate::{Error, Result};
 use ::safetensors::{Dtype, SafeTensors};
@@ -18,12 +20,13 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 ///
 /// A GGUF file's tensors have the names of a safetensors checkpoint of the model, experts stacked as MLX stacks them; blocks
 /// are bytes `[…, N, bytes of a row]` under a name that ends in their type, as in `lm_head.weight.q6_k`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     folder: PathBuf,
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, StoredTensor>,
     indexed: BTreeMap<String, String>,
+    dangling: Vec<String>,
 }
 
 /// A tensor as a file holds it.
@@ -47,7 +50,8 @@ impl StoredTensor {
     pub fn matrix(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor> {
         let kind = self.float_kind(name)?;
         self.expect_shape(name, &[n, k])?;
-        DenseTensor::new(name, (n, k), kind, self.bytes.clone())
+        let matrix = DenseTensor::new(name, (n, k), kind, self.bytes.clone());
+        matrix.map_err(|error| error.in_file(Some(self.file.clone())))
     }
 
     /// The tensor as a vector of `len` floats, in f32.
@@ -93,7 +97,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::File`]: no such folder or file, a truncated or damaged file, an index that
-    /// names files outside the folder or that are not there.
+    /// names files outside the folder, or that are not there and hold what the model needs.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         Self::from_files(&ModelFiles::folder(folder.as_ref()))
     }
@@ -104,43 +108,86 @@ impl Checkpoint {
     /// As [`open`](Self::open).
     pub fn from_files(model: &ModelFiles) -> Result<Self> {
         if model.is_gguf() {
-            let (tensors, files) = gguf::tensors(model)?;
-            return Ok(Self {
-                folder: model.root().to_path_buf(),
-                files,
-                tensors,
-                indexed: BTreeMap::new(),
-            });
+            return Self::of_gguf(model);
         }
-        let indexed = match model.text_if_present(INDEX)? {
-            Some(text) => read_index(&text, &model.path(INDEX))?,
-            None => BTreeMap::new(),
-        };
-        let names: BTreeSet<&str> = match indexed.is_empty() {
+        let indexed = index(model)?;
+        let mut names: BTreeSet<&str> = match indexed.is_empty() {
             true => BTreeSet::from([SINGLE]),
             false => indexed.values().map(String::as_str).collect(),
         };
-        let mut tensors = BTreeMap::new();
-        let mut files = Vec::new();
-        for name in names {
-            if !model.contains(name) {
-                return Err(missing_file(model, name, !indexed.is_empty()));
-            }
-            let path = model.path(name);
-            for (tensor, stored) in read_file(&path, &model.map(name)?)? {
-                // Of several files that hold it the one that the index names counts.
-                if !tensors.contains_key(&tensor) || indexed.get(&tensor).is_some_and(|file| file == name) {
-                    tensors.insert(tensor, stored);
-                }
-            }
-            files.push(path);
+        let surplus = Surplus::new(model);
+        let absent: BTreeSet<&str> = names
+            .iter()
+            .copied()
+            .filter(|name| !model.contains(name))
+            .collect();
+        // A file of nothing but layers that the model does not have is no loss.
+        let needed =
+            |(tensor, file): &(&String, &String)| absent.contains(file.as_str()) && !surplus.has(tensor);
+        let missed = match indexed.is_empty() {
+            true => absent.first().copied(),
+            false => indexed.iter().filter(needed).map(|(_, file)| file.as_str()).min(),
+        };
+        if let Some(name) = missed {
+            return Err(missing_file(model, name, !indexed.is_empty()));
         }
+        names.retain(|name| !absent.contains(name));
+        let (tensors, files) = read_files(model, &names, &indexed)?;
+        let lost = indexed.keys().filter(|name| !tensors.contains_key(*name));
+        let dangling = lost.filter(|name| surplus.has(name)).cloned().collect();
         Ok(Self {
             folder: model.root().to_path_buf(),
             files,
             tensors,
             indexed,
+            dangling,
         })
+    }
+
+    /// Of a checkpoint with an index only the files that are to hold `wanted`; the others need not be there.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(super) fn holding(model: &ModelFiles, wanted: &[String]) -> Result<Self> {
+        let indexed = match model.is_gguf() {
+            true => BTreeMap::new(),
+            false => index(model)?,
+        };
+        if indexed.is_empty() {
+            return Self::from_files(model);
+        }
+        let names: BTreeSet<&str> = (wanted.iter())
+            .filter_map(|tensor| indexed.get(tensor).map(String::as_str))
+            .collect();
+        if let Some(name) = names.iter().find(|name| !model.contains(name)) {
+            return Err(missing_file(model, name, true));
+        }
+        let (tensors, files) = read_files(model, &names, &indexed)?;
+        Ok(Self {
+            folder: model.root().to_path_buf(),
+            files,
+            tensors,
+            indexed,
+            dangling: Vec::new(),
+        })
+    }
+
+    fn of_gguf(model: &ModelFiles) -> Result<Self> {
+        let (tensors, files) = gguf::tensors(model)?;
+        Ok(Self {
+            folder: model.root().to_path_buf(),
+            files,
+            tensors,
+            indexed: BTreeMap::new(),
+            dangling: Vec::new(),
+        })
+    }
+
+    /// The same with `added` tensors in it.
+    pub(super) fn with(&self, added: impl IntoIterator<Item = (String, StoredTensor)>) -> Self {
+        let mut whole = self.clone();
+        whole.tensors.extend(added);
+        whole
     }
 
     /// The folder, or the name of what is in memory.
@@ -186,6 +233,17 @@ impl Checkpoint {
         self.tensors.get(name)
     }
 
+    /// What the index lists of layers that the model does not have, and no file holds: it is ignored.
+    pub fn dangling(&self) -> &[String] {
+        &self.dangling
+    }
+
+    /// Whether there are tensors of a module's weight, in whatever form: its biases alone are none.
+    pub(super) fn has_weight_of(&self, module: &str) -> bool {
+        let prefix = format!("{module}.");
+        self.tensors_with_prefix(&prefix).any(|(name, _)| !is_bias(name))
+    }
+
     /// A tensor that has to be there.
     ///
     /// # Errors
@@ -196,9 +254,50 @@ impl Checkpoint {
                 Some(file) => format!("missing: the index places it in {file}, which does not hold it"),
                 None => "missing from the checkpoint".into(),
             };
-            Error::tensor(name, Some(self.folder.clone()), problem)
+            // What is left of a quantised weight is not completed by a part of another.
+            let is_whole = match name.strip_suffix(".weight") {
+                Some(module) => !self.has_weight_of(module),
+                None => is_bias(name),
+            };
+            let advice = match is_whole {
+                true => "; --base FOLDER|REPO (LoadOptions::base) takes it from the original",
+                false => "",
+            };
+            Error::tensor(name, Some(self.folder.clone()), problem + advice)
         })
     }
+}
+
+fn is_bias(name: &str) -> bool {
+    name.ends_with(".bias") || name.ends_with(".e_score_correction_bias")
+}
+
+/// The index of a folder's files, empty where it has none.
+fn index(model: &ModelFiles) -> Result<BTreeMap<String, String>> {
+    match model.text_if_present(INDEX)? {
+        Some(text) => read_index(&text, &model.path(INDEX)),
+        None => Ok(BTreeMap::new()),
+    }
+}
+
+/// The tensors of the files `names`, and those files' paths.
+fn read_files(
+    model: &ModelFiles,
+    names: &BTreeSet<&str>,
+    indexed: &BTreeMap<String, String>,
+) -> Result<(BTreeMap<String, StoredTensor>, Vec<PathBuf>)> {
+    let (mut tensors, mut files) = (BTreeMap::new(), Vec::new());
+    for name in names {
+        let path = model.path(name);
+        for (tensor, stored) in read_file(&path, &model.map(name)?)? {
+            // Of several files that hold it the one that the index names counts.
+            if !tensors.contains_key(&tensor) || indexed.get(&tensor).is_some_and(|file| file == name) {
+                tensors.insert(tensor, stored);
+            }
+        }
+        files.push(path);
+    }
+    Ok((tensors, files))
 }
 
 fn read_index(text: &str, path: &Path) -> Result<BTreeMap<String, String>> {
@@ -212,7 +311,8 @@ fn read_index(text: &str, path: &Path) -> Result<BTreeMap<String, String>> {
         let mut parts = Path::new(file).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         if !plain || Path::new(file).extension() != Some(OsStr::new("safetensors")) {
-            let problem = format!("it names {file:?}; expected safetensors files in the same folder");
+            let file = shortened(format!("{file:?}"));
+            let problem = format!("it names {file}; expected safetensors files in the same folder");
             return Err(Error::file(path, problem, "do not use this checkpoint"));
         }
     }
@@ -241,8 +341,14 @@ fn missing_file(model: &ModelFiles, name: &str, by_index: bool) -> Error {
 
 fn read_file(path: &Path, bytes: &Bytes) -> Result<Vec<(String, StoredTensor)>> {
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| {
-        let problem = format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
-        Error::file(path, problem, "it may be truncated; fetch it again")
+        let again = "it may be truncated; fetch it again";
+        let problem = |e: &str| format!("not a whole safetensors file of {} bytes: {e}", bytes.len());
+        match header::fault(bytes) {
+            Some((name, fault)) => {
+                Error::tensor(name, Some(path.into()), format!("{}; {again}", problem(&fault)))
+            }
+            None => Error::file(path, problem(&e.to_string()), again),
+        }
     })?;
     let data = 8 + header;
     let stored = |(name, info): (String, &::safetensors::tensor::TensorInfo)| {

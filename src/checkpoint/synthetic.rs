@@ -409,11 +409,15 @@ mod tests {
             let text = std::fs::read(folder.path().join(index)).unwrap();
             held.push((index.into(), Bytes::copy_from(&text).unwrap()));
         }
-        let checkpoint = Checkpoint::from_files(&ModelFiles::in_memory(name, held)).unwrap();
-        let config = synthetic.config().clone();
-        let (model, report) =
-            Model::load(config, &checkpoint, &LoadOptions::default(), &Device::Cpu).unwrap();
+        held.push((
+            "config.json".into(),
+            Bytes::copy_from(synthetic.json().to_string().as_bytes()).unwrap(),
+        ));
+        let (files, options) = (ModelFiles::in_memory(name, held), LoadOptions::default());
+        let (model, report) = Model::from_files(&files, &options, &Device::Cpu).unwrap();
         assert!(report.unused.is_empty() && report.copied.is_empty(), "{report}");
+        assert_eq!(report.bytes_a_token, model.bytes_read(1));
+        assert_eq!(Model::inspect(&files, &options).unwrap().load, Some(report));
         model
     }
 

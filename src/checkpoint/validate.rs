@@ -1,6 +1,6 @@
 //! What quantising a whole checkpoint cost, tensor by tensor.
 
-use super::layouts;
+use super::layouts::{self, Layout, Reading};
 use super::safetensors::Checkpoint;
 use super::write::is_linear;
 use crate::fp4::{Format, ScaleRule, Validation, Weight, quantize, validate};
@@ -9,8 +9,9 @@ use crate::{Error, Result};
 /// What a floating-point checkpoint is compared with.
 #[derive(Debug, Clone, Copy)]
 pub enum Quantized<'a> {
-    /// The weights of another checkpoint that are packed there (MMFP4, in Marlin's layout).
-    Stored(&'a Checkpoint),
+    /// The weights of another checkpoint that are packed there, in the layout that somebody says they are in, if anybody does:
+    /// see [`LoadOptions::layout`](super::LoadOptions::layout).
+    Stored(&'a Checkpoint, Option<Layout>),
     /// The linear layers of decoder layers, quantised to this format as loading does it.
     Simulated(Format),
 }
@@ -31,7 +32,7 @@ pub fn validate_checkpoint<'a>(
             continue;
         };
         let is_compared = match quantized {
-            Quantized::Stored(other) => layouts::holds(other, module),
+            Quantized::Stored(other, _) => layouts::holds(other, module),
             Quantized::Simulated(format) => is_linear(module) && k.is_multiple_of(format.group),
         };
         if is_compared && stored.float_kind(name).is_ok() {
@@ -44,13 +45,19 @@ pub fn validate_checkpoint<'a>(
     Ok(matrices.into_iter().map(move |(name, module, stored, (n, k))| {
         let values = stored.matrix(name, n, k)?.to_f32();
         let packed = match quantized {
-            Quantized::Stored(other) => match layouts::read(other, module, (n, k))?.weight {
-                Weight::Fp4(packed) => packed,
-                _ => {
-                    let folder = Some(other.folder().to_path_buf());
-                    return Err(Error::tensor(name, folder, "not packed there"));
+            Quantized::Stored(other, layout) => {
+                let reading = Reading {
+                    layout,
+                    ..Reading::default()
+                };
+                match layouts::read(other, module, (n, k), reading)?.weight {
+                    Weight::Fp4(packed) => packed,
+                    _ => {
+                        let folder = Some(other.folder().to_path_buf());
+                        return Err(Error::tensor(name, folder, "not packed there"));
+                    }
                 }
-            },
+            }
             Quantized::Simulated(format) => quantize(name, &values, (n, k), format, ScaleRule::default())?,
         };
         Ok((name, validate(&values, &packed)?))
@@ -64,12 +71,12 @@ fn nothing(original: &Checkpoint, quantized: Quantized<'_>) -> Error {
         return Error::file(original.folder(), "its weights are quantised already", remedy);
     }
     match quantized {
-        Quantized::Stored(other) if !packed(other) => Error::file(
+        Quantized::Stored(other, _) if !packed(other) => Error::file(
             other.folder(),
             "no weight in it is packed in MMFP4",
             "give a quantised folder, or a format to simulate",
         ),
-        Quantized::Stored(other) => Error::file(
+        Quantized::Stored(other, _) => Error::file(
             other.folder(),
             format!(
                 "none of its packed weights has a counterpart in {}",

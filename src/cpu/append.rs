@@ -113,14 +113,14 @@ pub fn append_latents(
         new.cos.len() >= slots.len() * pairs && new.sin.len() >= slots.len() * pairs,
         "append_latents: angles"
     );
-    let rotation = layout.rotation(latent);
+    let rotated = layout.rotation(latent).is_some();
     let width = latent + rope;
     store(executor, layout, slots, pool, |token, target, memory| {
         let (raw, done) = memory.split_at_mut(width);
         new.rows.read(token * new.stride, raw);
         norm_row(&raw[..latent], new.weight, new.eps, &mut done[..latent]);
-        if let Some(block) = rotation {
-            turn(&mut done[..latent], block);
+        if rotated {
+            hadamard::rotate_whole(&mut done[..latent]);
         }
         let angles = token * pairs..(token + 1) * pairs;
         let (cos, sin) = (&new.cos[angles.clone()], &new.sin[angles]);
@@ -152,16 +152,12 @@ pub fn append_heads(
             let numbers = &mut memory[..part.width];
             from.rows
                 .read(token * from.row + index % kv_heads * from.head, numbers);
-            if let Some(block) = layout.rotation(part.width) {
-                turn(numbers, block);
+            if layout.rotation(part.width).is_some() {
+                hadamard::rotate_whole(numbers);
             }
             target.write(part, numbers);
         }
     });
-}
-
-fn turn(values: &mut [f32], block: usize) {
-    hadamard::rotate(values, block).expect("a layout's rotation fits its vectors");
 }
 
 /// A token's bytes in a pool.

@@ -98,6 +98,8 @@ enum Group {
 #[derive(Debug, Clone)]
 pub(super) struct Task<'a> {
     pub attention: Attention<'a>,
+    /// Whether few rows are to be summed as many are.
+    pub uniform: bool,
     group: Group,
     rows: Range<usize>,
 }
@@ -179,6 +181,7 @@ pub fn attend(executor: &Executor, attention: Attention<'_>, y: &mut [f32]) {
         let (part, group) = (tasks - 1 - index / groups, index % groups);
         let task = Task {
             attention,
+            uniform: executor.is_uniform(),
             group: if shared { Group::All } else { Group::Head(group) },
             rows: part * rows / tasks..(part + 1) * rows / tasks,
         };
@@ -267,6 +270,24 @@ mod tests {
                 window: self.window,
                 scale: 1.0 / (both as f32).sqrt(),
             })
+        }
+
+        /// Some of the queries, over the keys that were there when they came.
+        fn part(&self, rows: &Range<usize>) -> Self {
+            let [nope, rope, value] = self.widths;
+            let cut = |values: &[f32], row: usize, rows: Range<usize>| {
+                values[rows.start * row..rows.end * row].to_vec()
+            };
+            let keys = 0..self.position + rows.end;
+            Self {
+                n: rows.len(),
+                position: self.position + rows.start,
+                query: cut(&self.query, self.heads * (nope + rope), rows.clone()),
+                rotary: cut(&self.rotary, self.heads * rope, rows.clone()),
+                expanded: cut(&self.expanded, self.heads * (nope + value), keys.clone()),
+                cached: cut(&self.cached, nope + rope, keys),
+                ..*self
+            }
         }
 
         fn run(&self, executor: &Executor, materialised: bool) -> Vec<f32> {
@@ -373,6 +394,34 @@ mod tests {
                         let y = case.run(executor, materialised);
                         assert!(y[..16].iter().all(|v| v.is_nan()), "query {bad}");
                         assert!(y[16..].iter().all(|v| v.is_finite()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_query_gives_the_same_bits_alone_and_among_many() {
+        let all = [[32, 16, 24], [17, 15, 33], [192, 64, 256]];
+        for (heads, widths) in [(3, all[0]), (20, all[0]), (3, all[1]), (2, all[2])] {
+            for window in [None, Some(40), Some(64)] {
+                let (n, position) = (150, 30);
+                let mut case = Case::new(heads, n, position, widths);
+                case.window = window;
+                for executor in executors().iter().map(|executor| executor.uniform()) {
+                    for materialised in [false, true] {
+                        let whole = case.run(&executor, materialised);
+                        for ranges in cuts(n) {
+                            let what = format!(
+                                "{heads} heads, {widths:?}, window {window:?}, {:?}: {:?}",
+                                executor.isa(),
+                                ranges[0]
+                            );
+                            let part =
+                                |rows: &std::ops::Range<usize>| case.part(rows).run(&executor, materialised);
+                            let cut: Vec<_> = ranges.iter().flat_map(part).collect();
+                            assert_same_bits(&cut, &whole, &what);
+                        }
                     }
                 }
             }

@@ -77,7 +77,8 @@ impl Isa {
 pub struct Executor {
     isa: Isa,
     kernels: &'static Kernels,
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
+    uniform: bool,
 }
 
 thread_local! {
@@ -101,8 +102,27 @@ impl Executor {
         Ok(Arc::new(Self {
             isa,
             kernels,
-            pool: ThreadPool::new(threads),
+            pool: Arc::new(ThreadPool::new(threads)),
+            uniform: false,
         }))
+    }
+
+    /// The same instructions and threads, with one order of sums for any number of rows: a row of activations gives the
+    /// same bits alone and among many.
+    ///
+    /// For comparisons: a few rows, as of a decoded token, take as long as many.
+    pub fn uniform(&self) -> Arc<Self> {
+        Arc::new(Self {
+            isa: self.isa,
+            kernels: self.kernels,
+            pool: Arc::clone(&self.pool),
+            uniform: true,
+        })
+    }
+
+    /// Whether it was made [uniform](Self::uniform).
+    pub fn is_uniform(&self) -> bool {
+        self.uniform
     }
 
     /// What ops called on this thread run on: what is [installed](Self::install), or the process's own, which

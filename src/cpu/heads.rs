@@ -229,6 +229,37 @@ mod tests {
     }
 
     #[test]
+    fn a_row_gives_the_same_bits_alone_and_among_many() {
+        for weight in weights(&[192], &[128, 336, 512]) {
+            let k = weight.shape().1;
+            for rows in LAYOUTS {
+                for executor in executors().iter().map(|executor| executor.uniform()) {
+                    let what = |cut: usize| format!("{weight:?}, {rows:?}, {:?}: {cut} rows", executor.isa());
+                    let cut = |x: &[f32], width: usize, f: &dyn Fn(&[f32]) -> Vec<f32>| {
+                        let whole = f(x);
+                        for ranges in cuts(19) {
+                            let part =
+                                |rows: &std::ops::Range<usize>| &x[rows.start * width..rows.end * width];
+                            let cut: Vec<_> = ranges.iter().flat_map(|rows| f(part(rows))).collect();
+                            assert_same_bits(&cut, &whole, &what(ranges[0].len()));
+                        }
+                    };
+                    let x = noise(19 * rows.heads * k, 5);
+                    for arithmetic in ARITHMETICS {
+                        cut(&x, rows.heads * k, &|x| {
+                            ordinary(&executor, &weight, rows, x, arithmetic)
+                        });
+                    }
+                    let x = noise(19 * rows.heads * rows.len, 6);
+                    cut(&x, rows.heads * rows.len, &|x| {
+                        transposed(&executor, &weight, rows, x)
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_number_of_threads_changes_no_bit() {
         for weight in weights(&[192], &[384]) {
             for m in [1, 9] {

@@ -191,6 +191,32 @@ mod tests {
     }
 
     #[test]
+    fn a_row_gives_the_same_bits_alone_and_among_many() {
+        for weight in weights(&[5, 70], &[128, 144, 368, 1280]) {
+            let k = weight.shape().1;
+            let x = noise(66 * k, 3);
+            for arithmetic in ARITHMETICS {
+                for executor in executors().iter().map(|executor| executor.uniform()) {
+                    let whole = run(&executor, &weight, &x, arithmetic);
+                    for ranges in cuts(66) {
+                        let part = |rows: &std::ops::Range<usize>| &x[rows.start * k..rows.end * k];
+                        let cut: Vec<_> = ranges
+                            .iter()
+                            .flat_map(|rows| run(&executor, &weight, part(rows), arithmetic))
+                            .collect();
+                        let what = format!(
+                            "{weight:?}, {arithmetic:?}, {:?}: {:?}",
+                            executor.isa(),
+                            ranges[0]
+                        );
+                        assert_same_bits(&cut, &whole, &what);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_number_of_threads_changes_no_bit() {
         for weight in weights(&[300], &[256]) {
             for arithmetic in ARITHMETICS {

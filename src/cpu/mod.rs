@@ -1,9 +1,10 @@
 //! CPU kernels on plain slices: they know weights and f32 rows, nothing of Candle or of models.
 //!
 //! Every kernel reads each weight once a call, as it lies, and spreads its work over the threads of an
-//! [`Executor`] in tiles whose size does not depend on their number: any number gives the same bits. Inner loops are
-//! written for several instruction sets ([`Isa`]). [`mod@reference`] is the plain implementation that each is compared
-//! with.
+//! [`Executor`] in tiles whose size does not depend on their number: any number gives the same bits. So does any number
+//! of rows on an executor made [uniform](Executor::uniform); on others, products and attention sum in another order for a
+//! few rows, at the speed of memory, than for many. Inner loops are written for several instruction sets ([`Isa`]).
+//! [`mod@reference`] is the plain implementation that each is compared with.
 //!
 //! # Two arithmetics
 //!

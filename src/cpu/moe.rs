@@ -415,6 +415,44 @@ mod tests {
     }
 
     #[test]
+    fn a_token_gives_the_same_bits_alone_and_among_many() {
+        let (d, top_k, tokens) = (128, 2, 33);
+        let experts: Vec<_> = (0..8).map(|e| expert(d, 128, e)).collect();
+        let shared = [expert(d, 256, 20)];
+        let (x, weights) = (noise(tokens * d, 1), noise(tokens * top_k, 2));
+        // Most tokens go to the first expert, so that it has many rows.
+        let ids: Vec<u32> = (0..tokens * top_k)
+            .map(|i| if i % 2 == 0 { 0 } else { 1 + i as u32 % 7 })
+            .collect();
+        for arithmetic in ARITHMETICS {
+            for executor in executors().iter().map(|executor| executor.uniform()) {
+                let run = |tokens: std::ops::Range<usize>| {
+                    let mut y = vec![f32::NAN; tokens.len() * d];
+                    let slots = tokens.start * top_k..tokens.end * top_k;
+                    fused_moe(
+                        &executor,
+                        &experts,
+                        &shared,
+                        &x[tokens.start * d..tokens.end * d],
+                        &ids[slots.clone()],
+                        &weights[slots],
+                        top_k,
+                        arithmetic,
+                        &mut y,
+                    );
+                    y
+                };
+                let whole = run(0..tokens);
+                for ranges in cuts(tokens) {
+                    let what = format!("{arithmetic:?}, {:?}: {:?}", executor.isa(), ranges[0]);
+                    let cut: Vec<_> = ranges.into_iter().flat_map(run).collect();
+                    assert_same_bits(&cut, &whole, &what);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn no_tokens_give_no_rows() {
         let experts = [expert(128, 128, 0)];
         for executor in executors() {

@@ -139,6 +139,22 @@ pub fn assert_within(actual: &[f32], expected: &[f32], bound: f64, what: &str) {
     );
 }
 
+/// The same numbers, to the bit.
+pub fn assert_same_bits(actual: &[f32], expected: &[f32], what: &str) {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert!(bits(actual) == bits(expected), "{what}");
+}
+
+/// Of `rows` rows, those that are computed together in turn: no kernel may tell one number of rows from another.
+pub fn cuts(rows: usize) -> impl Iterator<Item = Vec<std::ops::Range<usize>>> {
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, rows]
+        .into_iter()
+        .map(move |cut| {
+            let starts = (0..rows).step_by(cut);
+            starts.map(|start| start..(start + cut).min(rows)).collect()
+        })
+}
+
 pub fn assert_same_bits_for_any_threads(run: impl Fn(&Executor) -> Vec<f32>) {
     for isa in Isa::available() {
         let with = |threads| {

@@ -1,7 +1,7 @@
 //! What all matrix kernels share: tiles of a weight's rows, the activations they meet, where results go.
 
 use super::activations::{self, Block, Rounded};
-use super::simd::{Fp4Rows, Int8Rows, Scratch, Selection, TILE, sized};
+use super::simd::{Fp4Rows, Int8Rows, MANY, Scratch, Selection, TILE, sized};
 use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
 use std::cell::RefCell;
@@ -74,6 +74,29 @@ pub(super) fn rounds(weight: &Weight, arithmetic: Arithmetic) -> bool {
 
 /// `out[i · 64 + r] = Σ_k x[i, k] · w[rows.start + r, k]` for the selected rows of `x`, at most 64 rows of the weight.
 pub(super) fn rows(
+    executor: &Executor,
+    weight: &Weight,
+    rows: Range<usize>,
+    x: Activations<'_>,
+    selection: Selection<'_>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let m = selection.len();
+    if executor.is_uniform() && m < MANY {
+        // What kernels for many rows sum, they sum for a few that are there again and again.
+        let again: [u32; MANY] = std::array::from_fn(|i| selection.row(i % m) as u32);
+        let mut all = [0.0; MANY * TILE];
+        let selection = Selection::Rows(&again);
+        chosen(executor, weight, rows, x, selection, &mut all, scratch);
+        out[..m * TILE].copy_from_slice(&all[..m * TILE]);
+    } else {
+        chosen(executor, weight, rows, x, selection, out, scratch);
+    }
+}
+
+/// As [`rows`], by the kernels for as many rows as there are.
+fn chosen(
     executor: &Executor,
     weight: &Weight,
     rows: Range<usize>,

@@ -1,7 +1,7 @@
 //! Bytes where they lie: a range of a mapped file, or of memory that this process owns.
 
 use crate::{Error, Result};
-use memmap2::{Mmap, MmapMut};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
@@ -77,6 +77,34 @@ impl Bytes {
             memory.copy_from_slice(bytes);
             Ok(())
         })
+    }
+
+    /// Owned memory of `len` bytes that nothing is written to, zeros: addresses only, for which the system sets nothing aside.
+    /// They stand for what loading would make, where only its size is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there are no addresses left.
+    pub(crate) fn unwritten(len: usize) -> Result<Self> {
+        Self::beginning(&[], len)
+    }
+
+    /// As [`unwritten`](Self::unwritten), but for `first`, which it begins with; what is longer than that is left out.
+    ///
+    /// # Errors
+    /// As [`unwritten`](Self::unwritten).
+    pub(crate) fn beginning(first: &[u8], len: usize) -> Result<Self> {
+        let mut options = MmapOptions::new();
+        // An empty map is refused by some systems.
+        let map = options.len(len.max(1)).no_reserve_swap().map_anon();
+        let map = map.and_then(|mut map| {
+            let written = first.len().min(len);
+            map[..written].copy_from_slice(&first[..written]);
+            map.make_read_only()
+        });
+        let memory = |e| Error::io("(memory)", e, format!("{len} bytes were asked for"));
+        let mut bytes = Self::whole(map.map_err(memory)?);
+        bytes.range.1 = len;
+        Ok(bytes)
     }
 
     fn whole(map: Mmap) -> Self {
@@ -201,6 +229,16 @@ mod tests {
         assert_eq!(Arc::strong_count(&token), 2);
         drop(part);
         assert_eq!(Arc::strong_count(&token), 1);
+    }
+
+    #[test]
+    fn what_is_not_written_is_zero_and_takes_no_memory() {
+        // More than any machine has, but not more than there are addresses.
+        let bytes = Bytes::beginning(&[1, 2, 3], 1 << 40).unwrap();
+        assert_eq!((bytes.len(), &bytes[..4]), (1 << 40, &[1, 2, 3, 0][..]));
+        assert_eq!(bytes[(1 << 40) - 1], 0);
+        assert_eq!(&*Bytes::beginning(&[1, 2, 3], 2).unwrap(), [1, 2]);
+        assert!(Bytes::unwritten(0).unwrap().is_empty());
     }
 
     #[test]

@@ -173,7 +173,7 @@ impl Weight {
     }
 
     /// The bytes it consists of: codes and scales, floats, or blocks.
-    pub fn regions(&self) -> impl Iterator<Item = &Bytes> {
+    pub fn regions(&self) -> impl Iterator<Item = &Bytes> + Clone {
         let (first, second) = match self {
             Self::Fp4(tensor) => (tensor.codes(), Some(tensor.scales())),
             Self::Dense(tensor) => (tensor.bytes(), None),

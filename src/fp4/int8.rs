@@ -70,6 +70,7 @@ impl Int8Tensor {
             bad.map_or(Ok(()), |(index, value)| {
                 Err(Error::NonFinite {
                     name: name.into(),
+                    file: None,
                     index,
                     value,
                 })
@@ -84,6 +85,19 @@ impl Int8Tensor {
             shape: (n, k),
             codes: part(0..code_bytes)?,
             scales: part(code_bytes..code_bytes + scale_bytes)?,
+        })
+    }
+
+    /// A matrix of the size that [`round`](Self::round) gives, of zeros that take no memory.
+    ///
+    /// # Errors
+    /// As [`Bytes::unwritten`].
+    pub(crate) fn unwritten((n, k): (usize, usize)) -> Result<Self> {
+        let blocks = n * k.div_ceil(INT8_BLOCK);
+        Ok(Self {
+            shape: (n, k),
+            codes: Bytes::unwritten(blocks * INT8_BLOCK)?,
+            scales: Bytes::unwritten(blocks * SCALE)?,
         })
     }
 
@@ -262,7 +276,9 @@ mod tests {
             values[60 * 130] = bad;
             let error = Int8Tensor::round("lm_head.weight", &dense(&values, (70, 130), kind)).unwrap_err();
             match error {
-                Error::NonFinite { name, index, value } => {
+                Error::NonFinite {
+                    name, index, value, ..
+                } => {
                     assert_eq!((&*name, index), ("lm_head.weight", 30 * 130 + 129));
                     assert!(!value.is_finite());
                 }

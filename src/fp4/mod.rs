@@ -40,7 +40,7 @@ pub use compensate::quantize_compensated;
 pub use dense::{DenseTensor, FloatKind, Weight};
 pub use feedback::Feedback;
 pub use format::Format;
-pub(crate) use gather::gather;
+pub(crate) use gather::{gather, gathered_bytes};
 pub(crate) use int8::INT8_BLOCK;
 pub use int8::Int8Tensor;
 pub use quantize::{quantize, quantize_dense, shared_factor};

@@ -112,6 +112,7 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Source<'_, F> {
         );
         largest.map_err(|(index, value): (usize, f32)| Error::NonFinite {
             name: self.name.into(),
+            file: None,
             index,
             value,
         })

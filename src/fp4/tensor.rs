@@ -65,6 +65,27 @@ impl Fp4Tensor {
     /// [`Error::Tensor`] for an unknown group, a K that is not a multiple of it, codes or scales of the
     /// wrong size, a NaN or infinite scale, or a factor that is not finite (or is a division by zero).
     pub fn new(name: &str, parts: Parts) -> Result<Self> {
+        let tensor = Self::unread(name, parts)?;
+        match tensor.bad_scale() {
+            None => Ok(tensor),
+            Some(index) => {
+                let groups = tensor.shape.1 / tensor.group;
+                let problem = format!(
+                    "scale [{}, {}] is {}; expected finite scales",
+                    index / groups,
+                    index % groups,
+                    tensor.scale(index)
+                );
+                Err(Error::tensor(name, None, problem))
+            }
+        }
+    }
+
+    /// As [`new`](Self::new), of scales that are not looked at: where only sizes are asked for.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), but for the values of scales.
+    pub(crate) fn unread(name: &str, parts: Parts) -> Result<Self> {
         let Parts {
             shape: (n, k),
             group,
@@ -107,29 +128,25 @@ impl Fp4Tensor {
             Factor::Div(0.0) => return refuse("tensor factor 0 to divide by".into()),
             _ => {}
         }
-        let tensor = Self {
+        Ok(Self {
             shape: (n, k),
             group,
             codes,
             scales,
             kind,
             factor,
-        };
-        let groups = k / group;
-        // With the factor no scale may overflow either; where none can, bits tell quickly.
-        let quick = tensor.with_factor(kind.max()).is_finite();
-        if quick && kind.all_finite(&tensor.scales) {
-            return Ok(tensor);
+        })
+    }
+
+    /// The index of the first scale that is NaN or infinite, or becomes so by the factor.
+    fn bad_scale(&self) -> Option<usize> {
+        // Where no scale can overflow by the factor, bits tell quickly.
+        let quick = self.with_factor(self.kind.max()).is_finite();
+        if quick && self.kind.all_finite(&self.scales) {
+            return None;
         }
-        if let Some(index) = (0..n * groups).find(|&i| !tensor.scale(i).is_finite()) {
-            return refuse(format!(
-                "scale [{}, {}] is {}; expected finite scales",
-                index / groups,
-                index % groups,
-                tensor.scale(index)
-            ));
-        }
-        Ok(tensor)
+        let scales = self.shape.0 * (self.shape.1 / self.group);
+        (0..scales).find(|&i| !self.scale(i).is_finite())
     }
 
     /// `(N, K)`.

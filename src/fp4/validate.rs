@@ -71,6 +71,7 @@ pub fn validate(original: &[f32], packed: &Fp4Tensor) -> Result<Validation> {
     if let Some(index) = original.par_iter().position_first(|v| !v.is_finite()) {
         return Err(Error::NonFinite {
             name: "original".into(),
+            file: None,
             index,
             value: original[index],
         });

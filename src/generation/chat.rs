@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::jinja;
 use crate::checkpoint::{ModelFiles, gguf_template};
+use crate::error::shortened;
 use crate::{Error, Result};
 
 /// One message of a conversation, in the form of OpenAI's API.
@@ -189,15 +190,21 @@ impl ChatTemplate {
                 .map_err(|error| malformed(format!("expected a JSON object: {error}")))?,
             None => Map::new(),
         };
+        let build = |source: &str, tool_use: Option<&str>, path: &Path| {
+            let remedy = "correct the template, or give the prompt as plain text";
+            Self::build(source, tool_use, &config)
+                .map(Some)
+                .map_err(|error| Error::file(path, error.to_string(), remedy))
+        };
         if let Some(source) = model.text_if_present("chat_template.jinja")? {
-            return Self::build(&source, None, &config).map(Some);
+            return build(&source, None, &model.path("chat_template.jinja"));
         }
         match config.get("chat_template") {
             None | Some(Value::Null) => match gguf_template(model)? {
-                Some(source) => Self::build(&source, None, &config).map(Some),
+                Some((source, path)) => build(&source, None, &path),
                 None => Ok(None),
             },
-            Some(Value::String(source)) => Self::build(source, None, &config).map(Some),
+            Some(Value::String(source)) => build(source, None, &path),
             Some(Value::Array(templates)) => {
                 let named = |name: &str| {
                     templates
@@ -209,13 +216,14 @@ impl ChatTemplate {
                     let names: Vec<String> = templates.iter().map(|t| t["name"].to_string()).collect();
                     malformed(format!(
                         "`chat_template`: expected a template named \"default\", found {}",
-                        names.join(", ")
+                        shortened(names.join(", "))
                     ))
                 })?;
-                Self::build(default, named(TOOL_USE), &config).map(Some)
+                build(default, named(TOOL_USE), &path)
             }
             Some(other) => Err(malformed(format!(
-                "`chat_template`: expected a string or a list of named templates, found {other}"
+                "`chat_template`: expected a string or a list of named templates, found {}",
+                shortened(other.to_string())
             ))),
         }
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::Sampling;
+use crate::error::shortened;
 use crate::{Error, Result};
 
 /// The fields of `generation_config.json` that this crate acts on; others are ignored. `None` where
@@ -60,7 +61,8 @@ impl GenerationConfig {
     fn parse(bytes: &[u8]) -> Result<Self, String> {
         let json: Value = serde_json::from_slice(bytes).map_err(|error| format!("not JSON: {error}"))?;
         let Value::Object(fields) = json else {
-            return Err(format!("expected a JSON object, found {json}"));
+            let found = shortened(json.to_string());
+            return Err(format!("expected a JSON object, found {found}"));
         };
         let fields = Fields(fields);
         Ok(Self {
@@ -114,9 +116,12 @@ impl Fields {
     ) -> Result<Option<T>, String> {
         match self.0.get(name) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => read(value)
-                .map(Some)
-                .ok_or_else(|| format!("`{name}`: expected {expected}, found {value}")),
+            Some(value) => read(value).map(Some).ok_or_else(|| {
+                format!(
+                    "`{name}`: expected {expected}, found {}",
+                    shortened(value.to_string())
+                )
+            }),
         }
     }
 

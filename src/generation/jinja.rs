@@ -9,12 +9,17 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::python::Style;
 
+/// How many steps a template may take: a second of them, and hundreds for each of ten thousand messages. A template is
+/// a program that comes with a model, and it runs when the model is loaded.
+const STEPS: u64 = 10_000_000;
+
 /// An environment with `trim_blocks`, `lstrip_blocks`, Python's methods and spelling, `tojson`,
 /// `raise_exception` and `strftime_now`.
 pub(super) fn environment() -> Environment<'static> {
     let mut env = Environment::new();
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
+    env.set_fuel(Some(STEPS));
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_formatter(print);
     env.set_unknown_method_callback(unknown_method_callback);
@@ -245,6 +250,13 @@ mod tests {
     fn a_template_can_refuse() {
         let error = render("{{ raise_exception('Roles must alternate') }}").unwrap_err();
         assert!(error.to_string().contains("Roles must alternate"), "{error}");
+    }
+
+    #[test]
+    fn a_template_ends() {
+        let long = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let error = render(long).unwrap_err();
+        assert!(error.to_string().contains("fuel"), "{error}");
     }
 
     #[test]

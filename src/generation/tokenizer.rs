@@ -1,6 +1,7 @@
 //! A thin face on the `tokenizers` crate, with this crate's errors.
 
 use std::collections::HashSet;
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -74,7 +75,10 @@ impl Tokenizer {
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+        // The tokenizers crate panics at some of what is malformed: JSON that ends within a decoder, a normaliser's data.
+        let read = catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
+        let read = read.unwrap_or_else(|_| Err("the tokenizers library gave up on it".into()));
+        let mut inner = read.map_err(|error| {
             // The tokenizers crate reports even broken JSON as a model that it does not know.
             match serde_json::from_slice::<serde_json::Value>(bytes) {
                 Err(error) => format!("not JSON: {error}"),

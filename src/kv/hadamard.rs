@@ -46,10 +46,7 @@ pub const fn block(width: usize) -> usize {
 /// ```
 pub fn rotate(vector: &mut [f32], block: usize) -> Result<()> {
     check(vector, block)?;
-    for part in vector.chunks_exact_mut(block) {
-        turn_signs(part);
-        transform(part);
-    }
+    rotate_blocks(vector, block);
     Ok(())
 }
 
@@ -59,11 +56,32 @@ pub fn rotate(vector: &mut [f32], block: usize) -> Result<()> {
 /// As [`rotate`].
 pub fn unrotate(vector: &mut [f32], block: usize) -> Result<()> {
     check(vector, block)?;
+    unrotate_blocks(vector, block);
+    Ok(())
+}
+
+/// Rotates a vector in blocks of the size that [`block`] gives, which divides it.
+pub(crate) fn rotate_whole(vector: &mut [f32]) {
+    rotate_blocks(vector, block(vector.len()));
+}
+
+/// Takes [`rotate_whole`] back.
+pub(crate) fn unrotate_whole(vector: &mut [f32]) {
+    unrotate_blocks(vector, block(vector.len()));
+}
+
+fn rotate_blocks(vector: &mut [f32], block: usize) {
+    for part in vector.chunks_exact_mut(block) {
+        turn_signs(part);
+        transform(part);
+    }
+}
+
+fn unrotate_blocks(vector: &mut [f32], block: usize) {
     for part in vector.chunks_exact_mut(block) {
         transform(part);
         turn_signs(part);
     }
-    Ok(())
 }
 
 fn check(vector: &[f32], block: usize) -> Result<()> {

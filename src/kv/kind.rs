@@ -29,11 +29,19 @@ impl CacheKind {
     /// Bytes that MLA's latent and rotary key of a token take in a layer; a number of a contiguous cache takes `number`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a latent whose width the format does not take.
+    /// [`Error::Argument`] for a latent whose width the format does not take, or widths beyond the machine's sizes.
     pub fn latent_bytes(self, latent: usize, rope: usize, number: usize) -> Result<usize> {
         match self {
             Self::Paged(format) => Ok(RowLayout::latent(format, latent, rope)?.row_bytes()),
-            Self::Contiguous => Ok((latent + rope) * number),
+            Self::Contiguous => {
+                let bytes = latent
+                    .checked_add(rope)
+                    .and_then(|width| width.checked_mul(number));
+                bytes.ok_or_else(|| {
+                    let found = format!("{latent} + {rope} numbers of {number} bytes");
+                    Error::argument("kv-cache", "latent", "sizes within the machine's", found)
+                })
+            }
         }
     }
 }
@@ -104,6 +112,10 @@ mod tests {
                 .latent_bytes(520, 64, 4)
                 .is_err()
         );
+        for (latent, rope) in [(usize::MAX, 64), (usize::MAX / 2, 0)] {
+            let error = CacheKind::Contiguous.latent_bytes(latent, rope, 4).unwrap_err();
+            assert!(error.to_string().contains("within the machine's"), "{error}");
+        }
     }
 
     #[test]

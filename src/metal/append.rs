@@ -1,6 +1,6 @@
 //! Plans of what stores new tokens in a paged cache: `metal/append.metal`.
 
-use super::args::{AppendHeadsArgs, AppendLatentsArgs};
+use super::args::{AppendHeadsArgs, AppendLatentsArgs, Argument};
 use super::cache;
 use super::checked::{aligned, narrow, suffix};
 use super::norm_rope::{Angles, Heads, LatentRows, Rows, read, write};

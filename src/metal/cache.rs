@@ -64,23 +64,12 @@ mod tests {
     use crate::kv::CacheFormat;
 
     /// Where a kernel finds codes and scales, by the words that it is given.
-    fn at(part: &CachePart, slot: usize, head: usize) -> (usize, usize) {
-        let [
-            block_bytes,
-            block_tokens,
-            _,
-            codes,
-            code_stride,
-            scales,
-            scale_stride,
-            head_bytes,
-        ] = part.words().map(|word| word as usize);
-        let (block, offset) = (slot / block_tokens, slot % block_tokens);
-        let start = block * block_bytes + head * head_bytes;
-        (
-            start + codes + offset * code_stride,
-            start + scales + offset * scale_stride,
-        )
+    fn at(part: &CachePart, slot: u32, head: u32) -> (usize, usize) {
+        let (block, offset) = (slot / part.block_tokens, slot % part.block_tokens);
+        let start = block * part.block_bytes + head * part.head_bytes;
+        let codes = start + part.codes + offset * part.code_stride;
+        let scales = start + part.scales + offset * part.scale_stride;
+        (codes as usize, scales as usize)
     }
 
     #[test]
@@ -90,7 +79,7 @@ mod tests {
             for (part, words) in layout.parts().iter().zip(parts("test", &layout).unwrap()) {
                 assert_eq!(words.width as usize, part.width);
                 for slot in [0, 5, 16, 37] {
-                    assert_eq!(at(&words, slot, 0), layout.place(part, slot as u32), "{format}");
+                    assert_eq!(at(&words, slot, 0), layout.place(part, slot), "{format}");
                 }
             }
             let [_, none] = parts("test", &RowLayout::latent(format, 64, 0).unwrap()).unwrap();
@@ -101,7 +90,7 @@ mod tests {
                 for (index, part) in layout.parts().iter().enumerate() {
                     let words = &both[index / kv_heads];
                     assert_eq!(words.width as usize, part.width);
-                    let found = at(words, 37, index % kv_heads);
+                    let found = at(words, 37, (index % kv_heads) as u32);
                     assert_eq!(found, layout.place(part, 37), "{format}: {index}");
                 }
             }

@@ -1,6 +1,6 @@
 //! Plans of products with weights in floating point: `metal/dense.metal`.
 
-use super::args::DenseArgs;
+use super::args::{Argument, DenseArgs};
 use super::checked::{aligned, narrow, suffix};
 use super::linear::Direction;
 use super::plan::{Binding, Constant, Launch, Plan, Work};

@@ -1,6 +1,6 @@
 //! Plans of products with FP4 weights: `metal/linear.metal`.
 
-use super::args::LinearArgs;
+use super::args::{Argument, LinearArgs};
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use super::rows::{Stored, factor_constant, wide};

@@ -1,6 +1,6 @@
 //! Plans of products with what attention's parts come to: `metal/merged.metal`.
 
-use super::args::MergedArgs;
+use super::args::{Argument, MergedArgs};
 use super::checked::{narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use super::rows::{Stored, factor_constant, known, wide};

@@ -1,6 +1,6 @@
 //! Plans of experts: `metal/moe.metal`.
 
-use super::args::{MOE_TILE, MoeArgs, MoePlace};
+use super::args::{Argument, MOE_TILE, MoeArgs, MoePlace};
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use super::rows;

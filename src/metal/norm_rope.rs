@@ -1,6 +1,6 @@
 //! Plans of norms, rotary position embedding and sums: `metal/norm_rope.metal`.
 
-use super::args::{AddArgs, LatentArgs, NormArgs, RopeArgs};
+use super::args::{AddArgs, Argument, LatentArgs, NormArgs, RopeArgs};
 use super::checked::{narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use crate::Result;

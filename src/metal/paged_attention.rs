@@ -1,10 +1,11 @@
 //! Plans of attention over a paged cache: `metal/paged_latents.metal`, `metal/paged_heads.metal`, `metal/paged_rows.metal`.
 //!
-//! Positions are cut into splits, counted from position 0, as long as a query's own position says, whatever the batch. Each split of
-//! each query gives a part of its output, which [`Attention::merge`] (or a product that reads parts) puts together: so a query's
-//! output is the same bits beside whatever other queries.
+//! Positions are cut into splits from position 0 on, as long as a query's own position says, whatever the batch. A query has those
+//! of which it sees something, from the first on that its window reaches into; each gives a part of its output, which
+//! [`Attention::merge`] (or a product that reads parts) puts together: so a query's output is the same bits beside whatever other
+//! queries.
 
-use super::args::{GatherArgs, MergeArgs, PagedArgs};
+use super::args::{Argument, GatherArgs, MergeArgs, PagedArgs};
 use super::cache;
 use super::checked::{aligned, narrow, suffix};
 use super::norm_rope::Heads;
@@ -69,6 +70,8 @@ pub struct Attention<'a> {
     pub tokens: usize,
     /// Tokens of the longest sequence.
     pub longest: usize,
+    /// Splits that a query sees something of, at most: the largest of [`splits_seen`].
+    pub splits: usize,
     /// Tokens in the cache that any query sees.
     pub seen: usize,
     /// Pairs of a query and a token that it sees.
@@ -92,14 +95,25 @@ enum Output {
     Parts(usize, usize),
 }
 
-/// Whether kernels take vectors of this layout.
-pub fn takes(layout: &RowLayout) -> bool {
-    match layout.kind() {
+/// Refuses vectors of a layout that no kernel takes.
+///
+/// # Errors
+/// [`Error::Argument`] says how wide they may be.
+pub fn check(layout: &RowLayout) -> Result<()> {
+    let taken = match layout.kind() {
         RowKind::Latent { latent, rope } => latent <= MOST_LATENT && rope <= MOST_ROTARY,
         RowKind::Heads {
             key_dim, value_dim, ..
         } => key_dim.max(value_dim) <= MOST_OF_HEAD,
+    };
+    if taken {
+        return Ok(());
     }
+    let expected = format!(
+        "latents up to {MOST_LATENT}, rotary keys up to {MOST_ROTARY}, keys and values up to {MOST_OF_HEAD}"
+    );
+    let found = format!("{:?}", layout.kind());
+    Err(Error::argument(OP, "layout", expected, found))
 }
 
 /// Whether vectors are a multiple of four long, rotary keys aside.
@@ -113,23 +127,24 @@ fn by_fours(layout: &RowLayout) -> (u16, Constant) {
     (35, Constant::Bool(fours))
 }
 
+/// Positions of a split, at least.
+fn least_tokens(layout: &RowLayout) -> usize {
+    SPLIT.next_multiple_of(layout.block_tokens())
+}
+
+/// Of how many splits a query sees something that sees these positions, its own the last of them.
+pub fn splits_seen(layout: &RowLayout, visible: &Range<usize>) -> usize {
+    let most = MOST_SPLITS + visible.end / FOR_ONE_MORE;
+    let block = layout.block_tokens();
+    let tokens = least_tokens(layout).max(visible.end.div_ceil(most * block) * block);
+    visible.end.div_ceil(tokens) - visible.start / tokens
+}
+
 const fn write(operand: usize) -> Binding {
     Binding::Write { operand, offset: 0 }
 }
 
 impl Attention<'_> {
-    /// Positions of a split, at least: a query's own position decides.
-    pub fn split_tokens(&self) -> usize {
-        SPLIT.next_multiple_of(self.layout.block_tokens())
-    }
-
-    /// Splits that a query of the longest sequence may have: those of the parts of every query.
-    pub fn splits(&self) -> usize {
-        self.longest
-            .div_ceil(self.split_tokens())
-            .clamp(1, MOST_SPLITS + self.longest / FOR_ONE_MORE)
-    }
-
     /// How many tokens have parts at a time.
     pub fn at_once(&self) -> usize {
         (PARTS / self.scratch(1)[0].max(1)).clamp(1, self.tokens.max(1))
@@ -142,7 +157,7 @@ impl Attention<'_> {
 
     /// Bytes of parts, F32 `[tokens, heads, splits, width]`, and of stats, F32 `[tokens, heads, splits, 2]`, of so many tokens.
     pub fn scratch(&self, tokens: usize) -> [usize; 2] {
-        let parts = tokens * self.queries.count * self.splits();
+        let parts = tokens * self.queries.count * self.splits;
         [
             parts * self.width() * size_of::<f32>(),
             parts * 2 * size_of::<f32>(),
@@ -153,7 +168,7 @@ impl Attention<'_> {
     /// largest score `m` in base 2 with `Σ 2^(s − m)`; of others zeros, and the least number with zero.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a dtype that no kernel has, sizes beyond 32 bits, vectors that no kernel [takes].
+    /// [`Error::Argument`] for a dtype that no kernel has, sizes beyond 32 bits, vectors that no kernel takes.
     pub fn parts(&self, parts: usize, stats: usize) -> Result<Launch> {
         self.launch(0..self.tokens, Output::Parts(parts, stats))
     }
@@ -167,7 +182,7 @@ impl Attention<'_> {
         if self.tokens == 0 {
             return Ok((Vec::new(), Vec::new()));
         }
-        if self.splits() == 1 {
+        if self.splits <= 1 {
             let launch = self.launch(0..self.tokens, Output::Whole(y))?;
             return Ok((vec![launch], Vec::new()));
         }
@@ -188,7 +203,7 @@ impl Attention<'_> {
     pub fn merge(&self, tokens: Range<usize>, [parts, stats]: [usize; 2], y: usize) -> Result<Launch> {
         let (rows, width) = (tokens.len() * self.queries.count, self.width());
         let args = MergeArgs {
-            splits: narrow(OP, "tables", self.splits())?,
+            splits: narrow(OP, "tables", self.splits)?,
             width: narrow(OP, "layout", width)?,
         };
         let size = width * self.dtype.size_in_bytes();
@@ -221,17 +236,14 @@ impl Attention<'_> {
     /// The launch of some tokens.
     fn launch(&self, tokens: Range<usize>, output: Output) -> Result<Launch> {
         let dtype = suffix(OP, self.dtype)?;
-        if !takes(self.layout) {
-            let expected = format!(
-                "latents up to {MOST_LATENT}, rotary keys up to {MOST_ROTARY}, keys and values up to {MOST_OF_HEAD}"
-            );
-            let found = format!("{:?}", self.layout.kind());
-            return Err(Error::argument(OP, "layout", expected, found));
-        }
+        check(self.layout)?;
         aligned(OP, "pool", self.pool.offset, 16)?;
-        let splits = self.splits();
-        // A split's positions, of one that nobody reaches too: splits are longer by a part of a block than a context divided.
-        narrow(OP, "tables", self.longest + splits * self.split_tokens())?;
+        let splits = self.splits.max(1);
+        // Positions of splits that a query does not have are counted too, in 32 bits: one has as many as it takes to have one more,
+        // and what whole blocks make of it, or the least.
+        let least = least_tokens(self.layout);
+        let longest_split = least.max(FOR_ONE_MORE + self.layout.block_tokens());
+        narrow(OP, "tables", self.longest + splits * longest_split)?;
         narrow(OP, "queries", tokens.end)?;
         let (kernel, threads, groups, together) = match self.layout.kind() {
             RowKind::Latent { latent, .. } => {
@@ -272,7 +284,7 @@ impl Attention<'_> {
             heads: narrow(OP, "queries", self.queries.count)?,
             together: narrow(OP, "queries", together)?,
             splits: narrow(OP, "tables", splits)?,
-            split_tokens: narrow(OP, "tables", self.split_tokens())?,
+            split_tokens: narrow(OP, "tables", least)?,
             window: self
                 .window
                 .map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX)),
@@ -430,6 +442,7 @@ pub fn every_kernel(dtype: DType) -> Result<Vec<Plan>> {
             window: None,
             tokens: 1,
             longest,
+            splits: splits_seen(&layout, &(0..longest)),
             seen: longest,
             pairs: longest,
             queries: queries(0),

@@ -1,6 +1,6 @@
 //! Plans of the router of a mixture of experts: `metal/router.metal`.
 
-use super::args::RouterArgs;
+use super::args::{Argument, RouterArgs};
 use super::checked::{aligned, narrow, suffix};
 use super::plan::{Binding, Constant, Launch, Plan, Work};
 use super::rows::known;

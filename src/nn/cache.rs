@@ -1,5 +1,6 @@
 //! A cache of rows a token, which grows by blocks.
 
+use super::memory::zeros;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -161,7 +162,7 @@ impl TokenCache {
         let storage = match &self.layers[layer] {
             Some(storage) if storage.dim(0)? >= self.capacity => storage.clone(),
             old => {
-                let grown = Tensor::zeros((self.capacity, self.width), self.dtype, &self.device)?;
+                let grown = zeros((self.capacity, self.width), self.dtype, &self.device)?;
                 if let Some(old) = old.as_ref().filter(|_| self.len > 0) {
                     grown.slice_set(&old.narrow(0, 0, self.len)?, 0, 0)?;
                 }

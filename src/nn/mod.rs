@@ -4,6 +4,7 @@ mod cache;
 mod embedding;
 mod linear;
 pub mod mask;
+mod memory;
 mod moe;
 mod paged;
 mod rope;

@@ -1,5 +1,6 @@
 //! A cache of many sequences in blocks of one pool a layer.
 
+use super::memory::zeros;
 use crate::cpu::PagedSequence;
 use crate::kv::{BlockCopy, BlockStatistics, Blocks, RowLayout, SequenceId};
 use crate::ops::PagedBatch;
@@ -126,7 +127,9 @@ impl PagedKvCache {
             (layout.row_bytes() as u64).saturating_mul(layers as u64),
             device,
         )?;
-        let pools = (0..layers).map(|_| Tensor::zeros(of_layer, DType::U8, device));
+        // A GPU has the memory of a cache that is gone only once it has come to rest.
+        device.synchronize()?;
+        let pools = (0..layers).map(|_| zeros(of_layer, DType::U8, device));
         Ok(Self {
             pools: pools.collect::<candle_core::Result<_>>()?,
             blocks: Blocks::new(blocks, layout.block_tokens())?,
@@ -180,6 +183,7 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Argument`] for a sequence that is not there.
     pub fn bytes_of(&self, sequence: SequenceId) -> Result<usize> {
+        // No more than the pools have: a table names no block twice.
         Ok(self.blocks.table(sequence)?.len() * self.layout.block_bytes() * self.pools.len())
     }
 
@@ -231,7 +235,8 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`Error::OutOfBlocks`]; [`Error::ContextLength`] where a sequence would exceed the limit; [`Error::Argument`]
-    /// for a sequence that is not there, or is there twice; those of the device. All sequences are then as they were.
+    /// for a sequence that is not there, or is there twice; those of the device. All sequences are then as they were, and
+    /// so is what is cached of past ones, unless the device failed.
     pub fn begin(&mut self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
         self.forget();
         let begun = self.reserve(sequences);
@@ -242,7 +247,6 @@ impl PagedKvCache {
     }
 
     fn reserve(&mut self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
-        let mut copies = Vec::new();
         for (id, tokens) in sequences {
             let position = self.blocks.len(*id)?;
             let total = position.saturating_add(tokens.len());
@@ -252,12 +256,10 @@ impl PagedKvCache {
                     limit: self.limit,
                 });
             }
-            if self.pass.iter().any(|(other, _)| other == id) {
-                let found = format!("sequence {id} twice");
-                return Err(Error::argument(OP, "sequences", "each of them once", found));
-            }
-            self.pass.push((*id, position));
-            copies.extend(self.blocks.append(*id, tokens)?);
+        }
+        let copies = self.blocks.append_all(sequences)?;
+        for (id, _) in sequences {
+            self.pass.push((*id, self.blocks.len(*id)?));
         }
         let mut pass = Vec::with_capacity(sequences.len());
         for ((id, position), (_, tokens)) in self.pass.iter().zip(sequences) {
@@ -366,6 +368,9 @@ fn fits(bytes: u64, a_token: u64, available: Option<u64>) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod operations;
 
 #[cfg(test)]
 mod tests {
@@ -485,6 +490,19 @@ mod tests {
             assert!(tested.cache.batch().slots().is_empty() && tested.cache.pass().next().is_none());
             assert_eq!(tested.cache.statistics().used, before.used);
         }
+        // Nor is what is cached given up for the first of them.
+        let (past, _) = tested.cache.start(&[]);
+        tested.add(&[(past, &many[..16])]).unwrap();
+        tested.cache.free(past).unwrap();
+        let evictions = tested.cache.statistics().evictions;
+        assert!(
+            tested
+                .cache
+                .begin(&[(a, &many[..45]), (fork, &many[..50])])
+                .is_err()
+        );
+        assert_eq!(tested.cache.cached(&many[..17]), 16);
+        assert_eq!(tested.cache.statistics().evictions, evictions);
         // One that fails between the layers.
         tested.cache.begin(&[(a, &[4, 5])]).unwrap();
         tested.write(0);

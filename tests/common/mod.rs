@@ -3,9 +3,11 @@
 
 pub mod draft;
 pub mod gguf;
+pub mod transcribe;
 
 use candle_core::{Device, Tensor};
-use candle_mmfp4::checkpoint::{Checkpoint, StoredTensor};
+use candle_mmfp4::checkpoint::{Checkpoint, LoadOptions, LoadReport, ModelFiles, StoredTensor};
+use candle_mmfp4::models::glm4_moe_lite::Model;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
@@ -25,6 +27,34 @@ pub fn bf16_demo() -> PathBuf {
 /// The trained model in MMFP4, as examples use it.
 pub fn mmfp4_demo() -> PathBuf {
     repository("examples/demo-model")
+}
+
+/// Parts of messages about what only data tell, not headers.
+const OF_DATA: [&str; 4] = ["scale [", "above 0", "with a sign", "can be quantised"];
+
+/// Loads on the CPU, and holds what headers alone tell against it: the same report or, where loading fails, that error
+/// among the problems.
+pub fn load(files: &ModelFiles, options: &LoadOptions) -> candle_mmfp4::Result<(Model, LoadReport)> {
+    let loaded = Model::from_files(files, options, &Device::Cpu);
+    let inspected = Model::inspect(files, options);
+    match (&loaded, inspected) {
+        (Ok((model, report)), inspected) => {
+            let found = inspected.unwrap();
+            assert_eq!(found.problems, [""; 0]);
+            assert_eq!(found.load.as_ref(), Some(report));
+            assert_eq!(report.bytes_a_token, model.bytes_read(1));
+        }
+        (Err(error), inspected) => {
+            let error = error.to_string();
+            let problems = inspected.map_or_else(|error| vec![error.to_string()], |found| found.problems);
+            let of_data = OF_DATA.iter().any(|part| error.contains(part));
+            assert!(
+                of_data || problems.contains(&error),
+                "{error:?} is not in {problems:?}"
+            );
+        }
+    }
+    loaded
 }
 
 /// A folder's files, by name.

@@ -5,6 +5,7 @@
 //! cargo test --release --features msl-host --test msl                         # some minutes
 //! MMFP4_MSL_FULL=1 cargo test --release --features msl-host --test msl        # everything, by hand: some more minutes
 //! cargo test --release --features msl-host --test msl -- --ignored faults     # seeded faults: docs/metal-faults.md
+//! MMFP4_MSL_FAULTS=append,merged cargo test …  -- --ignored faults            # those of these files, the other rows staying
 //! ```
 //!
 //! Without clang 17 or newer it says that it is skipped; with `MMFP4_MSL_REQUIRED=1` that is a failure.

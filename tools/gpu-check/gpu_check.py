@@ -34,7 +34,9 @@ matrices are shuffles here.
 **Where the bar is not reached, and why** (2026-11-21, by cut-down copies of the kernel for one row, 13 MB of codes in one launch:
 7.2 µs of a bar of 6.0): decoding and multiplying without loading codes take 5.7 µs, loading without decoding 6.7; the two overlap
 but not wholly. Launches of experts, which look up where theirs are, add that wait. The router of one token is one
-threadgroup, as its choice needs every score: one of 132 processors reads all of the weight.
+threadgroup, as its choice needs every score: one of 132 processors reads all of the weight. Attention of one token over
+latents is a threadgroup a split, 22 up to 4,096 tokens, as every split writes a part that must be read again: 22 of 132
+processors work, and each multiplies a latent with 20 heads. Longer caches and further sequences have more of them.
 
 **What this says of a Mac**: the numbers, barriers and bounds of these kernels hold on a GPU whose threads really run at once,
 at real sizes. A kernel that is slow here because its loads are narrow or far apart, because few of them are on their way at

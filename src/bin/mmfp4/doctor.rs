@@ -89,6 +89,10 @@ fn needs(model: &str) -> anyhow::Result<Needs> {
             let mut sizes = Sizes(None);
             let fetched = hub::fetch(&repo, &HubSettings::from_env()?, &mut sizes);
             match (sizes.0, fetched) {
+                (Some((Value::Null, _)), _) => anyhow::bail!(
+                    "{model}: a GGUF model's dimensions are in the file itself, which is not in the cache; fetch it first \
+                     (mmfp4 generate -m {model})"
+                ),
                 (Some((config, weights)), _) => {
                     return Ok(Needs::new(model, &Config::from_json(&config)?, weights));
                 }

@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod documents;
 mod generate;
+mod inspect;
 mod model;
 mod output;
 mod perplexity;
@@ -33,6 +34,7 @@ Examples:
   mmfp4 perplexity book.txt -m path/to/model
   mmfp4 validate path/to/bf16-model mmfp4
   mmfp4 quantize zai-org/GLM-4.7-Flash GLM-4.7-Flash-MMFP4
+  mmfp4 inspect path/to/model
   mmfp4 doctor
 
 Without --model all of it runs on a small demo model that is part of this program and answers questions about Rust.
@@ -56,6 +58,7 @@ enum Command {
     Perplexity(perplexity::Arguments),
     Validate(validate::Arguments),
     Quantize(quantize::Arguments),
+    Inspect(inspect::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Perplexity(arguments) => perplexity::run(&arguments).map(succeed),
         Command::Validate(arguments) => validate::run(&arguments).map(succeed),
         Command::Quantize(arguments) => quantize::run(&arguments).map(succeed),
+        Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     });
     let error = match result {

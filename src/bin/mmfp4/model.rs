@@ -6,19 +6,22 @@ use crate::{cache, demo};
 use candle_core::{DType, Device};
 use candle_mmfp4::Place;
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
-use candle_mmfp4::checkpoint::{LoadOptions, ModelFiles};
+use candle_mmfp4::checkpoint::{Layout, LoadOptions, ModelFiles};
 use candle_mmfp4::cpu::{Arithmetic, Executor};
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::Pipeline;
 use candle_mmfp4::memory;
+use candle_mmfp4::models::glm4_moe_lite::Model;
 use clap::Args;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct Arguments {
-    /// A model's folder, or a repository of the hub: `org/name` or `org/name@revision` [default: the demo model].
+    /// A model's folder, or a repository of the hub: `org/name` or `org/name@revision`, with `:Q4_K_M` or the like behind it
+    /// for one of several GGUF files [default: the demo model].
     #[arg(short, long, value_name = "FOLDER|REPO")]
     model: Option<String>,
     /// Ask the hub whether a repository that is in the cache has moved on.
@@ -30,9 +33,33 @@ pub struct Arguments {
     /// What goes from op to op: f32, f16 or bf16 [default: f32 on the CPU, bf16 on a GPU].
     #[arg(long, value_name = "DTYPE", value_parser = activations)]
     activations: Option<DType>,
+    #[command(flatten)]
+    weights: Weights,
+    /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
+    #[arg(long)]
+    exact: bool,
+    /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    #[command(flatten)]
+    experts: Experts,
+}
+
+/// What becomes of the weights.
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct Weights {
+    /// Take tensors that the model lacks from this one, its original: a folder, or a repository, of which only the files that
+    /// hold them are fetched.
+    #[arg(long, value_name = "FOLDER|REPO")]
+    base: Option<String>,
     /// Quantise a floating-point model while it loads: mmfp4, nvfp4 or mxfp4.
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Format>,
+    /// The layout of its 4-bit weights, where their tensors leave it open, by the name that `mmfp4 inspect` prints; an error
+    /// where they contradict it.
+    #[arg(long, value_name = "NAME")]
+    layout: Option<Layout>,
     /// Layers to leave in floating point when quantising, -1 being the last: `0,-1`.
     #[arg(
         long,
@@ -46,18 +73,44 @@ pub struct Arguments {
     /// given several times.
     #[arg(long, value_name = "PATTERN", requires = "quantize")]
     keep: Vec<String>,
-    /// Multiply with activations as they are, in f32, instead of rounding them to eight bits: slower (CPU).
-    #[arg(long)]
-    exact: bool,
     /// Round the output head to eight bits while loading: half of a BF16 one's bytes to read a token, for memory of this
     /// program's own.
     #[arg(long)]
     int8_head: bool,
-    /// Threads to compute with [default: MMFP4_THREADS, or one a physical core].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    #[command(flatten)]
-    experts: Experts,
+}
+
+impl Weights {
+    /// The files of `--base`, of a repository those that hold what `files` lack, fetched first where they have to be.
+    pub fn base(&self, files: &ModelFiles, refresh: bool) -> anyhow::Result<Option<ModelFiles>> {
+        let Some(base) = &self.base else {
+            return Ok(None);
+        };
+        let folder = match ModelSource::parse(base)? {
+            ModelSource::Folder(folder) => folder,
+            ModelSource::Repo(repo) => match Model::missing_tensors(files)? {
+                missing if missing.is_empty() => {
+                    say("note: --base has no effect: the model lacks no tensor");
+                    return Ok(None);
+                }
+                missing => fetched(refresh, |settings, bar| {
+                    hub::fetch_tensors(&repo, settings, &missing, bar)
+                })?,
+            },
+        };
+        Ok(Some(ModelFiles::folder(folder)))
+    }
+
+    /// The options that it is about but the base, all others as they are by default.
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions {
+            quantize: self.quantize,
+            layout: self.layout,
+            skip_layers: self.skip_layers.clone(),
+            keep: self.keep.clone(),
+            int8_head: self.int8_head,
+            ..LoadOptions::default()
+        }
+    }
 }
 
 #[derive(Args)]
@@ -84,6 +137,7 @@ impl Arguments {
         self.start()?;
         let device = self.device()?;
         let files = self.files()?;
+        options.base = self.base(&files)?;
         let start = Instant::now();
         let (pipeline, report) = Pipeline::from_files(&files, &options, &device)?;
         let elapsed = start.elapsed();
@@ -94,7 +148,7 @@ impl Arguments {
             "loaded {}",
             report.to_string().lines().next().unwrap_or_default()
         );
-        if self.quantize.is_some() && report.quantized.tensors == 0 {
+        if self.weights.quantize.is_some() && report.quantized.tensors == 0 {
             say(
                 "note: --quantize found nothing to do: the weights are 4-bit already; give the floating-point original",
             );
@@ -125,16 +179,18 @@ impl Arguments {
         }
     }
 
+    /// The files of the base that was asked for, of a repository those that hold what `files` lack.
+    pub fn base(&self, files: &ModelFiles) -> anyhow::Result<Option<ModelFiles>> {
+        self.weights.base(files, self.refresh)
+    }
+
+    /// What was asked for but the base, which [`base`](Self::base) finds.
     pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
-            quantize: self.quantize,
-            skip_layers: self.skip_layers.clone(),
-            keep: self.keep.clone(),
             arithmetic: self.arithmetic(),
             separate_experts: self.experts.no_fused_moe,
-            int8_head: self.int8_head,
             activations: self.activations,
-            ..LoadOptions::default()
+            ..self.weights.options()
         }
     }
 
@@ -161,11 +217,18 @@ fn activations(name: &str) -> Result<DType, String> {
 pub fn find(model: &str, refresh: bool) -> anyhow::Result<ModelFiles> {
     let folder = match ModelSource::parse(model)? {
         ModelSource::Folder(folder) => folder,
-        ModelSource::Repo(repo) => {
-            let mut settings = HubSettings::from_env()?;
-            settings.refresh = refresh;
-            hub::fetch(&repo, &settings, &mut DownloadBar::new(settings.progress_bars))?
-        }
+        ModelSource::Repo(repo) => fetched(refresh, |settings, bar| hub::fetch(&repo, settings, bar))?,
     };
     Ok(ModelFiles::folder(folder))
+}
+
+/// What `fetch` brings with the environment's settings, and a bar.
+fn fetched(
+    refresh: bool,
+    fetch: impl FnOnce(&HubSettings, &mut DownloadBar) -> candle_mmfp4::Result<PathBuf>,
+) -> anyhow::Result<PathBuf> {
+    let mut settings = HubSettings::from_env()?;
+    settings.refresh = refresh;
+    let mut bar = DownloadBar::new(settings.progress_bars);
+    Ok(fetch(&settings, &mut bar)?)
 }

@@ -2,7 +2,7 @@
 
 use crate::output::print_json;
 use crate::{FORMATS, demo, model, progress};
-use candle_mmfp4::checkpoint::{Checkpoint, Quantized, validate_checkpoint};
+use candle_mmfp4::checkpoint::{Checkpoint, Layout, Quantized, validate_checkpoint};
 use candle_mmfp4::fp4::{Format, Validation};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -25,6 +25,9 @@ pub struct Arguments {
     original: String,
     /// The same model in MMFP4, or the name of a format to simulate [default: the demo model in MMFP4].
     quantised: Option<String>,
+    /// The layout of its 4-bit weights, where their tensors leave it open, by the name that `mmfp4 inspect` prints.
+    #[arg(long, value_name = "NAME")]
+    layout: Option<Layout>,
     /// How many tensors to print; 0 prints all.
     #[arg(long, value_name = "N", default_value_t = 20)]
     top: usize,
@@ -46,11 +49,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         }
         Some(name) => {
             stored = Checkpoint::from_files(&model::find(name, arguments.refresh)?)?;
-            Quantized::Stored(&stored)
+            Quantized::Stored(&stored, arguments.layout)
         }
         None => {
             stored = Checkpoint::from_files(&demo::files()?)?;
-            Quantized::Stored(&stored)
+            Quantized::Stored(&stored, arguments.layout)
         }
     };
     let bar = progress::counting("tensors");

@@ -2,6 +2,7 @@
 
 use super::header::TensorInfo;
 use super::metadata::{Metadata, Value as Found};
+use crate::error::shortened;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -21,6 +22,7 @@ const FLASH: [usize; 2] = [47, 48];
 pub(super) fn from_metadata(metadata: &Metadata, tensors: &[TensorInfo], path: &Path) -> Result<Value> {
     let architecture = metadata.text("general.architecture").unwrap_or("missing");
     if architecture != ARCHITECTURE {
+        let architecture = shortened(architecture.to_string());
         let problem = format!("general.architecture = {architecture}; only {ARCHITECTURE} is implemented");
         return Err(Error::file(path, problem, INSTEAD));
     }
@@ -107,7 +109,8 @@ impl<'a> Keys<'a> {
     }
 
     fn wrong(&self, key: &str, found: &Found, expected: &str) -> Error {
-        let problem = format!("its metadata have {ARCHITECTURE}.{key} = {found:?}; expected {expected}");
+        let found = shortened(format!("{found:?}"));
+        let problem = format!("its metadata have {ARCHITECTURE}.{key} = {found}; expected {expected}");
         Error::file(self.path, problem, INSTEAD)
     }
 

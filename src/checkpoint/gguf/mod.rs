@@ -70,17 +70,17 @@ pub(crate) fn tokenizer(model: &ModelFiles) -> Result<(Vec<u8>, PathBuf)> {
     Ok((tokenizer::from_metadata(&header.metadata, &file, &path)?, path))
 }
 
-/// The chat template that a model's first GGUF file carries, if there is such a file and it does.
+/// The chat template that a model's first GGUF file carries, and the file, if there is such a file and it does.
 ///
 /// # Errors
 /// As [`tensors`].
-pub(crate) fn chat_template(model: &ModelFiles) -> Result<Option<String>> {
+pub(crate) fn chat_template(model: &ModelFiles) -> Result<Option<(String, PathBuf)>> {
     if !model.is_gguf() {
         return Ok(None);
     }
-    let (header, ..) = first(model)?;
+    let (header, _, path) = first(model)?;
     let template = header.metadata.text("tokenizer.chat_template");
-    Ok(template.map(str::to_string))
+    Ok(template.map(|template| (template.to_string(), path)))
 }
 
 /// A model's first GGUF file: of parts the one with the metadata.

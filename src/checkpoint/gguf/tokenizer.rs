@@ -1,9 +1,11 @@
 //! The tokenizer that a GGUF file carries, as the `tokenizer.json` that it was made from.
 
 use super::metadata::Metadata;
+use crate::error::shortened;
 use crate::fp4::Bytes;
 use crate::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 use std::path::Path;
 
 const INSTEAD: &str = "put the tokenizer.json of the original model beside it";
@@ -27,6 +29,7 @@ pub(super) fn from_metadata(metadata: &Metadata, file: &Bytes, path: &Path) -> R
         let key = format!("tokenizer.ggml.{key}");
         let found = metadata.text(&key).unwrap_or("missing");
         if found != expected {
+            let found = shortened(found.to_string());
             return Err(refuse(format!("{key} = {found}; only {expected} is implemented")));
         }
     }
@@ -40,33 +43,73 @@ pub(super) fn from_metadata(metadata: &Metadata, file: &Bytes, path: &Path) -> R
         let problem = format!("{} tokens, and types of {}", tokens.len(), kinds.len());
         return Err(refuse(problem));
     }
-    let (mut vocabulary, mut added) = (Map::new(), Vec::new());
+    let (mut vocabulary, mut added) = (Vec::new(), Vec::new());
     for (id, (token, kind)) in tokens.into_iter().zip(kinds).enumerate() {
         match kind {
             UNUSED => {}
-            CONTROL | USER_DEFINED => added.push(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-                "special": kind == CONTROL,
-            })),
-            _ => {
-                vocabulary.insert(token.into(), id.into());
-            }
+            CONTROL | USER_DEFINED => added.push(Added {
+                id,
+                content: token,
+                special: kind == CONTROL,
+                ..Added::default()
+            }),
+            _ => vocabulary.push((token, id)),
         }
     }
-    let tokenizer = json!({
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {
+    let tokenizer = File {
+        version: "1.0",
+        added_tokens: added,
+        pre_tokenizer: json!({
             "type": "Sequence",
             "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": false},
                 {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
             ],
+        }),
+        decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        model: Model {
+            kind: "BPE",
+            vocab: Vocabulary(vocabulary),
+            merges,
         },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {
-            "type": "BPE", "vocab": Value::Object(vocabulary), "merges": merges,
-        },
-    });
-    Ok(tokenizer.to_string().into_bytes())
+    };
+    serde_json::to_vec(&tokenizer).map_err(|error| refuse(error.to_string()))
+}
+
+/// A `tokenizer.json`. It is written from the texts where they lie: as JSON values they would take hundreds of bytes each.
+#[derive(Serialize)]
+struct File<'a> {
+    version: &'static str,
+    added_tokens: Vec<Added<'a>>,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: Model<'a>,
+}
+
+#[derive(Default, Serialize)]
+struct Added<'a> {
+    id: usize,
+    content: &'a str,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    normalized: bool,
+    special: bool,
+}
+
+#[derive(Serialize)]
+struct Model<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    vocab: Vocabulary<'a>,
+    merges: Vec<&'a str>,
+}
+
+/// An object of tokens and their ids.
+struct Vocabulary<'a>(Vec<(&'a str, usize)>);
+
+impl Serialize for Vocabulary<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
 }

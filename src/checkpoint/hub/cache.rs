@@ -13,17 +13,22 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{HubSettings, PlannedFile, Progress, RepoId};
+use super::{HubSettings, PlannedFile, Progress, RepoId, gguf};
+use crate::checkpoint::files::GGUF;
+use crate::checkpoint::surplus::is_beyond;
 use crate::{Error, Result};
 
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
 /// Besides the weights, a model cannot do without these.
-pub(super) const REQUIRED: [&str; 2] = [CONFIG, "tokenizer.json"];
+pub(super) const REQUIRED: [&str; 2] = [CONFIG, TOKENIZER];
 /// A model may come without these.
-pub(super) const OPTIONAL: [&str; 3] = [
+pub(super) const OPTIONAL: [&str; 4] = [
     "generation_config.json",
+    // Metal Marlin's: whether weights were rotated, which no other file may tell.
+    "quantization_config.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 ];
@@ -75,31 +80,71 @@ impl LocalRepo {
         self.layout().blob_path(&format!("{etag}.mmfp4.incomplete"))
     }
 
+    /// The commit that the revision stood for last, as far as the cache knows.
+    fn commit(&self) -> Option<String> {
+        if let Some(commit) = self.repo.pinned_commit() {
+            return Some(commit.to_string());
+        }
+        let commit = fs::read_to_string(self.folder().join("refs").join(self.repo.revision())).ok()?;
+        is_commit(commit.trim()).then(|| commit.trim().to_string())
+    }
+
     /// What there is of the revision, without a request.
     pub(super) fn held(&self) -> Result<Held> {
-        let commit = match self.repo.pinned_commit() {
-            Some(commit) => commit.to_string(),
-            None => match fs::read_to_string(self.folder().join("refs").join(self.repo.revision())) {
-                Ok(commit) if is_commit(commit.trim()) => commit.trim().to_string(),
-                _ => return Ok(Held::Partial("it".to_string())),
-            },
+        let Some(commit) = self.commit() else {
+            return Ok(Held::Partial("it".to_string()));
         };
         let snapshot = self.snapshot(&commit);
-        let mut needed: Vec<String> = REQUIRED.map(String::from).to_vec();
-        if snapshot.join(SINGLE).is_file() || !snapshot.join(INDEX).is_file() {
-            needed.push(SINGLE.to_string());
-        } else {
-            needed.extend(shards(&snapshot.join(INDEX))?);
-        }
-        if let Some(missing) = needed.iter().find(|name| !snapshot.join(name).is_file()) {
-            return Ok(Held::Partial(format!("`{missing}`")));
-        }
         let absent = self.folder().join(".no_exist").join(&commit);
         let settled = |name: &str| snapshot.join(name).is_file() || absent.join(name).is_file();
-        Ok(if OPTIONAL.iter().all(|name| settled(name)) {
-            Held::Complete(snapshot)
-        } else {
-            Held::Usable(snapshot)
+        let complete = |model: &Path| match OPTIONAL.iter().all(|name| settled(name)) {
+            true => Held::Complete(model.to_path_buf()),
+            false => Held::Usable(model.to_path_buf()),
+        };
+        let is_gguf = [SINGLE, INDEX].iter().all(|name| absent.join(name).is_file());
+        if self.repo.quant().is_some() || is_gguf {
+            let files = gguf_files(&snapshot);
+            return Ok(match gguf::choose(&self.repo, &files) {
+                Ok(files) => complete(&snapshot.join(&files[0])),
+                Err(_) => Held::Partial("the one GGUF file".to_string()),
+            });
+        }
+        let needed = REQUIRED.map(String::from);
+        let weights = match snapshot.join(SINGLE).is_file() || !snapshot.join(INDEX).is_file() {
+            true => vec![SINGLE.to_string()],
+            // What no repository holds is no gap.
+            false => (shards(&snapshot.join(INDEX))?.into_iter())
+                .filter(|name| !absent.join(name).is_file())
+                .collect(),
+        };
+        let missing = |name: &&String| !snapshot.join(name).is_file();
+        Ok(match needed.iter().chain(&weights).find(missing) {
+            Some(missing) => Held::Partial(format!("`{missing}`")),
+            None => complete(&snapshot),
+        })
+    }
+
+    /// What there is of the files that hold some tensors, without a request.
+    pub(super) fn held_tensors(&self, names: &[String]) -> Result<Held> {
+        let Some(commit) = self.commit() else {
+            return Ok(Held::Partial("it".to_string()));
+        };
+        let snapshot = self.snapshot(&commit);
+        let index = snapshot.join(INDEX);
+        let needed = match snapshot.join(SINGLE).is_file() || !index.is_file() {
+            true => vec![SINGLE.to_string()],
+            false => {
+                let shards = shards_of(&index, names)?;
+                if let Some((name, _)) = names.iter().zip(&shards).find(|(_, shard)| shard.is_none()) {
+                    return Ok(Held::Partial(format!("the tensor `{name}`")));
+                }
+                shards.into_iter().flatten().collect()
+            }
+        };
+        let missing = |name: &&String| !snapshot.join(name).is_file();
+        Ok(match needed.iter().find(missing) {
+            Some(missing) => Held::Partial(format!("`{missing}`")),
+            None => Held::Complete(snapshot),
         })
     }
 
@@ -202,31 +247,72 @@ impl LocalRepo {
 
 /// The shards that an index names, each once.
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
+    let names: BTreeSet<String> = weight_map(index)?.into_values().collect();
+    Ok(names.into_iter().collect())
+}
+
+/// Of the shards that an index names those of nothing but layers that a model of so many does not have.
+pub(super) fn surplus_shards(index: &Path, layers: u64) -> Result<BTreeSet<String>> {
+    let (surplus, needed): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        (weight_map(index)?.into_iter()).partition(|(tensor, _)| is_beyond(tensor, layers));
+    let needed: BTreeSet<_> = needed.into_values().collect();
+    Ok(surplus
+        .into_values()
+        .filter(|name| !needed.contains(name))
+        .collect())
+}
+
+/// The shard of each of these tensors, by the index; `None` where it names none.
+pub(super) fn shards_of(index: &Path, tensors: &[String]) -> Result<Vec<Option<String>>> {
+    let map = weight_map(index)?;
+    Ok(tensors.iter().map(|tensor| map.get(tensor).cloned()).collect())
+}
+
+/// The file of each tensor that an index names.
+fn weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let bytes = fs::read(index).map_err(|error| Error::io(index, error, ""))?;
     let remedy = "the repository is at fault; choose another revision";
-    let parsed: Index = serde_json::from_slice(&bytes)
+    let Index { weight_map } = serde_json::from_slice(&bytes)
         .map_err(|error| Error::file(index, format!("not an index of shards: {error}"), remedy))?;
-    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
-    if names.is_empty() {
+    if weight_map.is_empty() {
         return Err(Error::file(index, "names no shards", remedy));
     }
-    if let Some(name) = names
-        .iter()
-        .find(|name| !is_inside(name) || !name.ends_with(".safetensors"))
-    {
+    let mut names = weight_map.values();
+    if let Some(name) = names.find(|name| !is_inside(name) || !name.ends_with(".safetensors")) {
         let problem =
             format!("names the shard `{name}`, which is not a .safetensors file inside the repository");
         return Err(Error::file(index, problem, remedy));
     }
-    Ok(names.into_iter().collect())
+    Ok(weight_map)
+}
+
+/// The GGUF files of a snapshot, by their paths in it; files lie in it or in folders of it.
+fn gguf_files(snapshot: &Path) -> BTreeSet<String> {
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect::<Vec<_>>()
+    };
+    let mut files = BTreeSet::new();
+    for name in names(snapshot) {
+        let path = snapshot.join(&name);
+        if path.is_dir() {
+            files.extend(names(&path).into_iter().map(|file| format!("{name}/{file}")));
+        } else {
+            files.insert(name);
+        }
+    }
+    files.retain(|name| name.ends_with(GGUF) && snapshot.join(name).is_file());
+    files
 }
 
 /// Whether a name from a repository stays inside the folder it is joined to, on every system.
-fn is_inside(name: &str) -> bool {
+pub(super) fn is_inside(name: &str) -> bool {
     let plain = |part: Component| matches!(part, Component::Normal(_));
     !name.contains(['\\', ':', '\0'])
         && !name.split('/').any(|part| part.is_empty() || part == ".")

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{HubSettings, RepoId};
 use crate::Result;
+use crate::checkpoint::files::GGUF;
 
 /// A download to come: its files and their sizes, as the hub states them.
 #[derive(Debug, Clone)]
@@ -20,8 +21,10 @@ pub struct Plan {
     pub files: Vec<PlannedFile>,
     /// The free bytes of the cache's disk; None where the system does not say.
     pub free: Option<u64>,
-    /// config.json, for what it says about the weights.
+    /// config.json, for what it says about the weights; null of a GGUF model, which says it itself, and of single tensors.
     pub(super) config: Value,
+    /// Files that models may have and this commit has not.
+    pub(super) absent: Vec<String>,
 }
 
 /// A file of a [`Plan`].
@@ -56,7 +59,15 @@ impl Plan {
         sum(self.shards().map(|file| file.size))
     }
 
-    /// The model's config.json.
+    /// What the download gives: the snapshot or, of a GGUF model, its first file there.
+    pub(super) fn target(&self) -> PathBuf {
+        match self.files.iter().find(|file| file.name.ends_with(GGUF)) {
+            Some(file) => self.snapshot.join(&file.name),
+            None => self.snapshot.clone(),
+        }
+    }
+
+    /// The model's config.json; null of a GGUF model, which has none.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -101,7 +112,8 @@ impl Plan {
             Some("float32") => 32,
             _ => 16,
         };
-        if self.config_has(&["quantization_config", "quantization", "compression_config"]) {
+        let is_gguf = self.shards().any(|file| file.name.ends_with(GGUF));
+        if is_gguf || self.config_has(&["quantization_config", "quantization", "compression_config"]) {
             return Some(format!(
                 "{}, and they are quantised already; {smaller}",
                 opening("")
@@ -151,9 +163,11 @@ impl Plan {
     }
 
     fn shards(&self) -> impl Iterator<Item = &PlannedFile> {
-        self.files
-            .iter()
-            .filter(|file| file.name.ends_with(".safetensors"))
+        self.files.iter().filter(|file| {
+            [".safetensors", GGUF]
+                .iter()
+                .any(|ending| file.name.ends_with(ending))
+        })
     }
 
     /// How many weights stay as they are: the embeddings, and the output head where it is one of its own.
@@ -236,6 +250,7 @@ mod tests {
             files,
             free: Some(1 << 40),
             config,
+            absent: Vec::new(),
         }
     }
 
@@ -293,6 +308,17 @@ mod tests {
         let advice = plan(config, 4, 4 * GIB).advice(8 * GIB).unwrap();
         assert!(advice.contains("quantised already"), "{advice}");
         assert!(!advice.contains("--quantize"), "{advice}");
+    }
+
+    #[test]
+    fn of_gguf_the_file_is_the_model() {
+        let mut plan = plan(Value::Null, 1, GIB);
+        assert_eq!(plan.target(), plan.snapshot);
+        plan.files[0].name = "b/m-00001-of-00002.gguf".to_string();
+        assert_eq!(plan.target(), plan.snapshot.join("b/m-00001-of-00002.gguf"));
+        assert_eq!(plan.weights(), GIB);
+        let advice = plan.advice(1).unwrap();
+        assert!(advice.contains("quantised already"), "{advice}");
     }
 
     #[test]

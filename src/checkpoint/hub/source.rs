@@ -27,7 +27,8 @@ impl ModelSource {
             Err(Error::argument(
                 "model",
                 "model",
-                "a folder that holds config.json, or a repository of the hub as `org/name` or `org/name@revision`",
+                "a folder that holds config.json, or a repository of the hub as `org/name` or `org/name@revision`, with \
+                 `:QUANT` behind it for one of several GGUF files",
                 found,
             ))
         };
@@ -55,17 +56,19 @@ impl ModelSource {
     }
 }
 
-/// A model repository of the hub at one revision: `org/name`, or `org/name@revision`.
+/// A model repository of the hub at one revision: `org/name`, or `org/name@revision`; of one with several models in GGUF,
+/// `org/name:Q4_K_M` or `org/name@revision:Q4_K_M` tells which, as with llama.cpp.
 ///
 /// The revision is a branch, a tag, `refs/pr/1` or a commit hash; `main` where none is given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RepoId {
     name: String,
     revision: String,
+    quant: Option<String>,
 }
 
 impl RepoId {
-    /// Reads `org/name` or `org/name@revision`.
+    /// Reads `org/name` or `org/name@revision`, either with or without `:QUANT` behind it.
     ///
     /// # Errors
     /// [`Error::Argument`] for anything else. The rules are those of Python's huggingface_hub, except
@@ -82,6 +85,16 @@ impl RepoId {
     }
 
     fn check(text: &str) -> Result<Self, String> {
+        let (text, quant) = match text.split_once(':') {
+            Some((text, quant)) => (text, Some(quant)),
+            None => (text, None),
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if let Some(quant) = quant.filter(|quant| quant.is_empty() || !quant.chars().all(plain)) {
+            return Err(format!(
+                "`{quant}` is not the name of a quantisation, such as Q4_K_M"
+            ));
+        }
         let (name, revision) = text.split_once('@').unwrap_or((text, DEFAULT_REVISION));
         let parts: Vec<&str> = name.split('/').collect();
         if parts.len() != 2 {
@@ -117,6 +130,7 @@ impl RepoId {
         Ok(Self {
             name: name.to_string(),
             revision: revision.to_string(),
+            quant: quant.map(str::to_string),
         })
     }
 
@@ -128,6 +142,11 @@ impl RepoId {
     /// The branch, tag or commit.
     pub fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// Which of several GGUF files is meant, by the end of its name.
+    pub fn quant(&self) -> Option<&str> {
+        self.quant.as_deref()
     }
 
     /// The commit, where the revision is a full commit hash and names it itself.
@@ -156,6 +175,9 @@ impl fmt::Display for RepoId {
         f.write_str(&self.name)?;
         if self.revision != DEFAULT_REVISION {
             write!(f, "@{}", self.revision)?;
+        }
+        if let Some(quant) = &self.quant {
+            write!(f, ":{quant}")?;
         }
         Ok(())
     }
@@ -196,6 +218,10 @@ mod tests {
             "org/name@.x",
             "org/name@a@b",
             "org/name@a%2Fb",
+            "org/name:",
+            "org/name:a/b",
+            "org/name:a:b",
+            "org:a/name",
             "örg/name",
         ] {
             let error = RepoId::parse(text).unwrap_err().to_string();
@@ -203,6 +229,15 @@ mod tests {
             assert!(!error.contains('\n'), "{error}");
         }
         assert!(RepoId::parse(&format!("o/{}", "n".repeat(95))).is_err());
+        for (text, revision, quant) in [
+            ("o/n:Q4_K_M", "main", Some("Q4_K_M")),
+            ("o/n@v1:UD-Q4_K_XL", "v1", Some("UD-Q4_K_XL")),
+            ("o/n@v1", "v1", None),
+        ] {
+            let repo = RepoId::parse(text).unwrap();
+            assert_eq!((repo.revision(), repo.quant()), (revision, quant), "{text}");
+            assert_eq!(repo.to_string(), text);
+        }
         assert_eq!(RepoId::parse("o/n@main").unwrap().to_string(), "o/n");
         assert_eq!(RepoId::parse("o/n@v1").unwrap().to_string(), "o/n@v1");
     }

@@ -13,13 +13,24 @@ pub(super) fn read(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Result<(F
     match scales.tensor.dtype {
         Dtype::F8_E4M3 => {
             let factor = siblings.get("weight_global_scale")?;
-            let tensor = nvfp4(&codes, &scales, (n, k), Factor::Div(factor.factor()?))?;
+            let tensor = nvfp4(
+                siblings,
+                (&codes, &scales),
+                (n, k),
+                Factor::Div(factor.factor(siblings.reading())?),
+            )?;
             // What activations are quantised by, which here they are not.
             siblings.see("input_global_scale");
             Ok((tensor, Layout::CompressedNvfp4))
         }
         Dtype::U8 | Dtype::F8_E8M0 => {
-            let tensor = packed(&codes, &scales, (n, k), 32, ScaleKind::E8M0, Factor::None)?;
+            let tensor = packed(
+                siblings,
+                (&codes, &scales),
+                (n, k),
+                (32, ScaleKind::E8M0),
+                Factor::None,
+            )?;
             Ok((tensor, Layout::CompressedMxfp4))
         }
         other => Err(scales.problem(format!(
@@ -30,21 +41,20 @@ pub(super) fn read(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Result<(F
 
 /// NVFP4: a group of 16 with E4M3 scales, and a factor.
 pub(super) fn nvfp4(
-    codes: &Named,
-    scales: &Named,
+    siblings: &Siblings<'_>,
+    codes_and_scales: (&Named, &Named),
     shape: (usize, usize),
     factor: Factor,
 ) -> Result<Fp4Tensor> {
-    packed(codes, scales, shape, 16, ScaleKind::E4M3, factor)
+    packed(siblings, codes_and_scales, shape, (16, ScaleKind::E4M3), factor)
 }
 
 /// Codes, two in a byte, and a scale every `group`.
 fn packed(
-    codes: &Named,
-    scales: &Named,
+    siblings: &Siblings<'_>,
+    (codes, scales): (&Named, &Named),
     (n, k): (usize, usize),
-    group: usize,
-    kind: ScaleKind,
+    (group, kind): (usize, ScaleKind),
     factor: Factor,
 ) -> Result<Fp4Tensor> {
     if codes.tensor.dtype != Dtype::U8 {
@@ -63,5 +73,5 @@ fn packed(
         kind,
         factor,
     };
-    super::together(codes, scales, parts)
+    super::together(siblings, codes, scales, parts)
 }

@@ -8,8 +8,25 @@ use super::siblings::{Named, Siblings};
 use super::{Layout, Reader};
 use crate::Result;
 use crate::checkpoint::gguf::{BLOCK_TYPES, MXFP4, NVFP4, Type};
+use crate::checkpoint::safetensors::Checkpoint;
 use crate::fp4::{BlockTensor, Bytes, Factor, Fp4Tensor, Parts, ScaleKind};
 use rayon::prelude::*;
+use safetensors::Dtype;
+
+/// Elements of a block of k-quants, which rows have to be a multiple of.
+pub(in crate::checkpoint) const K_BLOCK: usize = 256;
+
+/// Whether some tensor of a checkpoint is in k-quants.
+pub(in crate::checkpoint) fn has_k_quants(checkpoint: &Checkpoint) -> bool {
+    let of_k = |(_, found): &&(_, Type)| found.block == K_BLOCK;
+    let suffixes: Vec<_> = BLOCK_TYPES
+        .iter()
+        .filter(of_k)
+        .map(|(_, found)| found.suffix)
+        .collect();
+    let mut tensors = checkpoint.tensors();
+    tensors.any(|(name, _)| suffixes.iter().any(|suffix| name.ends_with(suffix)))
+}
 
 /// What reads a layer's FP4 blocks, if it has any.
 pub(super) fn reader(siblings: &Siblings<'_>) -> Option<Reader> {
@@ -41,6 +58,14 @@ pub(super) fn integers(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Resul
 /// The tensor of a layer's blocks, its shape that of a weight `[N, K]`.
 fn blocks(siblings: &Siblings<'_>, (n, k): (usize, usize), found: &Type) -> Result<Named> {
     let named = siblings.get(found.suffix)?;
+    // Of a GGUF file it is; another may use the name for anything.
+    if named.tensor.dtype != Dtype::U8 {
+        let problem = format!(
+            "dtype {:?}; expected {}'s blocks in U8",
+            named.tensor.dtype, found.name
+        );
+        return Err(named.problem(problem));
+    }
     if !k.is_multiple_of(found.block) {
         let problem = format!(
             "K = {k} is not a multiple of {}'s block of {}",
@@ -62,20 +87,21 @@ fn repacked(
 ) -> Result<Fp4Tensor> {
     let named = blocks(siblings, (n, k), found)?;
     let factor = match siblings.has("scale") {
-        true => Factor::Mul(siblings.get("scale")?.factor()?),
+        true => Factor::Mul(siblings.get("scale")?.factor(siblings.reading())?),
         false => Factor::None,
     };
     // What activations are quantised by, which here they are not.
     siblings.see("input_scale");
     let (bytes, row) = (&named.tensor.bytes, k / found.block * found.size);
     let signed = |block: &[u8]| block[..groups].iter().any(|scale| scale & 0x80 != 0);
-    if kind == ScaleKind::E4M3 && bytes.par_chunks_exact(found.size).any(signed) {
+    let unread = siblings.reading().headers_only;
+    if !unread && kind == ScaleKind::E4M3 && bytes.par_chunks_exact(found.size).any(signed) {
         return Err(named.problem("a scale with a sign; expected E4M3 without one"));
     }
     // One map for both, the scales aligned as codes are.
     let (of_codes, of_scales) = (n * k / 2, n * k / group);
     let start = of_codes.next_multiple_of(16);
-    let both = Bytes::build(start + of_scales, |memory| {
+    let repack = |memory: &mut [u8]| {
         let (codes, scales) = memory.split_at_mut(start);
         let rows = codes[..of_codes]
             .par_chunks_exact_mut(k / 2)
@@ -92,7 +118,11 @@ fn repacked(
             to.copy_from_slice(&block[..groups]);
         }
         Ok(())
-    })?;
+    };
+    let both = match unread {
+        true => Bytes::unwritten(start + of_scales)?,
+        false => Bytes::build(start + of_scales, repack)?,
+    };
     let part = |range| (both.slice(range)).ok_or_else(|| named.problem("its blocks are larger than memory"));
     let parts = Parts {
         shape: (n, k),
@@ -102,7 +132,7 @@ fn repacked(
         kind,
         factor,
     };
-    super::together(&named, &named, parts)
+    super::together(siblings, &named, &named, parts)
 }
 
 /// A group's codes, the first half in low nibbles and the second in high ones, as codes of consecutive k.

@@ -34,5 +34,5 @@ pub(super) fn read(siblings: &Siblings<'_>, (n, k): (usize, usize)) -> Result<(F
         kind,
         factor: Factor::None,
     };
-    Ok((together(&codes, &scales, parts)?, layout))
+    Ok((together(siblings, &codes, &scales, parts)?, layout))
 }

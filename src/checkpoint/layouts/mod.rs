@@ -1,5 +1,5 @@
-//! The layouts in which checkpoints store FP4 weights, a file each. All but GGUF's have codes of consecutive k, the even one in
-//! the low nibble, and are used where they lie; they differ in names, and in how scales are stored.
+//! The layouts in which checkpoints store FP4 weights, a file each. All but GGUF's and ModelOpt's packed experts have codes of
+//! consecutive k, the even one in the low nibble, and are used where they lie; they differ in names, and in how scales are stored.
 //!
 //! What is there decides, not a configuration: names beside the weight, dtypes and shapes.
 
@@ -9,60 +9,32 @@ mod gguf;
 mod marlin;
 mod mlx;
 mod modelopt;
+mod modelopt_packed;
+mod name;
 mod refused;
+mod rotation;
 mod siblings;
 
-pub(crate) use config::check as check_config;
+pub(crate) use config::{check as check_config, check_beside as check_quantization_file};
+
+pub(super) use gguf::{K_BLOCK, has_k_quants};
 
 use super::safetensors::{Checkpoint, StoredTensor};
-use crate::fp4::{Fp4Tensor, Parts, Weight};
+use crate::fp4::{Bytes, Fp4Tensor, Parts, Weight};
 use crate::{Error, Result};
+pub use name::Layout;
 use safetensors::Dtype;
 use siblings::{Named, Siblings};
-use std::fmt;
 
-/// Who writes FP4 weights so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Layout {
-    /// MMFP4 of Metal Marlin, and of this crate: U32 codes, F16 scales.
-    Marlin,
-    /// compressed-tensors, `nvfp4-pack-quantized`: U8 codes, E4M3 scales, a factor to divide by.
-    CompressedNvfp4,
-    /// compressed-tensors, `mxfp4-pack-quantized`: U8 codes, E8M0 scales.
-    CompressedMxfp4,
-    /// ModelOpt's NVFP4: U8 codes, E4M3 scales, a factor to multiply by.
-    ModelOpt,
-    /// MLX's `mxfp4`: U32 codes, E8M0 scales; experts stacked.
-    MlxMxfp4,
-    /// MLX's `nvfp4`: U32 codes, E4M3 scales; experts stacked.
-    MlxNvfp4,
-    /// GGUF's `MXFP4`: blocks of 32 codes behind their scale; experts stacked.
-    GgufMxfp4,
-    /// GGUF's `NVFP4`: blocks of 64 codes behind their four scales, a factor to multiply by; experts stacked.
-    GgufNvfp4,
-}
-
-impl Layout {
-    /// Whether weights are repacked while loading: their codes do not lie as kernels read them.
-    pub fn is_repacked(self) -> bool {
-        matches!(self, Self::GgufMxfp4 | Self::GgufNvfp4)
-    }
-}
-
-impl fmt::Display for Layout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Marlin => "Marlin MMFP4",
-            Self::CompressedNvfp4 => "compressed-tensors nvfp4-pack-quantized",
-            Self::CompressedMxfp4 => "compressed-tensors mxfp4-pack-quantized",
-            Self::ModelOpt => "ModelOpt NVFP4",
-            Self::MlxMxfp4 => "MLX mxfp4",
-            Self::MlxNvfp4 => "MLX nvfp4",
-            Self::GgufMxfp4 => "GGUF MXFP4",
-            Self::GgufNvfp4 => "GGUF NVFP4",
-        })
-    }
+/// How weights are read.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Reading {
+    /// The layout that FP4 weights are in, where somebody says it: it decides what their tensors leave open, and whatever
+    /// contradicts it is an error.
+    pub layout: Option<Layout>,
+    /// Only sizes are asked for: no data are read, and what would have to be made of them is memory that nothing is written
+    /// to.
+    pub headers_only: bool,
 }
 
 /// A weight as a checkpoint has it.
@@ -73,22 +45,36 @@ pub(super) struct Found {
     pub layout: Option<Layout>,
     /// The tensors that it consists of.
     pub used: Vec<String>,
+    /// Their bytes, of stacks the weight's share.
+    pub stored: usize,
+    /// Bytes of the weight that lie in none of their maps: they were made while reading.
+    pub own: usize,
 }
 
 /// The weight `[N, K]` of a linear layer, in FP4, floating point or GGML's integers.
 ///
 /// # Errors
 /// [`Error::Tensor`] names what is missing or malformed, and weights of a kind that is not implemented.
-pub(super) fn read(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
-    found(Siblings::of(checkpoint, module), shape)
+pub(super) fn read(
+    checkpoint: &Checkpoint,
+    module: &str,
+    shape: (usize, usize),
+    reading: Reading,
+) -> Result<Found> {
+    found(Siblings::of(checkpoint, module, reading), shape)
 }
 
 /// The weight `[H · N, K]` of a module that has a matrix `[N, K]` a head, one below the other.
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn read_stack(checkpoint: &Checkpoint, module: &str, shape: (usize, usize)) -> Result<Found> {
-    found(Siblings::stacked(checkpoint, module), shape)
+pub(super) fn read_stack(
+    checkpoint: &Checkpoint,
+    module: &str,
+    shape: (usize, usize),
+    reading: Reading,
+) -> Result<Found> {
+    found(Siblings::stacked(checkpoint, module, reading), shape)
 }
 
 fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
@@ -96,14 +82,20 @@ fn found(siblings: Siblings<'_>, shape: (usize, usize)) -> Result<Found> {
     let (weight, layout) = match reader(&siblings) {
         Some(read) => {
             let (tensor, layout) = read(&siblings, shape)?;
+            siblings.check_layout(layout)?;
             (tensor.into(), Some(layout))
         }
         None => (unpacked(&siblings, shape)?, None),
     };
+    let (used, given) = siblings.used();
+    let mapped = |bytes: &&Bytes| given.iter().any(|given| given.same_map(bytes));
+    let own = weight.regions().filter(|bytes| !mapped(bytes));
     Ok(Found {
+        own: own.map(|bytes| bytes.len()).sum(),
+        stored: given.iter().map(|bytes| bytes.len()).sum(),
         weight,
         layout,
-        used: siblings.used(),
+        used,
     })
 }
 
@@ -121,16 +113,25 @@ fn unpacked(siblings: &Siblings<'_>, shape: (usize, usize)) -> Result<Weight> {
 }
 
 /// A tensor of these parts; of shapes checked before only a scale's value can be wrong.
-fn together(codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
-    Fp4Tensor::new(&codes.name, parts).map_err(|error| match error {
+fn together(siblings: &Siblings<'_>, codes: &Named, scales: &Named, parts: Parts) -> Result<Fp4Tensor> {
+    let made = match siblings.reading().headers_only {
+        true => Fp4Tensor::unread(&codes.name, parts),
+        false => Fp4Tensor::new(&codes.name, parts),
+    };
+    made.map_err(|error| match error {
         Error::Tensor { problem, .. } => scales.problem(problem),
         other => other,
     })
 }
 
+/// Whether a checkpoint has the weight of a linear layer in some form, or a part of it.
+pub(crate) fn has_weight(checkpoint: &Checkpoint, module: &str) -> bool {
+    Siblings::of(checkpoint, module, Reading::default()).has_weight()
+}
+
 /// Whether a checkpoint has a linear layer's weight in FP4.
 pub(super) fn holds(checkpoint: &Checkpoint, module: &str) -> bool {
-    reader(&Siblings::of(checkpoint, module)).is_some()
+    reader(&Siblings::of(checkpoint, module, Reading::default())).is_some()
 }
 
 type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;
@@ -139,6 +140,8 @@ type Reader = fn(&Siblings<'_>, (usize, usize)) -> Result<(Fp4Tensor, Layout)>;
 fn reader(siblings: &Siblings<'_>) -> Option<Reader> {
     if let Some(read) = gguf::reader(siblings) {
         Some(read)
+    } else if siblings.packed().is_some() {
+        Some(modelopt_packed::read)
     } else if siblings.has("weight_packed") {
         Some(compressed::read)
     } else if siblings.is("weight", &[Dtype::U8]) {

@@ -17,7 +17,12 @@ pub(super) fn read(siblings: &Siblings<'_>, shape: (usize, usize)) -> Result<(Fp
         )));
     }
     let factor = siblings.get("weight_scale_2")?;
-    let tensor = compressed::nvfp4(&codes, &scales, shape, Factor::Mul(factor.factor()?))?;
+    let tensor = compressed::nvfp4(
+        siblings,
+        (&codes, &scales),
+        shape,
+        Factor::Mul(factor.factor(siblings.reading())?),
+    )?;
     // What activations are quantised by, which here they are not.
     siblings.see("input_scale");
     Ok((tensor, Layout::ModelOpt))

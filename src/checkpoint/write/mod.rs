@@ -259,6 +259,15 @@ pub fn quantize_folder(
     quantize_checkpoint(source, target, &options, |_, _| {}).map(|_| ())
 }
 
+/// A value that cannot be quantised, with the file of the source that it stands in.
+fn in_its_file(error: Error, source: &Checkpoint) -> Error {
+    let file = match &error {
+        Error::NonFinite { name, .. } => source.find(name).map(|stored| stored.file.clone()),
+        _ => None,
+    };
+    error.in_file(file)
+}
+
 fn write_files(
     source: &Checkpoint,
     plan: &Plan<'_>,
@@ -274,14 +283,15 @@ fn write_files(
     let mut done = total - missing().map(|(_, file)| plan.source_bytes(file)).sum::<u64>();
     progress(done, total);
     for (name, file) in missing() {
-        partial.add(name, |path| {
+        let written = partial.add(name, |path| {
             let plain = shard::write(plan, file, path, inputs, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
             })?;
             *uncalibrated += plain;
             Ok(())
-        })?;
+        });
+        written.map_err(|error| in_its_file(error, source))?;
     }
     match plan.files.len() {
         1 => Ok(()),

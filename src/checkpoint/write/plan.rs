@@ -293,7 +293,8 @@ fn layers(source: &Checkpoint, config: &Map<String, Value>) -> usize {
     let told = config.get("num_hidden_layers").and_then(Value::as_u64);
     let found = || {
         let numbers = source.tensors().filter_map(|(name, _)| match Unit::of(name) {
-            Unit::Layer(layer) => Some(layer + 1),
+            // A name may have any number.
+            Unit::Layer(layer) => Some(layer.saturating_add(1)),
             _ => None,
         });
         numbers.max().unwrap_or(0)

@@ -13,11 +13,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Held by the process that writes.
 const LOCK: &str = "quantize.lock";
 /// What is finished, and of what.
 const NOTES: &str = "quantize.json";
+
+/// How long another process may hold the lock before it counts as one that writes: a killed one does until the system has
+/// taken its maps apart.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A folder under its partial name.
 pub struct Partial<'a> {
@@ -45,15 +50,7 @@ impl<'a> Partial<'a> {
         let io = |e| Error::io(folder, e, "");
         fs::create_dir_all(folder).map_err(io)?;
         let lock = fs::File::create(folder.join(LOCK)).map_err(io)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                let remedy = "wait for it, or choose another name";
-                return Err(Error::file(folder, "another process is writing it", remedy));
-            }
-            // A file system without locks: two at a time are the user's to avoid.
-            Err(fs::TryLockError::Error(_)) => {}
-        }
+        take(&lock, folder)?;
         let of = identity(source, config)?;
         let found = fs::read(folder.join(NOTES)).ok();
         let found = found.and_then(|text| serde_json::from_slice::<Notes>(&text).ok());
@@ -163,6 +160,24 @@ fn hash_of(bytes: &[u8]) -> String {
     let mut all = DefaultHasher::new();
     pieces.collect::<Vec<_>>().hash(&mut all);
     format!("{:016x}", all.finish())
+}
+
+/// Locks a folder for this process.
+fn take(lock: &fs::File, folder: &Path) -> Result<()> {
+    let since = Instant::now();
+    loop {
+        match lock.try_lock() {
+            // A file system without locks: two at a time are the user's to avoid.
+            Ok(()) | Err(fs::TryLockError::Error(_)) => return Ok(()),
+            Err(fs::TryLockError::WouldBlock) if since.elapsed() < PATIENCE => {
+                std::thread::sleep(PATIENCE / 30);
+            }
+            Err(fs::TryLockError::WouldBlock) => {
+                let remedy = "wait for it, or choose another name";
+                return Err(Error::file(folder, "another process is writing it", remedy));
+            }
+        }
+    }
 }
 
 /// What tells sources and options apart: the new `config.json`, which holds the options; the source's files, their sizes

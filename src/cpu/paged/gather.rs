@@ -56,7 +56,7 @@ pub fn gather(
                 // SAFETY: the executor has checked the instructions.
                 unsafe { decode(part.encoding, codes, scales, numbers) };
                 if is_rotated(layout, index) {
-                    rotate(layout, numbers, hadamard::unrotate);
+                    rotate(layout, numbers, hadamard::unrotate_whole);
                 }
                 rest = tail;
             }

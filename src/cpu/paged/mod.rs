@@ -8,11 +8,18 @@
 //!
 //! Work: for MLA 20 heads · (576 + 512) products, 43.5 kFLOP a query and cached token; 400 to 1,152 bytes.
 
+#[cfg_attr(
+    not(any(target_arch = "x86_64", test)),
+    expect(dead_code, reason = "the loops of other processors do not ask ahead")
+)]
+mod ahead;
 mod gather;
 mod plan;
 #[cfg(test)]
 mod tests;
 
+pub(super) use ahead::Lines;
+use ahead::{Ahead, Tokens};
 pub use gather::gather;
 
 use super::Executor;
@@ -21,16 +28,14 @@ use super::simd::{Scratch, aligned, sized};
 use super::tile::{self, ROUND_TOGETHER, SharedSlice};
 use crate::kv::{Part, RowKind, RowLayout, hadamard};
 use crate::{Error, Result};
-use plan::{Group, Kept, Plan, ROWS};
+use plan::{Group, Item, Kept, Plan, ROWS};
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const OP: &str = "paged attention";
 
 /// Tokens of a chunk.
 pub(super) const CHUNK: usize = 256;
-
-/// Bytes of a line of the processor's caches, or of fewer than it has.
-const LINE: usize = 64;
 
 /// A sequence of a call.
 #[derive(Debug, Clone, Copy)]
@@ -195,13 +200,15 @@ pub(super) struct Chunk<'a> {
     /// The position of the group's first query, and the chunk's first one.
     position: usize,
     first: usize,
+    seen: Range<usize>,
     /// Of each token the block's first byte and the place in the block.
     places: [(usize, usize); CHUNK],
-    /// Likewise of the next chunk's tokens, if it may be this thread's.
-    places_ahead: [(usize, usize); CHUNK],
-    ahead: usize,
-    /// Bytes of a token that this chunk's heads read.
-    share: usize,
+    /// What to ask memory for while the chunk is computed.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "the loops of other processors do not ask ahead")
+    )]
+    pub ahead: Ahead<'a>,
 }
 
 /// A vector of every token, and its sizes.
@@ -255,7 +262,7 @@ impl Chunk<'_> {
 
     /// The tokens that any row sees: later rows see later ones.
     pub fn seen(&self) -> Range<usize> {
-        self.visible(0).start..self.visible(self.rows() - 1).end
+        self.seen.clone()
     }
 
     /// Calls `f` for runs of rows that see the same tokens of the chunk, if any.
@@ -273,24 +280,6 @@ impl Chunk<'_> {
             }
             start = end;
         }
-    }
-
-    /// Lines of the bytes that the next chunk reads, this part of so many: to be asked for while this one is computed, and
-    /// all the while, as memory answers only so many questions at a time.
-    #[cfg_attr(
-        not(target_arch = "x86_64"),
-        expect(dead_code, reason = "the loops of other processors do not ask ahead")
-    )]
-    #[inline(always)]
-    pub fn ahead(&self, part: Range<usize>, parts: usize) -> impl Iterator<Item = *const u8> {
-        // A head's bytes of a block are together, and so are a latent's of a token: of either a token has the same share.
-        let share = self.share;
-        let tokens = self.ahead * part.start / parts..self.ahead * part.end / parts;
-        self.places_ahead[tokens].iter().flat_map(move |(block, place)| {
-            let start = block + self.keys[0].part.codes + place * share;
-            let bytes = &self.attention.pool[start..start + share];
-            bytes.iter().step_by(LINE).map(std::ptr::from_ref)
-        })
     }
 
     /// The codes and the scales of a token's vector; the token is one of those seen.
@@ -338,7 +327,6 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
     let call = Call {
         executor,
         attention,
-        follows: !plan.split || plan.items >= 4 * executor.threads(),
         count: attention.count(),
         per_query: attention.heads / attention.kv_heads(),
         value: value_width(attention.layout),
@@ -359,28 +347,42 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
     let out_stride = out_stride(call.value);
     let parts = SharedSlice::new(sized(&mut kept.parts, plan.parts * out_stride));
     let totals = SharedSlice::new(sized(&mut kept.totals, plan.parts));
-    executor.run(plan.items, |index| {
-        let (group, chunk) = plan.item(index);
-        let rows = group.part(chunk);
-        // SAFETY: these rows are this item's alone.
-        let (out, totals) = unsafe {
-            (
-                parts.part(rows.start * out_stride..rows.end * out_stride),
-                totals.part(rows),
-            )
-        };
-        tile::with_scratch(|scratch| call.chunk(group, chunk, queries, out, totals, scratch));
+    let threads = executor.threads().min(plan.items);
+    let next = AtomicUsize::new(threads);
+    let take = || {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        (index < plan.items).then(|| plan.item(index))
+    };
+    // Where there are many items, a thread takes its next one before it computes one, so that it can ask memory for what it
+    // will read. Of few, another thread may be free to take it first.
+    let many = plan.items >= 4 * threads;
+    executor.run(threads, |thread| {
+        let (mut taken, mut asked) = (Some(plan.item(thread)), false);
+        while let Some(item) = taken {
+            let next = if many { take() } else { None };
+            let turn = Turn { item, asked, next };
+            asked = many;
+            let rows = item.part();
+            // SAFETY: these rows are this item's alone.
+            let (out, totals) = unsafe {
+                (
+                    parts.part(rows.start * out_stride..rows.end * out_stride),
+                    totals.part(rows),
+                )
+            };
+            tile::with_scratch(|scratch| call.chunk(turn, queries, out, totals, scratch));
+            taken = if many { next } else { take() };
+        }
     });
     executor.run(plan.rows, |index| {
         let (group, row) = plan.row(index);
-        let (first, mut later) = (group.part(group.chunks.start).start + row, group.chunks.clone());
+        let mut later = group.items().map(|item| item.part().start + row);
+        let first = later.next().expect("a group sees a chunk");
         // SAFETY: this row's parts are this task's alone.
         let out = unsafe { parts.part(first * out_stride..(first + 1) * out_stride) };
         // SAFETY: likewise; what the first chunk gave lies where all of it is to be.
         let mut total = unsafe { totals.part(first..first + 1) }[0];
-        later.next();
-        for chunk in later {
-            let part = group.part(chunk).start + row;
+        for part in later {
             // SAFETY: the executor has checked the instructions; as above.
             unsafe {
                 let from = parts.part(part * out_stride..(part + 1) * out_stride);
@@ -391,15 +393,24 @@ fn run(executor: &Executor, attention: &PagedAttention<'_>, y: &mut [f32], kept:
     });
 }
 
+/// Tokens of a thread's first chunk that it does not ask for.
+const AT_ONCE: usize = 16;
+
 /// The total of a row that has seen nothing.
 const EMPTY: [f32; 2] = [f32::NEG_INFINITY, 0.0];
+
+/// What a thread computes now, and what it will.
+struct Turn<'a> {
+    item: Item<'a>,
+    /// Whether memory was asked for the item's bytes already.
+    asked: bool,
+    next: Option<Item<'a>>,
+}
 
 /// What all tasks of a call share.
 struct Call<'a> {
     executor: &'a Executor,
     attention: &'a PagedAttention<'a>,
-    /// Whether a thread that has computed a chunk goes on with the next one.
-    follows: bool,
     /// Queries.
     count: usize,
     per_query: usize,
@@ -409,7 +420,7 @@ struct Call<'a> {
     y: SharedSlice<'a, f32>,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
     /// Prepares all queries: `[kv heads, queries, heads of a kv head]`, so that a group's lie together.
     fn prepare(&self, to: &mut [f32]) {
         let heads = self.attention.heads;
@@ -431,7 +442,11 @@ impl Call<'_> {
                     rest = tail;
                 }
                 let (keys, _) = self.attention.parts(set);
-                rotate(self.attention.layout, &mut row[..keys[0].width], hadamard::rotate);
+                rotate(
+                    self.attention.layout,
+                    &mut row[..keys[0].width],
+                    hadamard::rotate_whole,
+                );
                 // SAFETY: the executor has checked the instructions.
                 unsafe { (self.executor.kernels().paged.prepare)(row, to) };
             });
@@ -443,22 +458,35 @@ impl Call<'_> {
         }
     }
 
+    /// The positions of a chunk that any of a group's rows sees; none, where later queries of the group alone see some.
+    fn seen(&self, Item { group, chunk }: Item<'_>) -> Range<usize> {
+        let sequence = &self.attention.sequences[group.sequence];
+        let position = sequence.len - sequence.queries + group.query;
+        let position = |row: usize| position + row / self.per_query;
+        let (first, end) = (chunk * CHUNK, (chunk + 1) * CHUNK);
+        let start = self.attention.visible(position(group.rows.start)).start;
+        start.max(first)..(position(group.rows.end - 1) + 1).min(end)
+    }
+
     /// The parts that a chunk has in the outputs of a group's rows.
     fn chunk(
         &self,
-        group: &Group,
-        chunk: usize,
+        turn: Turn<'_>,
         queries: &[f32],
         out: &mut [f32],
         totals: &mut [[f32; 2]],
         scratch: &mut Scratch,
     ) {
-        let sequence = &self.attention.sequences[group.sequence];
+        let Item { group, chunk } = turn.item;
+        let (first, seen) = (chunk * CHUNK, self.seen(turn.item));
+        if seen.is_empty() {
+            totals.fill(EMPTY);
+            return;
+        }
+        let (layout, sequence) = (self.attention.layout, &self.attention.sequences[group.sequence]);
         let (keys, values) = self.attention.parts(group.head);
-        let first = chunk * CHUNK;
         let query = (group.head * self.count + group.first_query + group.query) * self.per_query;
         let rows = query + group.rows.start..query + group.rows.end;
-        let layout = self.attention.layout;
         let mut chunk = Chunk {
             queries: &queries[rows.start * self.stride..rows.end * self.stride],
             stride: self.stride,
@@ -470,26 +498,43 @@ impl Call<'_> {
             per_query: self.per_query,
             position: sequence.len - sequence.queries + group.query,
             first,
+            seen: seen.start - first..seen.end - first,
             places: [(0, 0); CHUNK],
-            places_ahead: [(0, 0); CHUNK],
-            ahead: 0,
-            share: layout.row_bytes() / self.attention.kv_heads(),
+            ahead: self.ahead(&turn),
         };
-        let seen = chunk.seen();
-        // Of a group's queries the earlier ones may end before a chunk that later ones see.
-        if seen.is_empty() {
-            totals.fill(EMPTY);
-            return;
-        }
-        let end = chunk.position + (group.rows.end - 1) / self.per_query + 1;
-        places(layout, sequence, first + seen.start, &mut chunk.places[seen]);
-        if self.follows && first + CHUNK < end {
-            chunk.ahead = CHUNK.min(end - first - CHUNK);
-            let ahead = &mut chunk.places_ahead[..chunk.ahead];
-            places(layout, sequence, first + CHUNK, ahead);
-        }
+        places(
+            layout,
+            sequence,
+            seen.start,
+            &mut chunk.places[seen.start - first..seen.end - first],
+        );
         // SAFETY: the executor has checked the instructions.
         unsafe { (self.executor.kernels().paged.chunk)(&chunk, out, totals, scratch) };
+    }
+
+    /// What to ask memory for during a turn.
+    fn ahead(&self, turn: &Turn<'a>) -> Ahead<'a> {
+        let own = (!turn.asked).then(|| {
+            // The first ones are read before memory could answer.
+            let seen = self.seen(turn.item);
+            self.tokens(turn.item.group, seen.start + AT_ONCE..seen.end)
+        });
+        let next = turn.next.map(|next| self.tokens(next.group, self.seen(next)));
+        let pool = self.attention.pool;
+        Ahead { pool, own, next }
+    }
+
+    /// What a group reads at these positions.
+    fn tokens(&self, group: &Group, positions: Range<usize>) -> Tokens<'a> {
+        let layout = self.attention.layout;
+        Tokens {
+            table: self.attention.sequences[group.sequence].table,
+            positions,
+            block: (layout.block_tokens(), layout.block_bytes()),
+            // A head's bytes of a block are together, and so are a latent's of a token: of either a token has the same share.
+            start: self.attention.parts(group.head).0[0].codes,
+            share: layout.row_bytes() / self.attention.kv_heads(),
+        }
     }
 
     /// All chunks of a group.
@@ -499,8 +544,15 @@ impl Call<'_> {
             let mut memory = std::mem::take(&mut scratch.other_tile);
             let (out, part) = sized(&mut memory, 2 * rows * stride).split_at_mut(rows * stride);
             let (mut totals, mut part_totals) = ([EMPTY; ROWS], [EMPTY; ROWS]);
-            for chunk in group.chunks.clone() {
-                self.chunk(group, chunk, queries, part, &mut part_totals[..rows], scratch);
+            let (mut items, mut asked) = (group.items().peekable(), false);
+            while let Some(item) = items.next() {
+                let turn = Turn {
+                    item,
+                    asked,
+                    next: items.peek().copied(),
+                };
+                asked = true;
+                self.chunk(turn, queries, part, &mut part_totals[..rows], scratch);
                 let parts = part.chunks_exact(stride).zip(part_totals);
                 for ((out, total), (part, part_total)) in
                     out.chunks_exact_mut(stride).zip(&mut totals).zip(parts)
@@ -521,7 +573,7 @@ impl Call<'_> {
         let out = &mut out[..self.value];
         let factor = 1.0 / sum;
         out.iter_mut().for_each(|v| *v *= factor);
-        rotate(self.attention.layout, out, hadamard::unrotate);
+        rotate(self.attention.layout, out, hadamard::unrotate_whole);
         let row = group.rows.start + row;
         let query = group.first_query + group.query + row / self.per_query;
         let head = group.head * self.per_query + row % self.per_query;
@@ -532,9 +584,9 @@ impl Call<'_> {
 }
 
 /// Rotates a vector one way or the other, where the layout's are.
-fn rotate(layout: &RowLayout, vector: &mut [f32], how: fn(&mut [f32], usize) -> Result<()>) {
-    if let Some(block) = layout.rotation(vector.len()) {
-        how(vector, block).expect("a layout's blocks divide its vectors");
+fn rotate(layout: &RowLayout, vector: &mut [f32], how: fn(&mut [f32])) {
+    if layout.rotation(vector.len()).is_some() {
+        how(vector);
     }
 }
 

@@ -57,10 +57,30 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Where its rows' parts of a chunk are, counted in rows.
-    pub fn part(&self, chunk: usize) -> Range<usize> {
-        let start = self.parts_before + (chunk - self.chunks.start) * self.rows.len();
-        start..start + self.rows.len()
+    /// Its chunks.
+    pub fn items(&self) -> impl Iterator<Item = Item<'_>> {
+        self.chunks.clone().map(|chunk| Item { group: self, chunk })
+    }
+}
+
+/// A chunk of a group.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Item<'a> {
+    pub group: &'a Group,
+    pub chunk: usize,
+}
+
+impl Item<'_> {
+    /// Where its rows' parts of the outputs are, counted in rows.
+    pub fn part(&self) -> Range<usize> {
+        let Group {
+            parts_before,
+            chunks,
+            rows,
+            ..
+        } = self.group;
+        let start = parts_before + (self.chunk - chunks.start) * rows.len();
+        start..start + rows.len()
     }
 }
 
@@ -131,11 +151,14 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// An item: a group and its chunk.
-    pub fn item(&self, index: usize) -> (&Group, usize) {
+    /// An item.
+    pub fn item(&self, index: usize) -> Item<'_> {
         let group = self.groups.partition_point(|group| group.items_before <= index) - 1;
         let group = &self.groups[group];
-        (group, group.chunks.start + index - group.items_before)
+        Item {
+            group,
+            chunk: group.chunks.start + index - group.items_before,
+        }
     }
 
     /// A row: a group and its row.

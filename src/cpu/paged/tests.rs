@@ -204,6 +204,22 @@ fn paged_widths_of_the_model_and_odd_ones() {
         ),
         (
             RowKind::Heads {
+                kv_heads: 2,
+                key_dim: 64,
+                value_dim: 64,
+            },
+            8,
+        ),
+        (
+            RowKind::Heads {
+                kv_heads: 4,
+                key_dim: 96,
+                value_dim: 96,
+            },
+            4,
+        ),
+        (
+            RowKind::Heads {
                 kv_heads: 1,
                 key_dim: 256,
                 value_dim: 256,
@@ -489,7 +505,7 @@ fn attention_reads_all_bytes_as_the_codecs() {
             let mut expected = vec![0.0; 32 + 256];
             codec::read(&layout, &pool, 0, &mut expected).unwrap();
             let mut expected = expected.split_off(32);
-            rotate(&layout, &mut expected, hadamard::unrotate);
+            rotate(&layout, &mut expected, hadamard::unrotate_whole);
             for executor in executors() {
                 let mut found = vec![0.0; 256];
                 let attention = PagedAttention {

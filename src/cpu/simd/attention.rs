@@ -24,10 +24,11 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     let (rows, width, value) = (task.len(), attention.width(), attention.values.width);
     let stride = out_stride(value);
     assert!(rows > 0 && out.len() == rows * stride);
-    let few = rows <= FEW;
+    let few = rows <= FEW && !task.uniform;
     let queries = aligned(&mut scratch.floats, rows * width);
     gather(task, width, queries);
-    let scores = aligned(&mut scratch.tile, rows * KEYS);
+    // The last register of a row that begins within a block may reach into the next one's hidden places.
+    let scores = aligned(&mut scratch.tile, rows * KEYS + 16);
     let packed = aligned(
         &mut scratch.weights,
         if few { 0 } else { KEYS * (width + stride) },
@@ -39,12 +40,14 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
 
     // Later rows see later keys.
     let seen = attention.visible(task.row(0).0).start..attention.visible(task.row(rows - 1).0).end;
-    for first in seen.clone().step_by(KEYS) {
-        let (count, add) = ((seen.end - first).min(KEYS), first > seen.start);
+    // Blocks begin at multiples of their size, whichever rows the task has.
+    for base in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
+        let first = base.max(seen.start);
+        let (count, add) = ((seen.end - first).min(base + KEYS - first), base > seen.start);
         // SAFETY: the instructions are the caller's promise; there are `rows` queries of
         // `width`, and that many keys have been packed, to whole registers.
         unsafe {
-            let a = Rows::of(queries, width);
+            let (a, scores) = (Rows::of(queries, width), &mut scores[first - base..]);
             if few {
                 dots::<S, NR, MR>(task, a, first, count, scores);
             } else {
@@ -57,7 +60,7 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
         for (index, scores) in scores.as_chunks_mut::<KEYS>().0.iter_mut().enumerate() {
             let visible = attention.visible(task.row(index).0);
             let end = visible.end.min(first + count);
-            let visible = visible.start.max(first) - first..end.max(first) - first;
+            let visible = visible.start.max(base) - base..end.max(base) - base;
             if visible.is_empty() {
                 scores.fill(0.0);
                 continue;
@@ -88,7 +91,7 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
                 (Columns::packed::<S>(values, KEYS), stride)
             };
             product::<S, NR, MR>(
-                Rows::of(scores, KEYS),
+                Rows::of(scores, KEYS).skip(0, first - base),
                 b,
                 (rows, count, columns),
                 (out, stride),

@@ -9,7 +9,7 @@
 use super::paged::{FP8_GROUP, PagedKernels, e4m3};
 use super::product::aligned;
 use super::{Kernels, Scratch, avx512};
-use crate::cpu::paged::{CHUNK, Chunk, Vector, out_stride};
+use crate::cpu::paged::{CHUNK, Chunk, Lines, Vector, out_stride};
 use crate::fp4::code;
 use crate::kv::Encoding;
 use std::arch::x86_64::*;
@@ -35,6 +35,8 @@ pub(super) static KERNELS: Kernels = Kernels {
 const LANES: usize = 32;
 /// Keys that queries meet at a time: two in a register.
 const KEYS: usize = 8;
+/// Rows that are so few that a pass takes all.
+const FEW: usize = 6;
 /// Rows whose queries stay in the first-level cache while a chunk's keys pass by.
 const BLOCK: usize = 24;
 
@@ -142,6 +144,12 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
     let scores = aligned(&mut scratch.tile, rows * CHUNK);
     let registers = width.div_ceil(LANES);
     let queries: *const u16 = chunk.queries.as_ptr().cast();
+    let blocks = rows.div_ceil(BLOCK);
+    let block = |index: usize| index * rows / blocks..(index + 1) * rows / blocks;
+    let mut asking = chunk.ahead.asking();
+    let sets = seen.end.div_ceil(KEYS) - seen.start / KEYS;
+    let passes: usize = (0..blocks).map(|index| block(index).len().div_ceil(6)).sum();
+    asking.scores(sets * passes);
     // Decoded keys meet the queries while the first-level cache holds them: those of few rows beside all queries.
     let step = if rows <= BLOCK { 2 * KEYS } else { 8 * KEYS };
     for start in (seen.start / step * step..seen.end).step_by(step) {
@@ -150,12 +158,10 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
             // SAFETY: the tile has room for these tokens' keys.
             unsafe { decode_keys(chunk, these.clone(), tile, width, stride(width)) };
         }
-        for block in 0..rows.div_ceil(BLOCK) {
-            let blocks = rows.div_ceil(BLOCK);
-            let some = block * rows / blocks..(block + 1) * rows / blocks;
+        for some in (0..blocks).map(block) {
             for first in (these.start / KEYS * KEYS..these.end).step_by(KEYS) {
-                if block == 0 {
-                    ask(chunk, &keys, first, if keys_lie { registers } else { 0 });
+                if keys_lie && rows <= FEW {
+                    ask_for_keys(&keys[first..], registers);
                 }
                 let some_keys = keys[first..].first_chunk().expect("a chunk is whole eights");
                 // SAFETY: the instructions are the caller's promise; queries and keys have `registers` registers, each row
@@ -163,7 +169,8 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
                 passes!(some.clone(), 6: 1 2 3 4 5 6, |row, R| unsafe {
                     let queries = queries.add(row * 2 * chunk.stride);
                     let scores = scores[row * CHUNK + first..].as_mut_ptr();
-                    dots::<R>(queries, 2 * chunk.stride, some_keys, registers, scores);
+                    let lines = asking.next(2 * registers, ask);
+                    dots::<R>((queries, 2 * chunk.stride), some_keys, registers, scores, lines);
                 });
             }
         }
@@ -180,6 +187,15 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
         totals[row] = unsafe { weights(scores, chunk.visible(row), to.as_mut_ptr().cast()) };
     }
     let rounded: *const i32 = rounded.as_ptr().cast();
+    let is_wide = |run: &Range<usize>| run.len() <= FEW;
+    let mut calls = 0;
+    chunk.runs(|run, _| {
+        calls += match is_wide(&run) {
+            true => out_stride.div_ceil(2 * LANES),
+            false => out_stride / LANES * run.len().div_ceil(12),
+        };
+    });
+    asking.outputs(calls);
     chunk.runs(|run, visible| {
         let mut values = values;
         values[..visible.start].fill(zero);
@@ -187,13 +203,7 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
         let pairs = visible.start / 2..visible.end.div_ceil(2);
         let mut column = 0;
         while column < out_stride {
-            let wide = run.len() <= 6 && column + 2 * LANES <= out_stride;
-            if run.start == 0 {
-                let (part, half) = (column / LANES, out_stride / LANES);
-                for line in chunk.ahead(half + part..half + part + 1 + usize::from(wide), 2 * half) {
-                    _mm_prefetch::<_MM_HINT_T1>(line.cast());
-                }
-            }
+            let wide = is_wide(&run) && column + 2 * LANES <= out_stride;
             let out = out.as_mut_ptr();
             // SAFETY: the instructions are the caller's promise; there are weights and values of all pairs, values as
             // outputs in whole pairs of registers.
@@ -201,12 +211,14 @@ unsafe fn chunk(chunk: &Chunk<'_>, out: &mut [f32], totals: &mut [[f32; 2]], scr
                 if wide {
                     passes!(run.clone(), 6: 1 2 3 4 5 6, |row, R| {
                         let out = out.add(row * out_stride + column);
-                        mix::<2, R>(rounded.add(row * CHUNK / 2), &values, pairs.clone(), column, out, out_stride);
+                        let (weights, lines) = (rounded.add(row * CHUNK / 2), asking.next(pairs.len(), ask));
+                        mix::<2, R>(weights, &values, pairs.clone(), column, (out, out_stride), lines);
                     });
                 } else {
                     passes!(run.clone(), 12: 1 2 3 4 5 6 7 8 9 10 11 12, |row, R| {
                         let out = out.add(row * out_stride + column);
-                        mix::<1, R>(rounded.add(row * CHUNK / 2), &values, pairs.clone(), column, out, out_stride);
+                        let (weights, lines) = (rounded.add(row * CHUNK / 2), asking.next(pairs.len(), ask));
+                        mix::<1, R>(weights, &values, pairs.clone(), column, (out, out_stride), lines);
                     });
                 }
             }
@@ -227,20 +239,22 @@ fn lie(vectors: &[Vector], width: usize) -> bool {
     width.is_multiple_of(LANES) && vectors.iter().all(&mut follows)
 }
 
-/// Asks for what is read next: keys that lie in the pool, `registers` registers each, eight tokens ahead, and half of the
-/// next chunk's bytes (the other half is asked for with the values).
+/// Asks for a line to be brought into the second-level cache.
 #[inline(always)]
-fn ask(chunk: &Chunk<'_>, keys: &[*const u16; CHUNK], first: usize, registers: usize) {
-    for key in keys[first..].iter().skip(KEYS).take(KEYS) {
+fn ask(line: *const u8) {
+    // SAFETY: a hint, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+}
+
+/// Asks for the next eight keys, `registers` registers each, to be brought into the first-level cache: few rows' products
+/// wait for memory.
+#[inline(always)]
+fn ask_for_keys(keys: &[*const u16], registers: usize) {
+    for key in keys.iter().skip(KEYS).take(KEYS) {
         for register in 0..registers {
             // SAFETY: a hint, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(key.wrapping_add(register * LANES).cast()) };
         }
-    }
-    let part = first / KEYS;
-    for line in chunk.ahead(part..part + 1, 2 * CHUNK / KEYS) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
     }
 }
 
@@ -268,7 +282,8 @@ unsafe fn decode_keys(chunk: &Chunk<'_>, tokens: Range<usize>, tile: *mut u16, w
     }
 }
 
-/// Scores of `R` queries and eight keys, `registers` registers each; rows of scores are [`CHUNK`] apart.
+/// Scores of `R` queries (the first one, elements from one to the next) and eight keys, `registers` registers each; rows of
+/// scores are [`CHUNK`] apart. Asks for two lines a register.
 ///
 /// A register takes sixteen elements of two keys, so that half as many are to be summed up in the end.
 ///
@@ -277,17 +292,18 @@ unsafe fn decode_keys(chunk: &Chunk<'_>, tokens: Range<usize>, tile: *mut u16, w
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
 unsafe fn dots<const R: usize>(
-    queries: *const u16,
-    stride: usize,
+    (queries, stride): (*const u16, usize),
     keys: &[*const u16; KEYS],
     registers: usize,
     scores: *mut f32,
+    mut lines: Lines,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let half = |from: *const u16| _mm256_loadu_si256(from.cast());
         let mut sums = [[_mm512_setzero_ps(); KEYS / 2]; R];
         for k in (0..registers * LANES).step_by(LANES / 2) {
+            ask(lines.step());
             let mut b = [_mm512_setzero_si512(); KEYS / 2];
             for v in 0..KEYS / 2 {
                 let low = _mm512_castsi256_si512(half(keys[v].add(k)));
@@ -383,7 +399,7 @@ fn exp2(x: __m512) -> __m512 {
 }
 
 /// `B` times 32 columns of the outputs of `R` rows: for each pair of tokens the two weights of a row times the two rows of
-/// values, interleaved.
+/// values, interleaved. Outputs are the first row's and the elements from one row to the next. Asks for a line a pair.
 ///
 /// # Safety
 /// The instructions; weights and values of all pairs, values and outputs from `column` on.
@@ -394,13 +410,14 @@ unsafe fn mix<const B: usize, const R: usize>(
     values: &[*const u16; CHUNK],
     pairs: Range<usize>,
     column: usize,
-    out: *mut f32,
-    stride: usize,
+    (out, stride): (*mut f32, usize),
+    mut lines: Lines,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[[_mm512_setzero_ps(); 2]; B]; R];
         for pair in pairs {
+            ask(lines.step());
             let mut both = [[_mm512_setzero_si512(); 2]; B];
             for b in 0..B {
                 let [even, odd] = [0, 1].map(|i| load(values[2 * pair + i].add(column + b * LANES)));

@@ -47,7 +47,8 @@ pub(super) unsafe fn columns<S: Simd, const NR: usize, const MR: usize>(
 /// is used while it is there.
 const TOGETHER: usize = 16;
 
-/// `out[c] = Σ_r x[r] · w[first + r, start + c]` for FP4 weights and whole sets of eight registers.
+/// `out[c] = Σ_r x[r] · w[first + r, start + c]` for FP4 weights and whole sets of eight registers: the sums of [`product`]
+/// over decoded rows, bit for bit.
 #[inline(always)]
 unsafe fn one_transposed<S: Simd>(
     tensor: &Fp4Tensor,
@@ -76,11 +77,6 @@ unsafe fn one_transposed<S: Simd>(
                 scales::decode(tensor, ((first + r) * k + start) / group, scales);
             }
         }
-        for (scales, x) in scales.chunks_exact_mut(groups).zip(x) {
-            for scale in scales {
-                *scale *= x;
-            }
-        }
         for column in (0..width).step_by(set) {
             // SAFETY: the instructions are the caller's promise; `sums` has `width` elements, a
             // multiple of `set`; codes and scales are sliced.
@@ -93,12 +89,12 @@ unsafe fn one_transposed<S: Simd>(
                 for r in 0..x.len() {
                     let codes = &all_codes[((first + r) * k + start + column) / 2..][..set / 2];
                     S::prefetch(codes.as_ptr().wrapping_add(DISTANCE));
-                    let scales = &scales[r * groups..][..groups];
+                    let (scales, x) = (&scales[r * groups..][..groups], S::splat(x[r]));
                     for i in 0..4 {
                         let scale = span_scale::<S>(scales, log_group, column / span + i);
                         let (even, odd) = S::values(codes.as_ptr().add(i * S::LANES));
-                        sums[2 * i] = S::fma(even, scale, sums[2 * i]);
-                        sums[2 * i + 1] = S::fma(odd, scale, sums[2 * i + 1]);
+                        sums[2 * i] = S::fma(x, S::mul(even, scale), sums[2 * i]);
+                        sums[2 * i + 1] = S::fma(x, S::mul(odd, scale), sums[2 * i + 1]);
                     }
                 }
                 for i in 0..8 {

@@ -10,7 +10,8 @@ use std::ops::Range;
 const ROWS: usize = 3;
 
 /// From this many rows of activations on, a matrix product over decoded rows is faster than dot products.
-const MANY: usize = 6;
+const PRODUCT: usize = 6;
+const _: () = assert!(PRODUCT <= super::MANY);
 
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
@@ -24,7 +25,7 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     scratch: &mut Scratch,
 ) {
     let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
-    if m < MANY {
+    if m < PRODUCT {
         passes!(m, ROWS, |first, R| {
             let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
             // SAFETY: the instructions are the caller's promise.
@@ -91,7 +92,7 @@ unsafe fn few<S: Simd, const M: usize>(
     }
     // Even and odd elements apart, as decoding gives the weights'; what does not fill two registers stays behind.
     let whole = k / span;
-    let split = sized(&mut scratch.gathered, M * k);
+    let split = aligned(&mut scratch.gathered, M * k);
     for i in 0..M {
         let (x, split) = (&x[selection.row(i) * k..][..k], &mut split[i * k..][..k]);
         for (x, split) in x.chunks_exact(span).zip(split.chunks_exact_mut(span)) {
@@ -102,7 +103,7 @@ unsafe fn few<S: Simd, const M: usize>(
         }
         split[whole * span..].copy_from_slice(&x[whole * span..]);
     }
-    let split = &scratch.gathered[..M * k];
+    let split = &*split;
     for (r, n) in rows.enumerate() {
         // SAFETY: the instructions are the caller's promise.
         let mut sums = [[unsafe { S::splat(0.0) }; 2]; M];

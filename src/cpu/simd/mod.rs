@@ -53,6 +53,9 @@ use std::ops::Range;
 /// Rows of weights in a tile.
 pub(super) const TILE: usize = 64;
 
+/// From so many rows of activations on, no product takes a kernel for a few.
+pub(super) const MANY: usize = 9;
+
 /// Bytes of codes that a block of 128 elements has.
 const BLOCK_BYTES: usize = BLOCK / 2;
 /// Lanes of 32 bits that these bytes fill.

@@ -1,7 +1,7 @@
 //! FP4 weights times rounded activations.
 
 use super::product::passes;
-use super::{Fp4Rows, Scratch, Selection, Simd, TILE, blocks, few};
+use super::{Fp4Rows, MANY, Scratch, Selection, Simd, TILE, blocks, few};
 use crate::cpu::activations::{BLOCK, Rounded};
 
 /// Rows of activations that [`few::along_rows`] takes: what registers hold beside the weights'.
@@ -32,7 +32,7 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     // SAFETY: the instructions are the caller's promise;
     // the blocks of all selected rows are there, as just asserted.
     unsafe {
-        if m > 8 {
+        if m >= MANY {
             return blocks::many::<S, NR, MR>(weights, x, selection, out, scratch);
         }
         // Twice for more than four: the second time the weights are in the second-level cache.

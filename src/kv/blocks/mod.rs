@@ -108,6 +108,22 @@ struct Sequence {
     replaced: Option<u32>,
 }
 
+/// What a pass takes for a sequence.
+struct Need {
+    /// Blocks behind those that it has.
+    new: usize,
+    /// The last block, if the pass begins within it and others may read it, and whether these are the cache alone.
+    foreign: Option<(u32, bool)>,
+}
+
+impl Need {
+    /// Blocks without which there is no pass: what only the cache shares need not be copied.
+    fn least(&self) -> usize {
+        let copied = self.foreign.is_some_and(|(_, only_cached)| !only_cached);
+        self.new.saturating_add(usize::from(copied))
+    }
+}
+
 impl Blocks {
     /// A pool of so many blocks, all empty.
     ///
@@ -188,60 +204,85 @@ impl Blocks {
     /// # Errors
     /// [`Error::OutOfBlocks`], and [`Error::Argument`] for a sequence that is not there; all is then as it was.
     pub fn append(&mut self, id: SequenceId, tokens: &[u32]) -> Result<Option<BlockCopy>> {
-        self.forget(id)?;
-        let size = self.tokens_per_block;
-        let store = &mut self.store;
-        let sequence = find_mut(&mut self.sequences, id)?;
-        let len = sequence.len;
-        let total = len.saturating_add(tokens.len());
-        // The last block, if the pass begins within it and others may read it.
-        let foreign = sequence
-            .blocks
-            .last()
-            .copied()
-            .filter(|block| !tokens.is_empty() && len % size != 0 && !store.is_own(*block));
-        let new = total.div_ceil(size) - sequence.blocks.len();
-        let mut needed = new + usize::from(foreign.is_some());
-        let mut copied = foreign;
-        if let Some(block) = foreign
-            && needed > store.available()
-            && store.held_once(block)
-        {
-            // Only the cache shares it, and there is no room for a copy: its contents are given up.
-            needed -= 1;
-            copied = None;
+        Ok(self.append_all(&[(id, tokens)])?.pop())
+    }
+
+    /// As [`append`](Self::append) for several sequences, all of them or none: where there are too few blocks, nothing
+    /// cached is given up.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append); [`Error::Argument`] for a sequence that is there twice.
+    pub fn append_all(&mut self, sequences: &[(SequenceId, &[u32])]) -> Result<Vec<BlockCopy>> {
+        for (index, (id, _)) in sequences.iter().enumerate() {
+            if sequences[..index].iter().any(|(other, _)| other == id) {
+                let found = format!("sequence {id} twice");
+                return Err(Error::argument(OP, "sequences", "each of them once", found));
+            }
+            self.find(*id)?;
         }
-        if needed > store.available() {
+        for (id, _) in sequences {
+            self.forget(*id)?;
+        }
+        let mut needs = Vec::with_capacity(sequences.len());
+        for (id, tokens) in sequences {
+            needs.push(self.need(*id, tokens.len())?);
+        }
+        let needed = needs.iter().map(Need::least).fold(0, usize::saturating_add);
+        let free = self.store.available();
+        if needed > free {
             return Err(Error::OutOfBlocks {
                 needed,
-                free: store.available(),
-                total: store.statistics().total,
-                tokens_per_block: size,
+                free,
+                total: self.store.statistics().total,
+                tokens_per_block: self.tokens_per_block,
             });
         }
-        if let (Some(block), None) = (foreign, copied) {
-            store.forget_contents(block);
-        }
-        let mut take = || {
-            store
-                .take()
-                .ok_or_else(|| Error::argument(OP, "blocks", "as many free blocks as were counted", "fewer"))
-        };
-        let copy = match copied {
-            None => None,
-            Some(from) => {
+        let (mut spare, mut copies) = (free - needed, Vec::new());
+        for ((id, tokens), need) in sequences.iter().zip(needs) {
+            let copied = match need.foreign {
+                // Only the cache shares it, and there is no room for a copy: its contents are given up.
+                Some((block, true)) if spare == 0 => {
+                    self.store.forget_contents(block);
+                    None
+                }
+                Some((block, only_cached)) => {
+                    spare -= usize::from(only_cached);
+                    Some(block)
+                }
+                None => None,
+            };
+            let store = &mut self.store;
+            let mut take = || {
+                store.take().ok_or_else(|| {
+                    Error::argument(OP, "blocks", "as many free blocks as were counted", "fewer")
+                })
+            };
+            let sequence = find_mut(&mut self.sequences, *id)?;
+            if let Some(from) = copied {
                 let to = take()?;
                 sequence.replaced = sequence.blocks.pop();
                 sequence.blocks.push(to);
-                Some(BlockCopy { from, to })
+                copies.push(BlockCopy { from, to });
             }
-        };
-        for _ in 0..new {
-            sequence.blocks.push(take()?);
+            for _ in 0..need.new {
+                sequence.blocks.push(take()?);
+            }
+            sequence.tokens.extend_from_slice(tokens);
         }
-        sequence.tokens.extend_from_slice(tokens);
-        self.copies += u64::from(copy.is_some());
-        Ok(copy)
+        self.copies += copies.len() as u64;
+        Ok(copies)
+    }
+
+    /// What a pass of so many tokens takes for a sequence.
+    fn need(&self, id: SequenceId, tokens: usize) -> Result<Need> {
+        let (sequence, size) = (self.find(id)?, self.tokens_per_block);
+        let last = sequence.blocks.last().copied();
+        let within = tokens > 0 && !sequence.len.is_multiple_of(size);
+        let foreign = last.filter(|block| within && !self.store.is_own(*block));
+        Ok(Need {
+            new: sequence.len.saturating_add(tokens).div_ceil(size) - sequence.blocks.len(),
+            foreign: foreign.map(|block| (block, self.store.held_once(block))),
+        })
     }
 
     /// Ends a pass: its tokens are the sequence's. Blocks that it has filled are known by their contents from now on;

@@ -41,6 +41,7 @@ impl Operand<'_> {
             len: bytes.len(),
             bytes: if contents { bytes.to_vec() } else { Vec::new() },
             misalignment: bytes.as_ptr().addr() % 16,
+            address: bytes.as_ptr().addr(),
             written: matches!(self, Self::Write(_)),
         }
     }
@@ -85,6 +86,8 @@ pub struct RecordedOperand {
     pub bytes: Vec<u8>,
     /// How far behind a multiple of 16 bytes it begins.
     pub misalignment: usize,
+    /// Where it was in memory: which operands of a plan are the same bytes.
+    pub address: usize,
     /// Whether kernels may write it.
     pub written: bool,
 }

@@ -28,6 +28,9 @@ const INNER_EPS: f64 = 1e-6;
 const EXPANDED: usize = 512 << 20;
 
 /// Which way attention is computed; results agree up to rounding.
+///
+/// Where one is forced, the CPU computes on [uniform](crate::cpu::Executor::uniform) kernels: a prompt gives the same bits
+/// whole and in chunks, and a sequence alone and in a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttentionPath {
     /// Whichever costs less.

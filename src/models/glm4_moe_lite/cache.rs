@@ -4,9 +4,10 @@ use super::config::Config;
 use super::decoder::Model;
 use super::forward::{Logits, Sequence};
 use crate::checkpoint::LoadOptions;
-use crate::kv::{BlockStatistics, CacheKind, SequenceId};
+use crate::kv::{BlockStatistics, CacheKind, RowLayout, SequenceId};
 use crate::models::observe::Observer;
 use crate::nn::{CacheSize, PagedKvCache, TokenCache};
+use crate::ops::{self, PagedAttention};
 use crate::{Error, Result, memory};
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
@@ -38,11 +39,32 @@ pub struct ContiguousCaches {
     empty: TokenCache,
     sequences: HashMap<SequenceId, TokenCache>,
     next: u64,
+    /// The most tokens of all sequences together.
+    limit: Option<usize>,
 }
 
 impl ContiguousCaches {
     fn find(&self, sequence: SequenceId) -> Result<&TokenCache> {
         self.sequences.get(&sequence).ok_or_else(|| missing(sequence))
+    }
+
+    /// Tokens of all sequences.
+    fn tokens(&self) -> usize {
+        self.sequences.values().map(TokenCache::len).sum()
+    }
+
+    fn check_room(&self, sequences: &[(SequenceId, &[u32])]) -> Result<()> {
+        let new = sequences.iter().map(|(_, tokens)| tokens.len());
+        let total = new.fold(self.tokens(), usize::saturating_add);
+        match self.limit {
+            Some(limit) if total > limit => {
+                let expected = format!(
+                    "at most {limit} tokens of all sequences, the size of the cache: make it larger, or ask for less"
+                );
+                Err(Error::argument(OP, "sequences", expected, total.to_string()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes the caches of a pass's sequences out and puts them back when it has ended.
@@ -53,6 +75,7 @@ impl ContiguousCaches {
         logits: Logits,
         observer: Option<&mut Observer<'_>>,
     ) -> Result<Tensor> {
+        self.check_room(sequences)?;
         let mut taken = Vec::with_capacity(sequences.len());
         for (id, _) in sequences {
             taken.push(self.sequences.remove(id).ok_or_else(|| missing(*id)));
@@ -188,17 +211,21 @@ impl Cache {
                 let blocks = tokens.div_ceil(cache.layout().block_tokens()).max(1);
                 Some(cache.statistics().free / blocks)
             }
-            Self::Contiguous(_) => None,
+            Self::Contiguous(all) => {
+                let free = all.limit?.saturating_sub(all.tokens());
+                Some(free / tokens.max(1))
+            }
         }
     }
 }
 
 impl Model {
     /// A cache of this kind, without sequences. Blocks take all their memory now; `None`: on the CPU a
-    /// quarter of the memory that is available, up to the model's context or 65,536 tokens, on a GPU 8,192 tokens. Contiguous caches grow with their tokens.
+    /// quarter of the memory that is available, up to the model's context or 65,536 tokens, on a GPU 8,192 tokens. Contiguous
+    /// caches grow with their tokens, to so many of all sequences where a size is given.
     ///
     /// # Errors
-    /// As [`new_paged_cache`](Self::new_paged_cache).
+    /// As [`new_paged_cache`](Self::new_paged_cache); [`Error::Argument`] for bytes of a contiguous cache.
     pub fn new_kv_cache(&self, kind: CacheKind, size: Option<CacheSize>) -> Result<Cache> {
         match kind {
             CacheKind::Paged(format) => {
@@ -215,6 +242,11 @@ impl Model {
                 empty: self.new_cache(),
                 sequences: HashMap::new(),
                 next: 0,
+                limit: match size {
+                    None => None,
+                    Some(CacheSize::Tokens(tokens)) => Some(tokens),
+                    Some(CacheSize::Bytes(_)) => return Err(bytes_of_contiguous()),
+                },
             })),
         }
     }
@@ -245,7 +277,13 @@ impl Model {
 pub(super) fn cache_bytes_per_token(config: &Config, kind: CacheKind, activations: DType) -> Result<u64> {
     let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
     let row = kind.latent_bytes(latent, rope, activations.size_in_bytes())?;
-    Ok((row * config.layers.len()) as u64)
+    Ok((row as u64).saturating_mul(config.layers.len() as u64))
+}
+
+fn bytes_of_contiguous() -> Error {
+    let expected = "a cache in blocks: contiguous ones grow with their tokens (leave out the size, give it in tokens, or take \
+                    another cache)";
+    Error::argument(OP, "size", expected, "contiguous")
 }
 
 /// Bytes of the cache that the options ask for or, where they do not, of the one that a GPU has.
@@ -256,15 +294,31 @@ pub(super) fn cache_bytes(config: &Config, options: &LoadOptions, activations: D
     let row = cache_bytes_per_token(config, options.kv_cache, activations)?;
     let of = |tokens: usize| row.saturating_mul(tokens as u64);
     match (options.kv_size, options.kv_cache) {
-        (Some(CacheSize::Bytes(_)), CacheKind::Contiguous) => {
-            let expected = "a cache in blocks: contiguous ones grow with their tokens (leave out the size, or take another \
-                            cache)";
-            Err(Error::argument(OP, "size", expected, "contiguous"))
-        }
+        (Some(CacheSize::Bytes(_)), CacheKind::Contiguous) => Err(bytes_of_contiguous()),
         (Some(CacheSize::Bytes(bytes)), _) => Ok(bytes),
         (Some(CacheSize::Tokens(tokens)), _) => Ok(of(tokens)),
         (None, _) => Ok(of(CONTEXT.min(config.max_position_embeddings))),
     }
+}
+
+/// Refuses rows in blocks that a device which runs launch plans has no kernel for: at the first token that would be late.
+///
+/// # Errors
+/// [`Error::Argument`] says how wide they may be, and what takes any.
+pub(super) fn check_kernels(layout: &RowLayout, device: &Device) -> Result<()> {
+    if !ops::kernels_run_on(device) {
+        return Ok(());
+    }
+    PagedAttention::check_kernels(layout).map_err(|error| match error {
+        Error::Argument { expected, found, .. } => {
+            let expected = format!(
+                "{expected}: wider ones have no Metal kernel in a cache of blocks; take --kv-cache contiguous, or compute on \
+                 the CPU (--device cpu)"
+            );
+            Error::argument(OP, "kv_cache", expected, found)
+        }
+        other => other,
+    })
 }
 
 /// How large a cache is whose rows take `row` bytes in all layers, where nobody says it. On a GPU memory is taken when the
@@ -315,6 +369,44 @@ mod tests {
     }
 
     #[test]
+    #[cfg(msl_host)]
+    fn latents_that_no_kernel_takes_are_refused_at_load() {
+        use crate::checkpoint::{Checkpoint, ModelFiles};
+        let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo-model"));
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let config = Config {
+            kv_lora_rank: 576,
+            ..Config::from_files(&ModelFiles::folder(folder)).unwrap()
+        };
+        let load = |kv_cache| {
+            let options = LoadOptions {
+                kv_cache,
+                ..LoadOptions::default()
+            };
+            Model::load(config.clone(), &checkpoint, &options, &Device::Cpu)
+                .unwrap_err()
+                .to_string()
+        };
+        // On the CPU what is at fault is a weight, which is of the demo model's width.
+        assert!(
+            load(CacheKind::default()).contains("kv_a_"),
+            "{}",
+            load(CacheKind::default())
+        );
+        let host = std::sync::Arc::new(crate::metal::host::Host::recorder(false));
+        host.install(|| {
+            let error = load(CacheKind::default());
+            for part in ["`kv_cache`", "512", "576", "--kv-cache contiguous"] {
+                assert!(error.contains(part), "{error}");
+            }
+            assert!(load(CacheKind::Contiguous).contains("kv_a_"));
+            // Who makes a cache of another kind than was loaded for hears of it then.
+            let layout = config.cache_layout(CacheFormat::F16).unwrap();
+            assert!(check_kernels(&layout, &Device::Cpu).is_err());
+        });
+    }
+
+    #[test]
     fn sequences_have_the_same_life_in_either_kind() {
         let model = demo();
         for kind in [CacheKind::Contiguous, CacheFormat::F16.into()] {
@@ -348,6 +440,12 @@ mod tests {
             assert!(run(&mut cache, &[(b, &[7]), (a, &[8])]).is_err());
             assert_eq!(cache.len(b).unwrap(), 2);
             assert_eq!(cache.statistics().is_some(), kind != CacheKind::Contiguous);
+            // A size is one in either kind: 2 of 64 tokens are there.
+            assert_eq!((cache.room_for(16), cache.room_for(64)), (Some(3), Some(0)));
+            let many = vec![1; 63];
+            assert!(run(&mut cache, &[(b, &many)]).is_err());
+            assert_eq!(cache.len(b).unwrap(), 2);
+            run(&mut cache, &[(b, &many[1..])]).unwrap();
         }
     }
 }

@@ -1,12 +1,16 @@
 //! `config.json`, in transformers 4's and 5's spellings.
 
-use crate::checkpoint::{ModelFiles, check_config, gguf_config};
+use crate::checkpoint::{ModelFiles, check_config, check_quantization_file, gguf_config};
+use crate::error::shortened;
 use crate::kv::{CacheFormat, RowLayout};
 use crate::nn::Pairing;
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::Path;
+
+/// The most layers that predict further tokens: models have one.
+const MOST_PREDICTING: usize = 64;
 
 /// What a decoder layer's second half is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +93,8 @@ impl Config {
     /// Reads the `config.json` of a model or, where its weights are GGUF files, what these say of it.
     ///
     /// # Errors
-    /// As [`from_file`](Self::from_file).
+    /// As [`from_file`](Self::from_file); and [`Error::File`] for a `quantization_config.json` beside it that tells of what is
+    /// not implemented.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
         files.check()?;
         if files.is_gguf() {
@@ -106,7 +111,9 @@ impl Config {
                 other => other,
             });
         }
-        Self::parse(&files.read("config.json")?, &files.path("config.json"))
+        let config = Self::parse(&files.read("config.json")?, &files.path("config.json"))?;
+        check_quantization_file(files)?;
+        Ok(config)
     }
 
     /// Reads a file's contents; `path` names it in messages.
@@ -196,7 +203,6 @@ impl Config {
             ("n_routed_experts", self.n_routed_experts),
             // None of these is as good as one.
             ("n_shared_experts", self.n_shared_experts.max(1)),
-            ("num_nextn_predict_layers", self.num_nextn_predict_layers.max(1)),
             ("max_position_embeddings", self.max_position_embeddings),
             ("num_hidden_layers", self.layers.len()),
         ];
@@ -205,6 +211,15 @@ impl Config {
             if size == 0 || size > 1 << 20 && field != "max_position_embeddings" {
                 return Err(refuse(field, size, "expected a size between 1 and 1,048,576"));
             }
+        }
+        // Their tensors are known by their names, one of which is made for each layer.
+        if self.num_nextn_predict_layers > MOST_PREDICTING {
+            let problem = format!("expected 0 to {MOST_PREDICTING}");
+            return Err(refuse(
+                "num_nextn_predict_layers",
+                self.num_nextn_predict_layers,
+                problem,
+            ));
         }
         if !self.qk_rope_head_dim.is_multiple_of(2) {
             return Err(refuse(
@@ -222,7 +237,7 @@ impl Config {
         let kv_heads = fields.get_or("num_key_value_heads", self.num_attention_heads)?;
         if kv_heads != self.num_attention_heads {
             let problem = format!(
-                "latent attention has keys for each of the {} heads",
+                "latent attention has keys for each head: expected num_attention_heads = {}",
                 self.num_attention_heads
             );
             return Err(refuse("num_key_value_heads", kv_heads, problem));
@@ -307,7 +322,8 @@ impl Fields<'_> {
 
     /// `rope_theta` at top level or under `rope_parameters`; scaled and otherwise modified RoPE is refused.
     fn rope_theta(&self) -> Result<f32> {
-        let mut theta = self.present("rope_theta");
+        const FIELD: &str = "rope_theta";
+        let mut theta = self.present(FIELD).map(|theta| (FIELD.to_string(), theta));
         for section in ["rope_parameters", "rope_scaling"] {
             let Some(value) = self.present(section) else {
                 continue;
@@ -338,18 +354,19 @@ impl Fields<'_> {
                     "only 1 is implemented",
                 ));
             }
-            theta = rope.get("rope_theta").filter(|theta| !theta.is_null()).or(theta);
+            let given = rope.get(FIELD).filter(|theta| !theta.is_null());
+            theta = given.map(|theta| (format!("{section}.{FIELD}"), theta)).or(theta);
         }
-        let Some(value) = theta else {
+        let Some((field, value)) = theta else {
             return Err(refuse(
-                "rope_theta",
+                FIELD,
                 "missing",
                 "expected at top level or under rope_parameters",
             ));
         };
-        let theta: f32 = parse("rope_theta", value)?;
+        let theta: f32 = parse(&field, value)?;
         if !(theta.is_finite() && theta > 0.0) {
-            return Err(refuse("rope_theta", value, "expected a positive number"));
+            return Err(refuse(&field, value, "expected a positive number"));
         }
         Ok(theta)
     }
@@ -396,13 +413,13 @@ impl Fields<'_> {
 }
 
 fn parse<T: DeserializeOwned>(field: &str, value: &Value) -> Result<T> {
-    T::deserialize(value).map_err(|e| refuse(field, value, e.to_string()))
+    T::deserialize(value).map_err(|e| refuse(field, value, shortened(e.to_string())))
 }
 
 fn refuse(field: &str, value: impl std::fmt::Display, problem: impl Into<String>) -> Error {
     Error::Config {
         field: field.into(),
-        value: value.to_string(),
+        value: shortened(value.to_string()),
         problem: problem.into(),
     }
 }

@@ -1,9 +1,11 @@
 //! The decoder: embeddings, layers, head.
 
 use super::attention::{Attention, AttentionPath, norm_bytes};
-use super::cache::{cache_bytes, cache_bytes_per_token};
+use super::cache::{cache_bytes, cache_bytes_per_token, check_kernels};
 use super::config::Config;
 use super::experts::FeedForward;
+use super::reads::Reads;
+use super::tensors::completed;
 use crate::checkpoint::{Checkpoint, LoadOptions, LoadReport, Loader, ModelFiles};
 use crate::cpu::Executor;
 use crate::fp4::Weight;
@@ -75,7 +77,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Tensor`] names what is missing or malformed, and on a device that runs launch plans what no kernel takes;
-    /// [`Error::Argument`] an option that makes no sense there, or anywhere.
+    /// [`Error::Argument`] an option that makes no sense there, or anywhere; those of [`Checkpoint::from_files`] for
+    /// [`LoadOptions::base`].
     pub fn load(
         config: Config,
         checkpoint: &Checkpoint,
@@ -83,7 +86,12 @@ impl Model {
         device: &Device,
     ) -> Result<(Self, LoadReport)> {
         let dtype = options.activations_on(device)?;
+        let completed = completed(&config, checkpoint, options)?;
+        let checkpoint = completed.as_ref().map_or(checkpoint, |(whole, _)| whole);
         check_memory(&config, checkpoint, options, device, dtype)?;
+        if let CacheKind::Paged(format) = options.kv_cache {
+            check_kernels(&config.cache_layout(format)?, device)?;
+        }
         // What the environment says of instructions and threads may be wrong; better to hear of it here.
         Executor::current()?;
         let by_kernels = ops::kernels_run_on(device);
@@ -114,10 +122,10 @@ impl Model {
                             or compute on the CPU (--device cpu)";
             return Err(Error::argument("load", "int8_head", expected, "true"));
         }
-        let report = loader.finish(
-            &predicted(&config),
-            config.tie_word_embeddings.then_some("lm_head.weight"),
-        );
+        let mut report = loader.finish(&predicted(&config), duplicate_head(&config));
+        if let Some((_, supplied)) = completed {
+            report.note_base(supplied);
+        }
         let rotary = RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing);
         let model = Self {
             embedding,
@@ -130,6 +138,7 @@ impl Model {
             device: device.clone(),
             config,
         };
+        report.bytes_a_token = model.bytes_read(1);
         Ok((model, report))
     }
 
@@ -172,15 +181,18 @@ impl Model {
     /// # }
     /// ```
     pub fn bytes_read(&self, tokens: usize) -> u64 {
-        let layers = self.layers.iter().map(|layer| {
-            norm_bytes(&layer.input_norm)
-                + norm_bytes(&layer.post_attention_norm)
-                + layer.attention.bytes_read()
-                + layer.feed_forward.bytes_read(tokens)
-        });
         let embedding = self.embedding.weight();
-        let rows = embedding.size_in_bytes() / embedding.shape().0 * tokens;
-        (rows + layers.sum::<usize>() + norm_bytes(&self.norm) + self.head.size_in_bytes()) as u64
+        let mut reads = Reads {
+            always: norm_bytes(&self.norm) + self.head.size_in_bytes(),
+            ..Reads::of_model(&self.config, embedding)
+        };
+        for layer in &self.layers {
+            reads.always += norm_bytes(&layer.input_norm)
+                + norm_bytes(&layer.post_attention_norm)
+                + layer.attention.bytes_read();
+            layer.feed_forward.add_to(&mut reads);
+        }
+        reads.of_tokens(tokens)
     }
 
     /// Bytes that a token takes in a cache of this kind; each later token reads them.
@@ -195,10 +207,11 @@ impl Model {
     /// system gives memory of the CPU's when it is written to, not before.
     ///
     /// # Errors
-    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format does not take.
+    /// As [`PagedKvCache::new`], and [`Error::Argument`] for a latent whose width the format, or a GPU's kernels, do not take.
     pub fn new_paged_cache(&self, format: CacheFormat, size: CacheSize) -> Result<PagedKvCache> {
         let limit = self.config.max_position_embeddings;
         let layout = self.config.cache_layout(format)?;
+        check_kernels(&layout, &self.device)?;
         PagedKvCache::new(self.config.layers.len(), layout, size, limit, &self.device)
     }
 
@@ -218,9 +231,14 @@ impl Model {
 
 /// The layers for multi-token prediction, by the beginnings of their tensors' names: they are in checkpoints and take no
 /// part here.
-fn predicted(config: &Config) -> Vec<String> {
+pub(super) fn predicted(config: &Config) -> Vec<String> {
     let layers = config.layers.len()..config.layers.len() + config.num_nextn_predict_layers;
     layers.map(|layer| format!("model.layers.{layer}.")).collect()
+}
+
+/// The name of a head that a checkpoint may have beside the embeddings which take its place.
+pub(super) fn duplicate_head(config: &Config) -> Option<&'static str> {
+    config.tie_word_embeddings.then_some("lm_head.weight")
 }
 
 /// Bytes of a checkpoint's tensors that take part, as they are stored.
@@ -255,7 +273,7 @@ fn check_memory(
 }
 
 /// Bytes of the weights at least.
-fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
+pub(super) fn weights_needed(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> u64 {
     let stored = weights_stored(config, checkpoint);
     match options.quantize {
         None => stored,

@@ -1,5 +1,6 @@
 //! The second half of a decoder layer: one gated MLP, or a router and experts.
 
+use super::reads::Reads;
 use crate::checkpoint::Loader;
 use crate::cpu::{Expert, Routing};
 use crate::fp4::Weight;
@@ -18,7 +19,6 @@ pub(super) enum FeedForward {
         experts: FusedMoe,
         /// Runs instead of the fused op, where that was asked for.
         separate: Option<SeparateMoe>,
-        top_k: usize,
     },
 }
 
@@ -77,7 +77,6 @@ impl FeedForward {
             router,
             separate: separate.transpose()?,
             experts,
-            top_k: config.num_experts_per_tok,
         })
     }
 
@@ -121,23 +120,14 @@ impl FeedForward {
         }
     }
 
-    /// Bytes of weights that `tokens` tokens read, each weight once, experts as many as they can choose.
-    pub fn bytes_read(&self, tokens: usize) -> usize {
+    /// Adds the bytes of its weights to what a pass reads.
+    pub fn add_to(&self, reads: &mut Reads) {
         match self {
-            Self::Dense(mlp) => mlp.weights().size_in_bytes(),
-            Self::Sparse {
-                router,
-                experts,
-                top_k,
-                ..
-            } => {
-                let all = experts.experts();
-                // A checkpoint may keep some of them in floating point: their mean counts.
-                let chosen = tokens.saturating_mul(*top_k).min(all.len());
-                let routed = all.iter().map(Expert::size_in_bytes).sum::<usize>() * chosen / all.len();
-                router.size_in_bytes()
-                    + routed
-                    + experts.shared().iter().map(Expert::size_in_bytes).sum::<usize>()
+            Self::Dense(mlp) => reads.always += mlp.weights().size_in_bytes(),
+            Self::Sparse { router, experts, .. } => {
+                let bytes = |experts: &[Expert]| experts.iter().map(Expert::size_in_bytes).sum::<usize>();
+                reads.always += router.size_in_bytes() + bytes(experts.shared());
+                reads.experts.push(bytes(experts.experts()));
             }
         }
     }

@@ -1,8 +1,9 @@
 //! A pass of the model: over caches of single sequences, or over a paged cache of many.
 
-use super::attention::{Attention, Segment};
+use super::attention::{Attention, AttentionPath, Segment};
 use super::decoder::Model;
 use super::paged::PagedPass;
+use crate::cpu::Executor;
 use crate::kv::SequenceId;
 use crate::models::observe::{Observer, Trace};
 use crate::nn::{Angles, PagedKvCache, TokenCache};
@@ -108,7 +109,18 @@ impl Model {
             });
         }
         let mut trace = Trace::new(observer);
-        let x = self.embed(&tokens, &mut trace)?;
+        self.reproducible(|| self.batch_pass(sequences, &tokens, &segments, logits, &mut trace))
+    }
+
+    fn batch_pass(
+        &self,
+        sequences: &mut [Sequence<'_>],
+        tokens: &Tokens,
+        segments: &[Segment],
+        logits: Logits,
+        trace: &mut Trace<'_, '_>,
+    ) -> Result<Tensor> {
+        let x = self.embed(tokens, trace)?;
         for sequence in sequences.iter_mut() {
             if let Some(cache) = &mut sequence.cache {
                 cache.begin(sequence.position, sequence.tokens.len())?;
@@ -119,9 +131,9 @@ impl Model {
                 Some(cache) => cache.append(layer, rows),
                 None => Ok(rows.contiguous()?),
             };
-            attention.forward(x, angles, &segments, cached, trace)
+            attention.forward(x, angles, segments, cached, trace)
         };
-        let logits = self.layers(x, &tokens, &segments, logits, attend, &mut trace)?;
+        let logits = self.layers(x, tokens, segments, logits, attend, trace)?;
         for sequence in sequences.iter_mut() {
             if let Some(cache) = &mut sequence.cache {
                 cache.commit();
@@ -135,7 +147,8 @@ impl Model {
     /// `[sequences, vocabulary]` or `[tokens of all, vocabulary]`, F32.
     ///
     /// What a token's key and value are is what the cache holds of it, also for the pass that computes it: so the numbers
-    /// are those of a prompt as a whole however it is cut, up to rounding in F32.
+    /// are those of a prompt as a whole however it is cut, up to rounding; with the form of attention
+    /// [forced](Self::set_attention_path) the same bits, on the CPU.
     ///
     /// ```
     /// use candle_core::Device;
@@ -174,12 +187,23 @@ impl Model {
         let mut trace = Trace::new(observer);
         let x = self.embed(&tokens, &mut trace)?;
         cache.begin(sequences)?;
-        let passed = self.paged_pass(x, &tokens, cache, logits, &mut trace);
+        let passed = self.reproducible(|| self.paged_pass(x, &tokens, cache, logits, &mut trace));
         match passed.is_ok() {
             true => cache.commit(),
             false => cache.forget(),
         }
         passed
+    }
+
+    /// Runs a pass: where the form of attention is forced, on kernels that sum in one order for any number of rows, so that
+    /// its numbers depend on nothing but a sequence's tokens.
+    fn reproducible<R>(&self, pass: impl FnOnce() -> Result<R>) -> Result<R> {
+        match self.path {
+            AttentionPath::Auto => pass(),
+            AttentionPath::Absorbed | AttentionPath::Materialised => {
+                Executor::current()?.uniform().install(pass)
+            }
+        }
     }
 
     fn paged_pass(

@@ -12,8 +12,11 @@ mod config;
 mod decoder;
 pub mod experts;
 mod forward;
+mod inspect;
 mod latent_heads;
 mod paged;
+mod reads;
+mod tensors;
 
 pub use attention::AttentionPath;
 pub use cache::{Cache, ContiguousCaches};
@@ -22,3 +25,4 @@ pub use config::{Config, Layer};
 pub use decoder::Model;
 pub(crate) use decoder::weights_stored;
 pub use forward::{Logits, Sequence};
+pub use inspect::{FileSize, Inspection, Needed, Told};

@@ -74,6 +74,14 @@ impl PagedAttention {
         Ok(op)
     }
 
+    /// Refuses pools of a layout that no kernel of a GPU attends to, as [`forward`](Self::forward) on one would.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] says how wide vectors may be.
+    pub fn check_kernels(layout: &RowLayout) -> Result<()> {
+        plans::check(layout)
+    }
+
     /// The layout of its pools.
     pub fn layout(&self) -> &RowLayout {
         &self.layout
@@ -158,7 +166,7 @@ impl PagedAttention {
                 stats: y + 2,
                 y,
             };
-            let sizes = (batch.tokens(), attention.splits());
+            let sizes = (batch.tokens(), attention.splits);
             let Some(merged) = values.merged_launch(merge, sizes, operands.dtype())? else {
                 return Ok(None);
             };
@@ -189,6 +197,7 @@ impl PagedAttention {
     fn on_device(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Option<Tensor>> {
         let Some(operands) = self.operands(queries, pool, batch)? else {
             if pool.device().is_metal() {
+                Self::check_kernels(&self.layout)?;
                 crate::ops::no_metal(OP)?;
             }
             crate::ops::without_kernel(OP);
@@ -220,7 +229,7 @@ impl PagedAttention {
         let Some(index) = batch.index() else {
             return Ok(None);
         };
-        if !same || !plans::takes(&self.layout) {
+        if !same || Self::check_kernels(&self.layout).is_err() {
             return Ok(None);
         }
         let width: usize = queries.iter().map(|part| part.dims()[2]).sum();
@@ -239,6 +248,7 @@ impl PagedAttention {
             index,
             tokens: batch.tokens(),
             longest: 0,
+            splits: 1,
             seen: 0,
             pairs: 0,
         };
@@ -246,9 +256,11 @@ impl PagedAttention {
             let first = sequence.len - sequence.queries;
             all.longest = all.longest.max(sequence.len);
             all.seen += sequence.len - call.visible(first).start;
-            all.pairs += (first..sequence.len)
-                .map(|at| call.visible(at).len())
-                .sum::<usize>();
+            for at in first..sequence.len {
+                let visible = call.visible(at);
+                all.splits = all.splits.max(plans::splits_seen(&self.layout, &visible));
+                all.pairs += visible.len();
+            }
         }
         let widths: &[usize] = match self.layout.kind() {
             RowKind::Latent { latent, rope: 0 } => &[latent],
@@ -304,6 +316,7 @@ struct Operands<'a> {
     index: &'a Tensor,
     tokens: usize,
     longest: usize,
+    splits: usize,
     seen: usize,
     pairs: usize,
 }
@@ -329,6 +342,7 @@ impl Operands<'_> {
             window: op.window,
             tokens: self.tokens,
             longest: self.longest,
+            splits: self.splits,
             seen: self.seen,
             pairs: self.pairs,
             queries: lie(0)?,

@@ -25,7 +25,7 @@ pub enum Stored {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unseen {
     None,
-    /// As with a sliding window.
+    /// As attention does not leave them.
     First,
     /// As beside a longer sequence: all but the first two.
     Last,

@@ -1,6 +1,6 @@
 //! Products with what attention's parts come to: metal/merged.metal.
 
-mod cases;
+pub mod cases;
 #[cfg(target_os = "linux")]
 pub mod faults;
 #[cfg(target_os = "linux")]

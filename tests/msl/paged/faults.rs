@@ -59,6 +59,8 @@ pub const FAULTS: &[Fault] = &[
         from: "if (lane % LANES == 0 && lane < LANES * HEADS) {", to: "if (simdgroup == 0 && lane % LANES == 0 && lane < LANES * HEADS) {" },
     Fault { what: "a window's first token left out", file: PAGED,
         from: "end > args.window ? end - args.window : 0", to: "end > args.window ? end - args.window + 1 : 0" },
+    Fault { what: "a window's splits counted from the context's start", file: PAGED,
+        from: "(first / tokens + split) * tokens", to: "split * tokens" },
     Fault { what: "a query that does not see itself", file: PAGED,
         from: "const uint end = position + 1;", to: "const uint end = position;" },
     Fault { what: "splits that overlap", file: PAGED,
@@ -107,11 +109,11 @@ pub const PLAN_FAULTS: &[PlanFault] = &[
         change: |plan| moved(plan, 2, 16 * 64),
     },
     PlanFault {
-        what: "a split too few",
+        what: "threadgroups for a split too few",
         change: |plan| first_of(plan, "paged_", |launch| shrink(&mut launch.threadgroups[0])),
     },
     PlanFault {
-        what: "a token too few",
+        what: "threadgroups for a token too few",
         change: |plan| first_of(plan, "paged_", |launch| shrink(&mut launch.threadgroups[1])),
     },
     PlanFault {

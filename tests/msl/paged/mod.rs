@@ -4,6 +4,7 @@
 mod cases;
 #[cfg(target_os = "linux")]
 pub mod faults;
+mod infinite;
 mod plans;
 #[cfg(target_os = "linux")]
 pub mod works;
@@ -33,13 +34,18 @@ fn attend(backend: &Backend, case: &Case, cache: &Cache, queries: &[Tensor]) -> 
 
 /// The error beside the reference, once numbers are where it has numbers.
 fn error(case: &Case, cache: &Cache, queries: &[Tensor], y: &Tensor) -> f64 {
-    let (found, expected) = (values(y), case.expected(cache, queries));
+    finite_error(&format!("{case:?}"), &values(y), &case.expected(cache, queries))
+}
+
+/// The error of what are numbers, once they are where numbers are expected.
+fn finite_error(what: &str, found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len(), "{what}");
     let (mut found_finite, mut expected_finite) = (Vec::new(), Vec::new());
-    for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(
             found.is_finite(),
             expected.is_finite(),
-            "{case:?}: {index}, {found} for {expected}"
+            "{what}: {index}, {found} for {expected}"
         );
         if expected.is_finite() {
             found_finite.push(*found);

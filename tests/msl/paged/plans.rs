@@ -4,7 +4,7 @@ use super::cases::{heads, latent};
 use candle_core::DType;
 use candle_mmfp4::kv::{CacheFormat, RowKind, RowLayout};
 use candle_mmfp4::metal::norm_rope::Heads;
-use candle_mmfp4::metal::paged_attention::{At, Attention, Gather, every_kernel, takes};
+use candle_mmfp4::metal::paged_attention::{At, Attention, Gather, check, every_kernel, splits_seen};
 use candle_mmfp4::metal::plan::{Binding, Launch};
 
 fn layout(kind: RowKind) -> RowLayout {
@@ -28,6 +28,7 @@ fn attention(layout: &RowLayout, count: usize, tokens: usize, longest: usize) ->
         window: None,
         tokens,
         longest,
+        splits: splits_seen(layout, &(0..longest)),
         seen: longest,
         pairs: tokens * longest,
         queries: of(0, 512),
@@ -82,6 +83,36 @@ fn query_heads_of_a_kv_head_share_a_threadgroup_up_to_eight() {
 }
 
 #[test]
+fn splits_are_those_that_a_query_sees() {
+    // How many splits begin, end or lie among the positions, cut as the kernels cut them.
+    let counted = |block: usize, visible: std::ops::Range<usize>| {
+        let most = (22 + visible.end / 4096) * block;
+        let tokens = 64usize
+            .next_multiple_of(block)
+            .max(((visible.end - 1) / most + 1) * block);
+        visible
+            .map(|at| at / tokens)
+            .collect::<std::collections::BTreeSet<_>>()
+            .len()
+    };
+    for block in [16, 48, 128] {
+        let layout = RowLayout::new(CacheFormat::BF16, latent(512, 64), block).unwrap();
+        for end in [1, 63, 64, 65, 128, 1408, 1409, 4095, 4096, 8192, 32_769] {
+            for window in [1, 2, 63, 64, 65, 66, 1000, 1 << 20] {
+                let visible = end - window.min(end)..end;
+                let found = splits_seen(&layout, &visible);
+                assert_eq!(
+                    found,
+                    counted(block, visible.clone()),
+                    "{visible:?} in blocks of {block}"
+                );
+            }
+        }
+        assert!(splits_seen(&layout, &(0..8192)) <= 24);
+    }
+}
+
+#[test]
 fn many_queries_have_parts_of_some_at_a_time() {
     let layout = layout(latent(512, 64));
     let few = attention(&layout, 20, 8, 64);
@@ -116,7 +147,7 @@ fn what_no_kernel_takes_is_refused() {
         heads(1, 8, 257),
     ] {
         let layout = layout(kind);
-        assert!(!takes(&layout));
+        assert!(check(&layout).is_err());
         let error = attention(&layout, 1, 1, 1).parts(4, 5).unwrap_err().to_string();
         assert!(error.contains("`layout`") && error.contains("512"), "{error}");
     }

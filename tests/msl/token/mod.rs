@@ -25,9 +25,10 @@ use tables::{decode_tables, logits_table, prompt_table};
 const PROMPT: usize = 512;
 /// Tokens that a decoded token attends to, itself included.
 const CACHED: usize = 8192;
-/// The same, of what is told of each format of the cache.
-const DEPTHS: [usize; 4] = [512, 1024, 4096, CACHED];
-/// What a token may read, of what it cannot do without.
+/// The same, of what is told of each format of the cache. At 1,408 there are as many splits as at any depth below 4,096, each as
+/// short as can be.
+const DEPTHS: [usize; 5] = [512, 1024, 1408, 4096, CACHED];
+/// What a token may read, of its weights and its cache.
 const SHARE: f64 = 1.03;
 /// Rows of the output head while layers are looked at.
 const VOCABULARY: u64 = 256;
@@ -95,7 +96,11 @@ impl Layers {
             1 => assert!(on_cpu.is_empty(), "{on_cpu:?}"),
             _ => assert_eq!(on_cpu, ["mmfp4-attention"]),
         }
-        let plans = host.recorded().into_iter().flat_map(|run| run.plan.launches);
+        let recorded = host.recorded();
+        if tokens == 1 {
+            recorded.iter().for_each(moved::each_range_once);
+        }
+        let plans = recorded.into_iter().flat_map(|run| run.plan.launches);
         Pass {
             launches: plans.collect(),
             weights: self.model.bytes_read(tokens),

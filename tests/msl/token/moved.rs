@@ -2,7 +2,9 @@
 
 use super::{ACTIVATION, Both, DECODED, VOCABULARY, head, size, sum};
 use candle_mmfp4::kv::CacheFormat;
+use candle_mmfp4::metal::host::Recorded;
 use candle_mmfp4::metal::plan::{Binding, Launch};
+use std::ops::Range;
 
 /// Bytes that launches of a decoded token move.
 #[derive(Clone, Copy, Default)]
@@ -15,8 +17,6 @@ pub struct Moved {
     pub parts: u64,
     /// Of all that, what is read.
     pub read: u64,
-    /// What would be read if attention left its outputs.
-    pub least: u64,
 }
 
 impl Moved {
@@ -24,20 +24,21 @@ impl Moved {
     pub fn of(layer: &[Launch], total: usize, row: u64) -> Self {
         let kernels: Vec<_> = layer.iter().map(|launch| launch.kernel.as_str()).collect();
         assert!(layer.len() <= DECODED.len(), "{kernels:?}");
-        layer.iter().for_each(each_range_once);
-        let work = |kernel: &str| match kernels.iter().position(|name| name.starts_with(kernel)) {
-            Some(index) => layer[index].work,
+        let launch = |kernel: &str| match kernels.iter().position(|name| name.starts_with(kernel)) {
+            Some(index) => &layer[index],
             None => panic!("no {kernel}: {kernels:?}"),
         };
+        assert_cache_once(launch("paged_latents"), total, row);
+        let work = |kernel: &str| launch(kernel).work;
         let (append, attention, merged) = (work("append_latents"), work("paged_latents"), work("merged_"));
         let cached = total as u64 * row;
-        assert!(append.written >= row && attention.read >= cached);
+        let turned = size("num_attention_heads") * size("qk_rope_head_dim") * ACTIVATION;
+        assert_eq!(append.written, row + turned);
         // What is written and read again is the parts.
         assert_eq!(attention.written, merged.read);
         let read = sum(layer, |work| work.read);
         let (cache, parts) = (cached + row, attention.written + merged.read);
         let weights = sum(layer, |work| work.weights);
-        let outputs = size("num_attention_heads") * size("kv_lora_rank") * ACTIVATION;
         Self {
             dispatches: layer.len() as u64,
             weights,
@@ -45,7 +46,6 @@ impl Moved {
             activations: read + sum(layer, |work| work.written) - cache - parts,
             parts,
             read: weights + read,
-            least: weights + read - merged.read + outputs,
         }
     }
 
@@ -57,7 +57,6 @@ impl Moved {
             activations: self.activations + times * other.activations,
             parts: self.parts + times * other.parts,
             read: self.read + times * other.read,
-            least: self.least + times * other.least,
         }
     }
 
@@ -65,25 +64,52 @@ impl Moved {
         self.weights + self.cache + self.activations + self.parts
     }
 
-    pub fn share(self) -> f64 {
-        self.read as f64 / self.least as f64
+    /// What is read, of the weights and of what is cached.
+    pub fn share(self, cached: u64) -> f64 {
+        self.read as f64 / (self.weights + cached) as f64
     }
 }
 
-/// Requires that no two buffers of a launch begin at the same place.
-fn each_range_once(launch: &Launch) {
-    let mut seen = Vec::new();
-    for (_, binding) in &launch.bindings {
-        if let Binding::Read { operand, offset } | Binding::Write { operand, offset } = binding {
-            let found = (*operand, *offset);
-            assert!(
-                !seen.contains(&found),
-                "{}: operand {operand} twice",
-                launch.kernel
-            );
-            seen.push(found);
+/// Requires that no two buffers of a launch have a byte in common, from where each begins to the end of its memory. Codes and scales
+/// of experts are both told by a table of where they are in the file, whose tensors have no byte in common: these buffers are
+/// to begin apart.
+pub fn each_range_once(recorded: &Recorded) {
+    for launch in &recorded.plan.launches {
+        let mut seen: Vec<(usize, Range<usize>)> = Vec::new();
+        for (index, binding) in &launch.bindings {
+            if let Binding::Read { operand, offset } | Binding::Write { operand, offset } = binding {
+                let found = &recorded.operands[*operand];
+                let range = found.address + offset..found.address + found.len;
+                for (other, taken) in &seen {
+                    let by_table = launch.kernel.starts_with("moe_") && [*other, *index] == [0, 1];
+                    assert!(
+                        range.end <= taken.start
+                            || taken.end <= range.start
+                            || by_table && range.start != taken.start,
+                        "{}: buffers {other} and {index} have bytes in common",
+                        launch.kernel
+                    );
+                }
+                seen.push((*index, range));
+            }
         }
     }
+}
+
+/// Requires of attention over so many tokens, with rows of so many bytes, that what it reads is each row of the cache once, by one
+/// threadgroup of all heads, and beside that the queries and where the rows lie.
+fn assert_cache_once(attention: &Launch, total: usize, row: u64) {
+    let heads = size("num_attention_heads");
+    let width = size("kv_lora_rank") + size("qk_rope_head_dim");
+    // The token's position and where its table begins; a table of blocks of 16 rows.
+    let index = (2 + total.div_ceil(16) as u64) * 4;
+    let read_besides = heads * width * ACTIVATION + index;
+    assert_eq!(
+        attention.work.read - read_besides,
+        total as u64 * row,
+        "{total} rows"
+    );
+    assert_eq!(attention.threadgroups[1..], [1, 1]);
 }
 
 /// What a decoded token of GLM-4.7-Flash moves, part by part and as a whole.
@@ -101,7 +127,6 @@ impl Token {
             weights: hidden * 2,
             activations: hidden * ACTIVATION,
             read: hidden * 2,
-            least: hidden * 2,
             ..Moved::default()
         };
         let (launches, head_bytes) = head(size("vocab_size"), true);
@@ -111,7 +136,6 @@ impl Token {
             weights: sum(&launches, |work| work.weights),
             activations: sum(&launches, |work| work.read + work.written),
             read,
-            least: read,
             ..Moved::default()
         };
         let dense = Moved::of(&one.launches[..one.launches.len() - 1], total, one.cache);

@@ -143,9 +143,11 @@ fn cache_table(both: &Both) -> String {
             if cells.len() == 1 {
                 cells.push(row.to_string());
             }
-            assert!(all.share() <= SHARE, "{name} at {depth}: {}", all.share());
-            let cached = all.cache - row * size("num_hidden_layers");
-            cells.push(format!("{}, {:.3} ×", thousands(cached), all.share()));
+            // Asserted by itself: what attention reads of it in each layer is no more.
+            let cached = row * depth as u64 * size("num_hidden_layers");
+            let share = all.share(cached);
+            assert!(share <= SHARE, "{name} at {depth}: {share}");
+            cells.push(format!("{}, {share:.3} ×", thousands(cached)));
         }
         table.row(cells);
     }

@@ -21,6 +21,7 @@ pub fn measure(arguments: &Arguments, test: &Test) -> anyhow::Result<Vec<Row>> {
     let options = LoadOptions {
         kv_cache: test.cache,
         kv_size: Some(size),
+        base: arguments.model.base(&files)?,
         ..arguments.model.load_options()
     };
     let executor = arguments.model.start()?;

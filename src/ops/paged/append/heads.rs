@@ -1,14 +1,14 @@
 //! Keys and values of new tokens.
 
 use super::super::PagedBatch;
-use super::{bytes, check_pool, check_rows, floats, prepared_heads};
-use crate::cpu::{self, Executor, NewHeads};
-use crate::kv::{RowKind, RowLayout, Slots};
+use super::{check_pool, check_rows, floats, of_cpu, on_cpu, prepared_heads};
+use crate::cpu::{self, NewHeads};
+use crate::kv::{RowKind, RowLayout};
 use crate::metal::append as metal;
 use crate::ops::planned::{self, Planned};
 use crate::ops::rows::heads as heads_of;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, InplaceOp3, Layout, MetalStorage, Tensor};
+use candle_core::{DType, Layout, Storage, Tensor};
 
 const HEADS: &str = "mmfp4-append-heads";
 
@@ -101,8 +101,15 @@ impl AppendHeads {
         if self.on_device(pool, &keys, &values, batch)? {
             return Ok(());
         }
-        let call = HeadsCall { op: self, slots };
-        pool.inplace_op3(&keys, &values, &call)
+        let (of_keys, keys_lie) = keys.storage_and_layout();
+        let (of_values, values_lie) = values.storage_and_layout();
+        let both = (
+            heads("keys", &of_keys, keys_lie)?,
+            heads("values", &of_values, values_lie)?,
+        );
+        on_cpu(HEADS, pool, |executor, pool| {
+            cpu::append_heads(executor, &self.layout, both, slots, pool);
+        })
     }
 
     /// Runs it by kernels, where those run; whether they did.
@@ -147,51 +154,9 @@ impl AppendHeads {
     }
 }
 
-/// A call of [`AppendHeads`], as Candle runs it.
-struct HeadsCall<'a> {
-    op: &'a AppendHeads,
-    slots: &'a Slots,
-}
-
-impl InplaceOp3 for HeadsCall<'_> {
-    fn name(&self) -> &'static str {
-        HEADS
-    }
-
-    fn cpu_fwd(
-        &self,
-        pool: &mut CpuStorage,
-        at: &Layout,
-        keys: &CpuStorage,
-        keys_layout: &Layout,
-        values: &CpuStorage,
-        values_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let both = (
-            heads("keys", keys, keys_layout)?,
-            heads("values", values, values_layout)?,
-        );
-        let pool = bytes(HEADS, pool, at)?;
-        cpu::append_heads(&*Executor::current()?, &self.op.layout, both, self.slots, pool);
-        Ok(())
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &mut MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> candle_core::Result<()> {
-        crate::ops::no_metal(HEADS)
-    }
-}
-
-fn heads<'a>(argument: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<NewHeads<'a>> {
+fn heads<'a>(argument: &'static str, storage: &'a Storage, layout: &Layout) -> Result<NewHeads<'a>> {
     Ok(NewHeads {
-        rows: floats(HEADS, argument, storage, layout)?,
+        rows: floats(HEADS, argument, of_cpu(HEADS, argument, storage)?, layout)?,
         row: layout.stride()[0],
         head: layout.stride()[1],
     })

@@ -1,9 +1,9 @@
 //! Latents and rotary keys of new tokens.
 
 use super::super::PagedBatch;
-use super::{bytes, check_pool, check_rows, floats, prepared, prepared_heads, row_stride};
-use crate::cpu::{self, Executor, NewLatents, Pairing};
-use crate::kv::{RowKind, RowLayout, Slots};
+use super::{check_pool, check_rows, floats, of_cpu, on_cpu, prepared, prepared_heads, row_stride};
+use crate::cpu::{self, NewLatents, Pairing};
+use crate::kv::{RowKind, RowLayout};
 use crate::metal::append as metal;
 use crate::metal::norm_rope::LatentRows;
 use crate::ops::activations::to_f32;
@@ -12,8 +12,7 @@ use crate::ops::planned::{self, Planned};
 use crate::ops::rope;
 use crate::ops::rows::{heads, rows};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, MetalStorage, Shape, Storage, Tensor};
-use std::borrow::Cow;
+use candle_core::{DType, Shape, Tensor};
 
 const LATENTS: &str = "mmfp4-append-latents";
 
@@ -101,13 +100,23 @@ impl AppendLatents {
         if let Some([]) = self.on_device(pool, &kv, None, (cos, sin), batch, [])? {
             return Ok(());
         }
-        let call = LatentCall {
-            op: self,
-            cos,
-            sin,
-            slots,
+        let (of_kv, kv_lie) = kv.storage_and_layout();
+        let (of_cos, cos_lie) = cos.storage_and_layout();
+        let (of_sin, sin_lie) = sin.storage_and_layout();
+        let cos = to_f32(LATENTS, "cos", of_cpu(LATENTS, "cos", &of_cos)?, cos_lie)?;
+        let sin = to_f32(LATENTS, "sin", of_cpu(LATENTS, "sin", &of_sin)?, sin_lie)?;
+        let new = NewLatents {
+            rows: floats(LATENTS, "kv", of_cpu(LATENTS, "kv", &of_kv)?, kv_lie)?,
+            stride: row_stride(LATENTS, "kv", kv_lie)?,
+            weight: self.norm.weight(),
+            eps: self.norm.eps(),
+            pairing: self.pairing,
+            cos: &cos,
+            sin: &sin,
         };
-        pool.inplace_op2(&kv, &call)
+        on_cpu(LATENTS, pool, |executor, pool| {
+            cpu::append_latents(executor, &self.layout, new, slots, pool);
+        })
     }
 
     /// The same, and the rotary parts of the tokens' queries `[tokens, heads, d]`, of kv's dtype, turned by the same angles;
@@ -224,61 +233,5 @@ impl AppendLatents {
                 scratch: Vec::new(),
             }))
         })
-    }
-}
-
-/// A call of [`AppendLatents`], as Candle runs it.
-struct LatentCall<'a> {
-    op: &'a AppendLatents,
-    cos: &'a Tensor,
-    sin: &'a Tensor,
-    slots: &'a Slots,
-}
-
-impl InplaceOp2 for LatentCall<'_> {
-    fn name(&self) -> &'static str {
-        LATENTS
-    }
-
-    fn cpu_fwd(
-        &self,
-        pool: &mut CpuStorage,
-        at: &Layout,
-        kv: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (of_cos, cos_layout) = self.cos.storage_and_layout();
-        let (of_sin, sin_layout) = self.sin.storage_and_layout();
-        let cos = angles("cos", &of_cos, cos_layout)?;
-        let sin = angles("sin", &of_sin, sin_layout)?;
-        let new = NewLatents {
-            rows: floats(LATENTS, "kv", kv, layout)?,
-            stride: row_stride(LATENTS, "kv", layout)?,
-            weight: self.op.norm.weight(),
-            eps: self.op.norm.eps(),
-            pairing: self.op.pairing,
-            cos: &cos,
-            sin: &sin,
-        };
-        let pool = bytes(LATENTS, pool, at)?;
-        cpu::append_latents(&*Executor::current()?, &self.op.layout, new, self.slots, pool);
-        Ok(())
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &mut MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> candle_core::Result<()> {
-        crate::ops::no_metal(LATENTS)
-    }
-}
-
-fn angles<'a>(argument: &'static str, storage: &'a Storage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
-    match storage {
-        Storage::Cpu(storage) => to_f32(LATENTS, argument, storage, layout),
-        _ => Err(Error::argument(LATENTS, argument, "the pool's device", "another")),
     }
 }

@@ -9,11 +9,11 @@ pub use heads::AppendHeads;
 pub use latents::AppendLatents;
 
 use super::PagedBatch;
-use crate::cpu::Floats;
+use crate::cpu::{Executor, Floats};
 use crate::kv::RowLayout;
 use crate::ops::planned;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, Layout, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, MetalStorage, Storage, Tensor};
 
 /// Checks that a pool has a batch's slots.
 fn check_pool(op: &'static str, layout: &RowLayout, pool: &Tensor, batch: &PagedBatch) -> Result<()> {
@@ -84,6 +84,41 @@ fn floats<'a>(
         CpuStorage::F16(values) => Ok(Floats::F16(&values[start..])),
         CpuStorage::BF16(values) => Ok(Floats::BF16(&values[start..])),
         _ => Err(Error::argument(op, argument, "F32, F16 or BF16", "another dtype")),
+    }
+}
+
+/// What a tensor beside a pool of the CPU's holds.
+fn of_cpu<'a>(op: &'static str, argument: &'static str, storage: &'a Storage) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => Err(Error::argument(op, argument, "the pool's device", "another")),
+    }
+}
+
+/// Has the CPU write into a pool. What it writes may be held meanwhile: floats share no memory with a pool.
+fn on_cpu(op: &'static str, pool: &Tensor, write: impl Fn(&Executor, &mut [u8])) -> candle_core::Result<()> {
+    pool.inplace_op1(&OnCpu { op, write })
+}
+
+/// A call of [`on_cpu`], as Candle runs it.
+struct OnCpu<F> {
+    op: &'static str,
+    write: F,
+}
+
+impl<F: Fn(&Executor, &mut [u8])> InplaceOp1 for OnCpu<F> {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, pool: &mut CpuStorage, at: &Layout) -> candle_core::Result<()> {
+        let pool = bytes(self.op, pool, at)?;
+        (self.write)(&*Executor::current()?, pool);
+        Ok(())
+    }
+
+    fn metal_fwd(&self, _: &mut MetalStorage, _: &Layout) -> candle_core::Result<()> {
+        crate::ops::no_metal(self.op)
     }
 }
 

@@ -1,0 +1,14 @@
+//! Headers of GGUF files: metadata, tensors, the tokenizer and the template that they carry.
+#![no_main]
+
+use candle_mmfp4_fuzz::reading::folders::{self, Folder};
+use libfuzzer_sys::fuzz_target;
+use std::sync::LazyLock;
+
+static FOLDER: LazyLock<Folder> = LazyLock::new(|| folders::find("gguf-mxfp4"));
+
+fuzz_target!(|input: &[u8]| {
+    if let Some(folder) = candle_mmfp4_fuzz::with_header(FOLDER.clone(), input) {
+        candle_mmfp4_fuzz::all(&folder);
+    }
+});
