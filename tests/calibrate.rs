@@ -108,7 +108,6 @@ fn other_text_is_predicted_better_than_with_plain_rounding() {
         println!("{name}: loss and divergence {before:?} by plain rounding, {after:?} calibrated");
         // The divergence, because a loss over so few tokens may fall by chance.
         assert!(after.1 < share * before.1, "{name}: {after:?} for {before:?}");
-        assert!(after.0 < before.0, "{name}: {after:?} for {before:?}");
     }
 }
 
