@@ -18,6 +18,7 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "x86_64")]
 pub(super) use ahead::Lines;
 use ahead::{Ahead, Tokens};
 pub use gather::gather;
