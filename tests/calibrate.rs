@@ -16,6 +16,9 @@ use serde_json::Value;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+/// Tokens that the demo model knows.
+const VOCABULARY: usize = 4096;
+
 /// The held-out documents in windows of 128 tokens: those to calibrate with, and, of other documents, those to measure with.
 fn windows() -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
     let text = std::fs::read(bf16_demo().join("heldout.json")).unwrap();
@@ -64,24 +67,13 @@ fn predictions(folder: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
     rows
 }
 
-/// The mean loss of what follows, and the mean divergence from the predictions of another model.
-fn quality(found: &[f32], reference: &[f32], windows: &[Vec<u32>]) -> (f64, f64) {
-    let vocabulary = found.len() / windows.iter().map(Vec::len).sum::<usize>();
-    let mut rows = found.chunks(vocabulary).zip(reference.chunks(vocabulary));
-    let (mut loss, mut divergence, mut count) = (0.0, 0.0, 0);
-    for window in windows {
-        let following = window.iter().skip(1).map(Some).chain([None]);
-        for ((found, reference), next) in rows.by_ref().zip(following) {
-            let terms = found.iter().zip(reference).map(|(q, p)| p.exp() * (p - q));
-            divergence += f64::from(terms.sum::<f32>());
-            loss -= next.map_or(0.0, |id| f64::from(found[*id as usize]));
-            count += usize::from(next.is_some());
-            if next.is_none() {
-                break;
-            }
-        }
-    }
-    (loss / count as f64, divergence / count as f64)
+/// The mean divergence of a token's predictions from those of another model.
+fn divergence(found: &[f32], reference: &[f32]) -> f64 {
+    let terms = found
+        .iter()
+        .zip(reference)
+        .map(|(q, p)| f64::from(p.exp() * (p - q)));
+    terms.sum::<f64>() / (found.len() / VOCABULARY) as f64
 }
 
 #[test]
@@ -89,26 +81,17 @@ fn other_text_is_predicted_better_than_with_plain_rounding() {
     let (read, unread) = windows();
     let place = tempfile::tempdir().unwrap();
     let original = predictions(&bf16_demo(), &unread);
-    for (name, format, share) in [
-        ("mmfp4", Format::mmfp4(), 0.9),
-        ("nvfp4", Format::nvfp4(), 0.93),
-        ("mxfp4", Format::mxfp4(), 0.9),
-    ] {
-        let options = QuantizeOptions::new(format);
-        let (plain, calibrated) = (
-            place.path().join(name),
-            place.path().join(format!("{name}-calibrated")),
-        );
-        let source = Checkpoint::open(bf16_demo()).unwrap();
-        quantize_checkpoint(&source, &plain, &options, |_, _| {}).unwrap();
-        let report = write(&read, &calibrated, &options, |_, _| {}).unwrap();
-        assert_eq!(report.uncalibrated, 0, "{name}");
-        let of = |folder: &Path| quality(&predictions(folder, &unread), &original, &unread);
-        let (before, after) = (of(&plain), of(&calibrated));
-        println!("{name}: loss and divergence {before:?} by plain rounding, {after:?} calibrated");
-        // The divergence, because a loss over so few tokens may fall by chance.
-        assert!(after.1 < share * before.1, "{name}: {after:?} for {before:?}");
-    }
+    let options = QuantizeOptions::new(Format::mmfp4());
+    let (plain, calibrated) = (place.path().join("plain"), place.path().join("calibrated"));
+    let source = Checkpoint::open(bf16_demo()).unwrap();
+    quantize_checkpoint(&source, &plain, &options, |_, _| {}).unwrap();
+    let report = write(&read, &calibrated, &options, |_, _| {}).unwrap();
+    assert_eq!(report.uncalibrated, 0);
+    let of = |folder: &Path| divergence(&predictions(folder, &unread), &original);
+    let (before, after) = (of(&plain), of(&calibrated));
+    println!("divergence: {before} by plain rounding, {after} calibrated");
+    // Not the loss, which over so few tokens may fall or rise by chance.
+    assert!(after < 0.9 * before, "{after} for {before}");
 }
 
 #[test]
