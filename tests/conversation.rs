@@ -9,7 +9,7 @@ use candle_mmfp4::generation::{
     Cancel, ChatTemplate, Event, FinishReason, Generation, GenerationConfig, Message, Options, Output,
     OutputEvent, OutputParser, Pipeline, RenderOptions, Sampling, Statistics, Tokenizer,
 };
-use candle_mmfp4::kv::CacheKind;
+use candle_mmfp4::kv::{CacheFormat, CacheKind};
 use candle_mmfp4::models::glm4_moe_lite::{Logits, Model, Sequence};
 use candle_mmfp4::{Error, nn::TokenCache};
 use common::{largest_difference, mmfp4_demo};
@@ -669,6 +669,39 @@ fn a_tiny_chunk_changes_nothing_and_tells_of_every_part() {
     let expected: Vec<_> = (1..=n.div_ceil(2)).map(|part| ((2 * part).min(n), n)).collect();
     assert_eq!(parts, expected);
     assert_eq!(generate(&prompt, &options).text.trim(), OTHER_ANSWER);
+}
+
+/// With activations in eight bits, where the smallest difference can choose between two steps.
+#[test]
+fn chunks_of_any_size_give_the_same_bits() {
+    for format in [CacheFormat::BF16, CacheFormat::fp4()] {
+        let options = LoadOptions {
+            kv_cache: format.into(),
+            ..LoadOptions::default()
+        };
+        let prompts = [chat(&[("user", QUESTION)]), chat(&[("user", OTHER_QUESTION)])];
+        let run = |prefill_chunk| {
+            // Another one each time: what one has computed, the next would find in its cache.
+            let (pipeline, _) = Pipeline::from_folder(mmfp4_demo(), &options, &Device::Cpu).unwrap();
+            let options = Options {
+                prefill_chunk,
+                ..at_most(30)
+            };
+            prompts.each_ref().map(|prompt| {
+                let events = pipeline.generate(prompt, &options).unwrap();
+                let tokens = events.filter_map(|event| match event.unwrap() {
+                    Event::Token { id, logprob, .. } => Some((id, logprob.to_bits())),
+                    _ => None,
+                });
+                tokens.collect::<Vec<_>>()
+            })
+        };
+        let whole = run(512);
+        assert!(whole.iter().all(|said| said.len() > 3), "{whole:?}");
+        for chunk in [1, 7, 64] {
+            assert_eq!(run(chunk), whole, "{format}, chunks of {chunk}");
+        }
+    }
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Whole models over the paged cache: however a prompt is cut and whatever runs beside it, and against the contiguous cache.
 //!
-//! Attention reads what the cache holds, and no kernel sums in another order for another number of rows. So where the form
-//! of attention is forced (absorbed or materialised), a token's logits are the same bits however its prompt is cut and
-//! whatever runs beside it, in either arithmetic and every format.
+//! Attention reads what the cache holds. Where a prompt was announced, one form of attention (absorbed or materialised) is
+//! chosen for all of it, on kernels that sum in one order for any number of rows: so a token's logits are the same bits
+//! however its prompt is cut and whatever runs beside it, in either arithmetic and every format. They are too where the form
+//! is forced; what nobody announced differs by rounding.
 
 mod common;
 
@@ -23,6 +24,7 @@ use std::sync::Arc;
 /// Below this distance of the two best logits, which of them is chosen is rounding's choice.
 const NEAR_TIE: f32 = 1e-3;
 const FORCED: [AttentionPath; 2] = [AttentionPath::Absorbed, AttentionPath::Materialised];
+const PATHS: [AttentionPath; 3] = [FORCED[0], FORCED[1], AttentionPath::Auto];
 
 /// Which kernels multiply weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,7 +78,14 @@ fn feed(model: &Model, cache: &mut PagedKvCache, id: SequenceId, tokens: &[u32],
     values(&Tensor::cat(&logits, 0).unwrap())
 }
 
-/// As [`feed`], of a new sequence in a cache of its own.
+/// As [`feed`], of a prompt that a cache of its own was told of.
+fn announced(model: &Model, format: CacheFormat, prompt: &[u32], chunk: usize) -> Vec<f32> {
+    let mut cache = paged(model, format);
+    let (id, _) = cache.start(prompt);
+    feed(model, &mut cache, id, prompt, chunk)
+}
+
+/// As [`feed`], of a new sequence in a cache of its own, of which nothing was announced.
 fn fed(model: &Model, format: CacheFormat, tokens: &[u32], chunk: usize) -> Vec<f32> {
     let mut cache = paged(model, format);
     let (id, _) = cache.start(&[]);
@@ -151,8 +160,12 @@ fn a_prompt_gives_the_same_bits_however_it_is_cut() {
         for products in PRODUCTS {
             let mut model = load_with(&golden.folder, products);
             for format in CacheFormat::ALL {
-                for path in FORCED {
+                for path in PATHS {
                     model.set_attention_path(path);
+                    let fed = match path {
+                        AttentionPath::Auto => announced,
+                        _ => fed,
+                    };
                     let whole = fed(&model, format, tokens, tokens.len());
                     for chunk in [1, 2, 3, 5, 7, 10, 20] {
                         let what = format!(
@@ -329,8 +342,54 @@ fn feed_and_look(
     (all, gates.into_values().collect())
 }
 
-/// The form is chosen by cost: other cuts are computed in other forms, which differ by the rounding of queries to BF16.
-/// A token whose experts nearly tie may go to others for it, and is then another one.
+/// The form is chosen by cost: by that of the whole prompt, whichever part of it a pass brings. So is that of a question
+/// which follows a conversation, whose form is the other one.
+#[test]
+fn the_demo_model_gives_an_announced_prompt_the_same_bits_however_it_is_cut() {
+    let all = texts(&Golden::read(&bf16_demo()));
+    let (prompts, question) = ([&all[..120], &all[..260], &all[100..250]], &all[260..290]);
+    for products in [Products::Exact, Products::W4A8] {
+        let model = load_with(&mmfp4_demo(), products);
+        let vocabulary = model.config().vocab_size;
+        for format in CacheFormat::ALL {
+            for prompt in prompts {
+                let run = |chunk: Option<usize>| {
+                    let mut cache = paged(&model, format);
+                    let (id, _) = cache.start(prompt);
+                    let mut answer = |tokens: &[u32]| {
+                        let logits = feed(&model, &mut cache, id, tokens, chunk.unwrap_or(tokens.len()));
+                        let (first, _) = top(&logits[logits.len() - vocabulary..]);
+                        let said = say(&model, &mut cache, id, &[first], 24);
+                        let len = cache.len(id).unwrap();
+                        cache.announce(id, len + question.len()).unwrap();
+                        (logits, said)
+                    };
+                    [answer(prompt), answer(question)]
+                };
+                let whole = run(None);
+                for chunk in [1, 7, 64, 100] {
+                    let cut = run(Some(chunk));
+                    for (turn, ((logits, said), (expected, expected_said))) in
+                        cut.iter().zip(&whole).enumerate()
+                    {
+                        let what = format!(
+                            "{products:?}, {format}, turn {turn} behind {} in chunks of {chunk}",
+                            prompt.len()
+                        );
+                        assert!(logits == expected, "{what}: NMSE {:e}", nmse(logits, expected));
+                        assert!(said == expected_said, "{what}");
+                    }
+                }
+            }
+        }
+        let form = |n, total| AttentionPath::Auto.decide(model.config(), n, total);
+        assert_eq!([form(120, 120), form(30, 174)], [FORCED[1], FORCED[0]]);
+    }
+}
+
+/// Of what nobody announced each pass takes the form that costs it less: other cuts are computed in other forms, which
+/// differ by the rounding of queries to BF16. A token whose experts nearly tie may go to others for it, and is then another
+/// one.
 ///
 /// Not in FP4, whose steps are so coarse that a row which is rounded the other way shows (at most 1.1e-4), nor with
 /// activations in eight bits: docs/kv-cache.md has both.
@@ -401,7 +460,9 @@ fn the_demo_model_says_the_same_however_a_prompt_is_cut() {
 
 #[test]
 fn a_second_turn_is_the_first_ones_continuation() {
-    let model = load(&mmfp4_demo());
+    let mut model = load(&mmfp4_demo());
+    // What finds a part of its prompt in the cache has less to compute, and may take another form for it.
+    model.set_attention_path(AttentionPath::Absorbed);
     let tokens: Vec<u32> = (1..60).collect();
     for format in CacheFormat::ALL {
         let mut cache = paged(&model, format);
@@ -447,13 +508,17 @@ fn sequences_of_different_lengths_give_the_same_bits_together_and_alone() {
         for products in PRODUCTS {
             let mut model = load_with(&golden.folder, products);
             for format in CacheFormat::ALL {
-                for path in FORCED {
+                for path in PATHS {
                     model.set_attention_path(path);
                     let what = format!("{}, {products:?}, {format}, {path:?}", golden.folder.display());
+                    // Decoded tokens are announced with their prompt: what follows one is computed as fast as can be.
                     let steps: [&[u32]; 3] = [&[3], &[5], &[9]];
                     let run = |cases: &[&[u32]]| {
                         let mut cache = paged(&model, format);
                         let ids: Vec<_> = cases.iter().map(|_| cache.start(&[]).0).collect();
+                        for (id, case) in ids.iter().zip(cases) {
+                            cache.announce(*id, case.len() + steps.len()).unwrap();
+                        }
                         let mut all = vec![Vec::new(); cases.len()];
                         for pass in
                             std::iter::once(cases.to_vec()).chain(steps.map(|step| vec![step; cases.len()]))

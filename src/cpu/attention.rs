@@ -1,7 +1,7 @@
 //! Softmax attention in blocks: no score matrix, no mask, no copy of keys or values.
 
 use super::Executor;
-use super::simd::{out_stride, sized};
+use super::simd::{Order, out_stride, sized};
 use super::tile::{self, SharedSlice};
 use std::ops::Range;
 
@@ -98,8 +98,7 @@ enum Group {
 #[derive(Debug, Clone)]
 pub(super) struct Task<'a> {
     pub attention: Attention<'a>,
-    /// Whether few rows are to be summed as many are.
-    pub uniform: bool,
+    pub order: Order,
     group: Group,
     rows: Range<usize>,
 }
@@ -181,7 +180,7 @@ pub fn attend(executor: &Executor, attention: Attention<'_>, y: &mut [f32]) {
         let (part, group) = (tasks - 1 - index / groups, index % groups);
         let task = Task {
             attention,
-            uniform: executor.is_uniform(),
+            order: executor.order(),
             group: if shared { Group::All } else { Group::Head(group) },
             rows: part * rows / tasks..(part + 1) * rows / tasks,
         };

@@ -1,7 +1,7 @@
 //! What the kernels run on: which instructions, how many threads.
 
 use super::pool::ThreadPool;
-use super::simd::Kernels;
+use super::simd::{Kernels, Order};
 use crate::{Error, Result};
 use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
@@ -110,7 +110,7 @@ impl Executor {
     /// The same instructions and threads, with one order of sums for any number of rows: a row of activations gives the
     /// same bits alone and among many.
     ///
-    /// For comparisons: a few rows, as of a decoded token, take as long as many.
+    /// It is the order of many rows: with it a few of them, as of a decoded token, take longer.
     pub fn uniform(&self) -> Arc<Self> {
         Arc::new(Self {
             isa: self.isa,
@@ -118,11 +118,6 @@ impl Executor {
             pool: Arc::clone(&self.pool),
             uniform: true,
         })
-    }
-
-    /// Whether it was made [uniform](Self::uniform).
-    pub fn is_uniform(&self) -> bool {
-        self.uniform
     }
 
     /// What ops called on this thread run on: what is [installed](Self::install), or the process's own, which
@@ -183,6 +178,13 @@ impl Executor {
 
     pub(super) fn kernels(&self) -> &'static Kernels {
         self.kernels
+    }
+
+    pub(super) fn order(&self) -> Order {
+        match self.uniform {
+            true => Order::Uniform,
+            false => Order::Fastest,
+        }
     }
 }
 

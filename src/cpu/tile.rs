@@ -1,7 +1,7 @@
 //! What all matrix kernels share: tiles of a weight's rows, the activations they meet, where results go.
 
 use super::activations::{self, Block, Rounded};
-use super::simd::{Fp4Rows, Int8Rows, MANY, Scratch, Selection, TILE, sized};
+use super::simd::{Fp4Rows, Int8Rows, Scratch, Selection, TILE, sized};
 use super::{Arithmetic, Executor};
 use crate::fp4::Weight;
 use std::cell::RefCell;
@@ -82,29 +82,7 @@ pub(super) fn rows(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    let m = selection.len();
-    if executor.is_uniform() && m < MANY {
-        // What kernels for many rows sum, they sum for a few that are there again and again.
-        let again: [u32; MANY] = std::array::from_fn(|i| selection.row(i % m) as u32);
-        let mut all = [0.0; MANY * TILE];
-        let selection = Selection::Rows(&again);
-        chosen(executor, weight, rows, x, selection, &mut all, scratch);
-        out[..m * TILE].copy_from_slice(&all[..m * TILE]);
-    } else {
-        chosen(executor, weight, rows, x, selection, out, scratch);
-    }
-}
-
-/// As [`rows`], by the kernels for as many rows as there are.
-fn chosen(
-    executor: &Executor,
-    weight: &Weight,
-    rows: Range<usize>,
-    x: Activations<'_>,
-    selection: Selection<'_>,
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
+    let order = executor.order();
     let kernels = executor.kernels();
     match (weight, x.rounded) {
         (Weight::Fp4(tensor), Some(rounded)) => {
@@ -114,7 +92,7 @@ fn chosen(
                 rows: rows.len(),
             };
             // SAFETY: the executor has checked the instructions.
-            unsafe { (kernels.w4a8)(weights, rounded, selection, out, scratch) }
+            unsafe { (kernels.w4a8)(weights, rounded, selection, order, out, scratch) }
         }
         (Weight::Int8(tensor), Some(rounded)) => {
             let weights = Int8Rows {
@@ -126,7 +104,7 @@ fn chosen(
             unsafe { (kernels.int8)(weights, rounded, selection, out, scratch) }
         }
         // SAFETY: as above.
-        _ => unsafe { (kernels.exact)(weight, rows, x.values, selection, out, scratch) },
+        _ => unsafe { (kernels.exact)(weight, rows, x.values, selection, order, out, scratch) },
     }
 }
 

@@ -68,6 +68,7 @@ impl Session {
             cache.free(before)?;
         } else {
             cache.truncate(self.id, kept)?;
+            cache.announce(self.id, prompt.len())?;
             self.tokens.truncate(kept);
         }
         Ok(kept)

@@ -2,7 +2,7 @@
 
 use super::elementwise::exp;
 use super::product::{Columns, Rows, aligned, passes, product, transpose};
-use super::{Scratch, Simd, sized};
+use super::{Order, Scratch, Simd, sized};
 use crate::cpu::attention::Task;
 
 /// Keys that are taken at a time.
@@ -24,7 +24,7 @@ pub(super) unsafe fn attend<S: Simd, const NR: usize, const MR: usize>(
     let (rows, width, value) = (task.len(), attention.width(), attention.values.width);
     let stride = out_stride(value);
     assert!(rows > 0 && out.len() == rows * stride);
-    let few = rows <= FEW && !task.uniform;
+    let few = rows <= FEW && task.order == Order::Fastest;
     let queries = aligned(&mut scratch.floats, rows * width);
     gather(task, width, queries);
     // The last register of a row that begins within a block may reach into the next one's hidden places.

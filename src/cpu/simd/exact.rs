@@ -2,7 +2,7 @@
 
 use super::decode::{decode_row, int8_span, span_scale};
 use super::product::{Columns, Rows, aligned, gather, passes, product, transpose};
-use super::{DISTANCE, Scratch, Selection, Simd, TILE, scales, sized};
+use super::{DISTANCE, Order, Scratch, Selection, Simd, TILE, scales, sized};
 use crate::fp4::{FloatKind, Weight};
 use std::ops::Range;
 
@@ -11,7 +11,6 @@ const ROWS: usize = 3;
 
 /// From this many rows of activations on, a matrix product over decoded rows is faster than dot products.
 const PRODUCT: usize = 6;
-const _: () = assert!(PRODUCT <= super::MANY);
 
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
@@ -21,11 +20,12 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
     rows: Range<usize>,
     x: &[f32],
     selection: Selection<'_>,
+    order: Order,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
     let (k, m, count) = (weight.shape().1, selection.len(), rows.len());
-    if m < PRODUCT {
+    if m < PRODUCT && order == Order::Fastest {
         passes!(m, ROWS, |first, R| {
             let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
             // SAFETY: the instructions are the caller's promise.

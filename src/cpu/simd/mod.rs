@@ -53,9 +53,6 @@ use std::ops::Range;
 /// Rows of weights in a tile.
 pub(super) const TILE: usize = 64;
 
-/// From so many rows of activations on, no product takes a kernel for a few.
-pub(super) const MANY: usize = 9;
-
 /// Bytes of codes that a block of 128 elements has.
 const BLOCK_BYTES: usize = BLOCK / 2;
 /// Lanes of 32 bits that these bytes fill.
@@ -121,6 +118,15 @@ impl<'a> Selection<'a> {
     }
 }
 
+/// In which order a product sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// The one that is fastest for so many rows of activations.
+    Fastest,
+    /// The same for any number of them: that of many.
+    Uniform,
+}
+
 /// Memory that a thread keeps from one tile to the next.
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -168,11 +174,11 @@ pub(super) struct Kernels {
     /// Rounds a row of activations; see [`elementwise::round`].
     pub round: unsafe fn(x: &[f32], row: usize, rows: usize, blocks: *mut Block),
     /// FP4 weights times rounded activations; see [`w4a8::w4a8`].
-    pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
+    pub w4a8: unsafe fn(Fp4Rows<'_>, Rounded<'_>, Selection<'_>, Order, &mut [f32], &mut Scratch),
     /// Weights of eight bits times rounded activations; see [`int8::int8`].
     pub int8: unsafe fn(Int8Rows<'_>, Rounded<'_>, Selection<'_>, &mut [f32], &mut Scratch),
     /// Any weights times f32 activations; see [`exact::exact`].
-    pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),
+    pub exact: unsafe fn(&Weight, Range<usize>, &[f32], Selection<'_>, Order, &mut [f32], &mut Scratch),
     /// The transposed product; see [`columns::columns`].
     pub columns:
         unsafe fn(&Weight, Range<usize>, Range<usize>, &[f32], Selection<'_>, &mut [f32], &mut Scratch),

@@ -6,7 +6,7 @@ macro_rules! kernels {
     ($simd:ident, registers: $registers:literal, rows: $rows:literal $(, features: $features:literal)?) => {
         mod kernels {
             use super::super::{
-                Fp4Rows, Int8Rows, Kernels, Scratch, Selection, attention, columns, elementwise, exact, int8, limits, paged, w4a8,
+                Fp4Rows, Int8Rows, Kernels, Order, Scratch, Selection, attention, columns, elementwise, exact, int8, limits, paged, w4a8,
             };
             use crate::cpu::activations::{Block, Rounded};
             use crate::cpu::attention::Task;
@@ -26,11 +26,12 @@ macro_rules! kernels {
                 weights: Fp4Rows<'_>,
                 x: Rounded<'_>,
                 selection: Selection<'_>,
+                order: Order,
                 out: &mut [f32],
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { w4a8::w4a8::<super::$simd, $registers, $rows>(weights, x, selection, out, scratch) }
+                unsafe { w4a8::w4a8::<super::$simd, $registers, $rows>(weights, x, selection, order, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -51,11 +52,12 @@ macro_rules! kernels {
                 rows: Range<usize>,
                 x: &[f32],
                 selection: Selection<'_>,
+                order: Order,
                 out: &mut [f32],
                 scratch: &mut Scratch,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { exact::exact::<super::$simd, $registers, $rows>(weight, rows, x, selection, out, scratch) }
+                unsafe { exact::exact::<super::$simd, $registers, $rows>(weight, rows, x, selection, order, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?

@@ -1,11 +1,14 @@
 //! FP4 weights times rounded activations.
 
 use super::product::passes;
-use super::{Fp4Rows, MANY, Scratch, Selection, Simd, TILE, blocks, few};
+use super::{Fp4Rows, Order, Scratch, Selection, Simd, TILE, blocks, few};
 use crate::cpu::activations::{BLOCK, Rounded};
 
 /// Rows of activations that [`few::along_rows`] takes: what registers hold beside the weights'.
 const ROWS: usize = 4;
+
+/// Up to so many, the rows of weights are gone along, at the memory's speed.
+const FEW: usize = 8;
 
 /// `out[i, r] = Σ_k x[i, k] · w[first + r, k]` for up to 64 rows of weights and the selected rows of rounded
 /// activations; a row of `out` is 64 long.
@@ -17,6 +20,7 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     weights: Fp4Rows<'_>,
     x: Rounded<'_>,
     selection: Selection<'_>,
+    order: Order,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
@@ -32,7 +36,7 @@ pub(super) unsafe fn w4a8<S: Simd, const NR: usize, const MR: usize>(
     // SAFETY: the instructions are the caller's promise;
     // the blocks of all selected rows are there, as just asserted.
     unsafe {
-        if m >= MANY {
+        if m > FEW || order == Order::Uniform {
             return blocks::many::<S, NR, MR>(weights, x, selection, out, scratch);
         }
         // Twice for more than four: the second time the weights are in the second-level cache.

@@ -7,6 +7,7 @@ mod tests;
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use store::{ROOT, Store};
 
 const OP: &str = "kv-cache blocks";
@@ -106,6 +107,8 @@ struct Sequence {
     blocks: Vec<u32>,
     /// The block that an unended pass has replaced by its own copy, still held.
     replaced: Option<u32>,
+    /// Where the prompt that was announced begins and ends.
+    prompt: Range<usize>,
 }
 
 /// What a pass takes for a sequence.
@@ -183,7 +186,7 @@ impl Blocks {
             tokens: tokens[..len].to_vec(),
             len,
             blocks,
-            replaced: None,
+            ..Sequence::default()
         };
         (self.add(sequence), len)
     }
@@ -321,7 +324,28 @@ impl Blocks {
         self.cut(id, len)
     }
 
-    /// Forgets all but the first `len` tokens, and an unended pass.
+    /// Says that what a sequence goes on with, up to `len` tokens in all, is one prompt, in however many passes it comes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a sequence that is not there.
+    pub fn announce(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        let sequence = find_mut(&mut self.sequences, id)?;
+        sequence.prompt = sequence.len..len;
+        Ok(())
+    }
+
+    /// From where to where the prompt reaches that the sequence's next token is a part of; `None` where none was announced,
+    /// the sequence has all of it, or it is a single token, which comes in one pass.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a sequence that is not there.
+    pub fn prompt(&self, id: SequenceId) -> Result<Option<Range<usize>>> {
+        let sequence = self.find(id)?;
+        let prompt = Some(sequence.prompt.clone());
+        Ok(prompt.filter(|prompt| prompt.len() > 1 && prompt.contains(&sequence.len)))
+    }
+
+    /// Forgets all but the first `len` tokens, an unended pass, and what was [announced](Self::announce).
     ///
     /// # Errors
     /// [`Error::Argument`] where the sequence has fewer, or is not there.
@@ -331,7 +355,8 @@ impl Blocks {
             let expected = format!("at most {held}, the tokens cached");
             return Err(Error::argument("truncate", "len", expected, len.to_string()));
         }
-        self.cut(id, len)
+        self.cut(id, len)?;
+        self.announce(id, len)
     }
 
     fn cut(&mut self, id: SequenceId, len: usize) -> Result<()> {
@@ -354,7 +379,7 @@ impl Blocks {
         Ok(())
     }
 
-    /// A new sequence of the same tokens, which shares all blocks. An unended pass is forgotten.
+    /// A new sequence of the same tokens, which shares all blocks, and is amid the same prompt. An unended pass is forgotten.
     ///
     /// # Errors
     /// [`Error::Argument`] for a sequence that is not there.
@@ -366,6 +391,7 @@ impl Blocks {
             len: sequence.len,
             blocks: sequence.blocks.clone(),
             replaced: None,
+            prompt: sequence.prompt.clone(),
         };
         fork.blocks.iter().for_each(|block| self.store.hold(*block));
         Ok(self.add(fork))

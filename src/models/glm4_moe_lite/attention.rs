@@ -29,11 +29,12 @@ const EXPANDED: usize = 512 << 20;
 
 /// Which way attention is computed; results agree up to rounding.
 ///
-/// Where one is forced, the CPU computes on [uniform](crate::cpu::Executor::uniform) kernels: a prompt gives the same bits
-/// whole and in chunks, and a sequence alone and in a batch.
+/// Where one is forced, the CPU computes on [uniform](crate::cpu::Executor::uniform) kernels: a sequence gives the same bits
+/// whole and in chunks, alone and in a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttentionPath {
-    /// Whichever costs less.
+    /// Whichever costs less: for a prompt that a paged cache knows
+    /// ([announced](crate::nn::PagedKvCache::announce)) decided for all of it, and for other tokens pass by pass.
     #[default]
     Auto,
     /// Over the cached latents.

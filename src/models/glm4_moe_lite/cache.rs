@@ -122,6 +122,18 @@ impl Cache {
         }
     }
 
+    /// Says that what a sequence goes on with, up to `len` tokens in all, is one prompt; see [`PagedKvCache::announce`].
+    /// Over contiguous caches each pass is computed as it comes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a sequence that is not there.
+    pub fn announce(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
+        match self {
+            Self::Paged(cache) => cache.announce(sequence, len),
+            Self::Contiguous(all) => all.find(sequence).map(drop),
+        }
+    }
+
     /// How many of these tokens [`start`](Self::start) would find.
     pub fn cached(&self, prompt: &[u32]) -> usize {
         match self {

@@ -109,7 +109,8 @@ impl Model {
             });
         }
         let mut trace = Trace::new(observer);
-        self.reproducible(|| self.batch_pass(sequences, &tokens, &segments, logits, &mut trace))
+        let pass = || self.batch_pass(sequences, &tokens, &segments, logits, &mut trace);
+        on_kernels(self.is_form_forced(), pass)
     }
 
     fn batch_pass(
@@ -146,9 +147,11 @@ impl Model {
     /// it: weights are read once for all. There is no padding. An `observer` sees every op's result. Gives logits
     /// `[sequences, vocabulary]` or `[tokens of all, vocabulary]`, F32.
     ///
-    /// What a token's key and value are is what the cache holds of it, also for the pass that computes it: so the numbers
-    /// are those of a prompt as a whole however it is cut, up to rounding; with the form of attention
-    /// [forced](Self::set_attention_path) the same bits, on the CPU.
+    /// What a token's key and value are is what the cache holds of it, also for the pass that computes it. A prompt that the
+    /// cache knows, because a sequence was [started](PagedKvCache::start) with it or it was
+    /// [announced](PagedKvCache::announce), has one form of attention: so its logits, and what is cached of it, are the
+    /// same bits on the CPU however passes cut it, and whatever else they bring. Of tokens that nobody announced each pass
+    /// takes the form that costs it less; unless it is [forced](Self::set_attention_path), numbers then differ by rounding.
     ///
     /// ```
     /// use candle_core::Device;
@@ -187,7 +190,9 @@ impl Model {
         let mut trace = Trace::new(observer);
         let x = self.embed(&tokens, &mut trace)?;
         cache.begin(sequences)?;
-        let passed = self.reproducible(|| self.paged_pass(x, &tokens, cache, logits, &mut trace));
+        let prompts = cache.pass().any(|sequence| sequence.prompt.is_some());
+        let pass = || self.paged_pass(x, &tokens, cache, logits, &mut trace);
+        let passed = on_kernels(prompts || self.is_form_forced(), pass);
         match passed.is_ok() {
             true => cache.commit(),
             false => cache.forget(),
@@ -195,15 +200,8 @@ impl Model {
         passed
     }
 
-    /// Runs a pass: where the form of attention is forced, on kernels that sum in one order for any number of rows, so that
-    /// its numbers depend on nothing but a sequence's tokens.
-    fn reproducible<R>(&self, pass: impl FnOnce() -> Result<R>) -> Result<R> {
-        match self.path {
-            AttentionPath::Auto => pass(),
-            AttentionPath::Absorbed | AttentionPath::Materialised => {
-                Executor::current()?.uniform().install(pass)
-            }
-        }
+    fn is_form_forced(&self) -> bool {
+        self.path != AttentionPath::Auto
     }
 
     fn paged_pass(
@@ -272,5 +270,14 @@ impl Model {
         let normed = trace.see("norm", &x, normed)?;
         let logits = self.head.forward(&normed)?.to_dtype(DType::F32)?;
         trace.see("lm_head", &normed, logits)
+    }
+}
+
+/// Runs a pass: where its kernels are to be uniform, on those that sum in one order for any number of rows, so that its
+/// numbers depend on nothing but a sequence's tokens and the form of attention.
+fn on_kernels<R>(uniform: bool, pass: impl FnOnce() -> Result<R>) -> Result<R> {
+    match uniform {
+        true => Executor::current()?.uniform().install(pass),
+        false => pass(),
     }
 }

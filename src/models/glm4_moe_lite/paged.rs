@@ -27,7 +27,12 @@ impl<'a> PagedPass<'a> {
         for sequence in cache.pass() {
             let n = sequence.tokens.len();
             let len = sequence.position + n;
-            let path = path.decide(config, n, len);
+            // A prompt is one decision, whichever part of it this is.
+            let (work, end) = match &sequence.prompt {
+                Some(prompt) => (prompt.len(), prompt.end.max(len)),
+                None => (n, len),
+            };
+            let path = path.decide(config, work, end);
             if path == AttentionPath::Absorbed {
                 absorbed.push(PagedSequence {
                     table: sequence.table,

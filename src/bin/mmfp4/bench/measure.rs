@@ -206,6 +206,10 @@ impl Run<'_> {
     ) -> anyhow::Result<f64> {
         let drawn = self.draw(tokens);
         self.cache.truncate(id, depth)?;
+        if step > 1 {
+            // A prompt, of which a pipeline tells the cache.
+            self.cache.announce(id, depth + tokens)?;
+        }
         let start = Instant::now();
         for tokens in drawn.chunks(step) {
             let Some((profile, phase)) = &mut profile else {
