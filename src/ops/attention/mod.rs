@@ -163,17 +163,14 @@ impl Attention {
 }
 
 /// A tensor, held for reading by a guard.
-pub(super) struct Input<'a, G> {
+struct Input<'a, G> {
     argument: &'static str,
     storage: G,
     layout: &'a Layout,
 }
 
 /// Holds a tensor.
-pub(super) fn open<'a>(
-    argument: &'static str,
-    tensor: &'a Tensor,
-) -> Input<'a, impl Deref<Target = Storage> + 'a> {
+fn open<'a>(argument: &'static str, tensor: &'a Tensor) -> Input<'a, impl Deref<Target = Storage> + 'a> {
     let (storage, layout) = tensor.storage_and_layout();
     Input {
         argument,
@@ -183,7 +180,7 @@ pub(super) fn open<'a>(
 }
 
 impl<G: Deref<Target = Storage>> Input<'_, G> {
-    pub(super) fn part(&self) -> candle_core::Result<Part<'_>> {
+    fn part(&self) -> candle_core::Result<Part<'_>> {
         let Storage::Cpu(storage) = &*self.storage else {
             return super::no_metal(OP);
         };
@@ -195,14 +192,14 @@ impl<G: Deref<Target = Storage>> Input<'_, G> {
 }
 
 /// A tensor's elements and shape.
-pub(super) struct Part<'a> {
+struct Part<'a> {
     view: View<'a>,
     dims: &'a [usize],
 }
 
 impl Part<'_> {
     /// As the kernel takes it; all heads share what has two dimensions.
-    pub(super) fn heads(&self) -> HeadView<'_> {
+    fn heads(&self) -> HeadView<'_> {
         let strides = &self.view.strides;
         HeadView {
             data: &self.view.data,

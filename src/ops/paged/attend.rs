@@ -1,20 +1,23 @@
 //! Attention over a paged cache, in the format in which it is stored.
 
 use super::PagedBatch;
+use super::pool::{at, bytes_of, check_pool};
 use crate::cpu::{self, Executor, PagedSequence};
 use crate::kv::{RowKind, RowLayout};
 use crate::metal::paged_attention::{self as plans, At};
 use crate::ops::PerHead;
-use crate::ops::attention::{Input, Part, open};
+use crate::ops::activations::{from_f32, view};
 use crate::ops::merged::Merge;
 use crate::ops::planned::{self, Planned};
 use crate::ops::rows::{heads, prepared_heads};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
-use std::ops::Range;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, MetalStorage, Shape, Storage, Tensor,
+};
+use std::cell::Cell;
 
 const OP: &str = "mmfp4-paged-attention";
-const GATHER: &str = "mmfp4-gather-paged";
 
 /// Attention of one sequence or many over the blocks of a pool, without a mask, a score matrix or a decoded copy of the cache.
 ///
@@ -93,30 +96,31 @@ impl PagedAttention {
     /// [`Error::Argument`] names the argument at fault where shape, dtype or device do not fit, or a table names a block
     /// beyond the pool.
     pub fn forward(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Tensor> {
-        let (n, sequences) = (batch.tokens(), batch.sequences().collect::<Vec<_>>());
         self.check_queries(queries, batch)?;
-        let value = cpu::value_width(&self.layout);
-        if planned::runs_on(pool.device())
-            && let Some(y) = self.on_device(queries, pool, batch)?
-        {
-            return Ok(y);
-        }
-        let inputs: Vec<_> = queries.iter().map(|part| open("queries", part)).collect();
-        let parts = inputs
-            .iter()
-            .map(Input::part)
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let views: Vec<_> = parts.iter().map(Part::heads).collect();
-        let mut y = vec![0.0; n * self.heads * value];
-        with_bytes(pool, |pool| {
-            cpu::attend_paged(
-                &*Executor::current()?,
-                self.call(pool, &views, &sequences),
-                &mut y,
-            )
-        })?;
-        let y = Tensor::from_vec(y, (n, self.heads, value), &Device::Cpu)?;
-        Ok(y.to_dtype(queries[0].dtype())?)
+        let queries = self.parts(queries)?;
+        let planned = match planned::runs_on(pool.device()) {
+            true => self.planned(&queries, pool, batch)?,
+            false => None,
+        };
+        self.apply(&queries, pool, batch, planned)
+    }
+
+    fn apply(
+        &self,
+        queries: &[Tensor],
+        pool: &Tensor,
+        batch: &PagedBatch,
+        planned: Option<Planned<'_, 1>>,
+    ) -> Result<Tensor> {
+        let call = Call {
+            op: self,
+            batch,
+            planned: Cell::new(planned),
+        };
+        Ok(match queries {
+            [latent, rotary] => latent.apply_op3_no_bwd(rotary, pool, &call)?,
+            queries => queries[0].apply_op2_no_bwd(pool, &call)?,
+        })
     }
 
     /// MLA's attention with its values expanded from the latents: the output of [`forward`](Self::forward) by
@@ -133,68 +137,96 @@ impl PagedAttention {
     ) -> Result<Tensor> {
         if planned::runs_on(pool.device())
             && values.takes_parts(batch.tokens(), self.heads, cpu::value_width(&self.layout))
-            && let Some(y) = self.expanded_on_device(queries, pool, batch, values)?
         {
-            return Ok(y);
+            self.check_queries(queries, batch)?;
+            let queries = self.parts(queries)?;
+            if let Some(planned) = self.planned_expanded(&queries, pool, batch, values)? {
+                return self.apply(&queries, pool, batch, Some(planned));
+            }
         }
         Ok(values.forward(&self.forward(queries, pool, batch)?)?)
     }
 
-    /// What a device gives of few tokens; `None` where no kernel takes these operands, or parts are more than it has at a time.
-    fn expanded_on_device(
+    /// What a device runs for few tokens; `None` where no kernel takes these operands, or parts are more than it has at a time.
+    fn planned_expanded<'a>(
         &self,
-        queries: &[&Tensor],
+        queries: &[Tensor],
         pool: &Tensor,
         batch: &PagedBatch,
-        values: &PerHead,
-    ) -> Result<Option<Tensor>> {
-        self.check_queries(queries, batch)?;
+        values: &'a PerHead,
+    ) -> Result<Option<Planned<'a, 1>>> {
         let Some(operands) = self.operands(queries, pool, batch)? else {
             return Ok(None);
         };
-        let inputs = operands.inputs();
-        let (bytes, shape) = (values.regions(), values.merged_shape(batch.tokens()));
+        let bytes = values.regions();
         let attention = operands.attention(self, bytes.len())?;
         if attention.at_once() < batch.tokens() {
             return Ok(None);
         }
-        let plan = || {
-            let y = bytes.len() + inputs.len();
-            let merge = Merge {
-                weight: 0,
-                parts: y + 1,
-                stats: y + 2,
-                y,
-            };
-            let sizes = (batch.tokens(), attention.splits);
-            let Some(merged) = values.merged_launch(merge, sizes, operands.dtype())? else {
-                return Ok(None);
-            };
-            Ok(Some(Planned {
-                launches: vec![attention.parts(merge.parts, merge.stats)?, merged],
-                bytes: bytes.clone(),
-                outputs: [(shape.clone(), operands.dtype())],
-                scratch: attention.scratch(batch.tokens()).to_vec(),
-            }))
+        let y = bytes.len() + operands.count();
+        let merge = Merge {
+            weight: 0,
+            parts: y + 1,
+            stats: y + 2,
+            y,
         };
-        Ok(planned::over(OP, &inputs, plan)?.map(|[y]| y))
+        let sizes = (batch.tokens(), attention.splits);
+        let Some(merged) = values.merged_launch(merge, sizes, operands.dtype())? else {
+            return Ok(None);
+        };
+        Ok(Some(Planned {
+            launches: vec![attention.parts(merge.parts, merge.stats)?, merged],
+            bytes,
+            outputs: [(values.merged_shape(batch.tokens()), operands.dtype())],
+            scratch: attention.scratch(batch.tokens()).to_vec(),
+        }))
     }
 
-    /// Checks that queries are parts of as many rows as a batch has tokens, of all heads.
+    /// Checks that queries are parts of as many rows as a batch has tokens, of all heads, together as wide as a key.
     fn check_queries(&self, queries: &[&Tensor], batch: &PagedBatch) -> Result<()> {
         batch.check_blocks(OP, &self.layout)?;
-        let n = batch.tokens();
+        let (n, key) = (batch.tokens(), cpu::key_width(&self.layout));
         let fits = |part: &&Tensor| part.rank() == 3 && part.dims()[..2] == [n, self.heads];
-        if !queries.is_empty() && queries.iter().all(fits) {
+        let rows = !queries.is_empty() && queries.iter().all(fits);
+        if rows && queries.iter().map(|part| part.dims()[2]).sum::<usize>() == key {
             return Ok(());
         }
-        let expected = format!("parts [{n}, {}, d]", self.heads);
+        let expected = format!("parts [{n}, {}, d], the keys' {key} wide together", self.heads);
         let found: Vec<_> = queries.iter().map(|part| part.dims()).collect();
         Err(Error::argument(OP, "queries", expected, format!("{found:?}")))
     }
 
-    /// What a device gives; `None` where nothing stands in for the CPU's kernels, or no kernel takes these operands.
-    fn on_device(&self, queries: &[&Tensor], pool: &Tensor, batch: &PagedBatch) -> Result<Option<Tensor>> {
+    /// Queries as kernels take them: in one part, or of latents with rotary keys in two.
+    fn parts(&self, queries: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let widths: &[usize] = match self.layout.kind() {
+            RowKind::Latent { latent, rope: 0 } => &[latent],
+            RowKind::Latent { latent, rope } => &[latent, rope],
+            RowKind::Heads { key_dim, .. } => &[key_dim],
+        };
+        let given = queries.iter().map(|part| part.dims()[2]);
+        if given.eq(widths.iter().copied()) {
+            let prepared = queries.iter().map(|part| prepared_heads(part));
+            return Ok(prepared.collect::<candle_core::Result<_>>()?);
+        }
+        let joined = match queries {
+            [one] => prepared_heads(one)?,
+            several => Tensor::cat(several, 2)?,
+        };
+        let (mut parts, mut start) = (Vec::with_capacity(widths.len()), 0);
+        for width in widths {
+            parts.push(joined.narrow(2, start, *width)?);
+            start += width;
+        }
+        Ok(parts)
+    }
+
+    /// What a device runs; `None` where no kernel takes these operands, and the CPU is to compute.
+    fn planned(
+        &self,
+        queries: &[Tensor],
+        pool: &Tensor,
+        batch: &PagedBatch,
+    ) -> Result<Option<Planned<'static, 1>>> {
         let Some(operands) = self.operands(queries, pool, batch)? else {
             if pool.device().is_metal() {
                 Self::check_kernels(&self.layout)?;
@@ -203,24 +235,20 @@ impl PagedAttention {
             crate::ops::without_kernel(OP);
             return Ok(None);
         };
-        let inputs = operands.inputs();
-        let plan = || {
-            let (y, value) = (inputs.len(), cpu::value_width(&self.layout));
-            let (launches, scratch) = operands.attention(self, 0)?.launches(y, y + 1)?;
-            Ok(Some(Planned {
-                launches,
-                bytes: Vec::new(),
-                outputs: [((batch.tokens(), self.heads, value).into(), operands.dtype())],
-                scratch,
-            }))
-        };
-        Ok(planned::over(OP, &inputs, plan)?.map(|[y]| y))
+        let (y, value) = (operands.count(), cpu::value_width(&self.layout));
+        let (launches, scratch) = operands.attention(self, 0)?.launches(y, y + 1)?;
+        Ok(Some(Planned {
+            launches,
+            bytes: Vec::new(),
+            outputs: [((batch.tokens(), self.heads, value).into(), operands.dtype())],
+            scratch,
+        }))
     }
 
     /// The operands of plans, checked; `None` for what no kernel takes.
     fn operands<'a>(
         &self,
-        queries: &[&Tensor],
+        queries: &'a [Tensor],
         pool: &'a Tensor,
         batch: &'a PagedBatch,
     ) -> Result<Option<Operands<'a>>> {
@@ -232,18 +260,12 @@ impl PagedAttention {
         if !same || Self::check_kernels(&self.layout).is_err() {
             return Ok(None);
         }
-        let width: usize = queries.iter().map(|part| part.dims()[2]).sum();
-        let key = cpu::key_width(&self.layout);
-        if width != key {
-            let expected = format!("a width of {key}, as the keys, in all parts");
-            return Err(Error::argument(OP, "queries", expected, width.to_string()));
-        }
         check_pool(OP, pool)?;
         let sequences: Vec<_> = batch.sequences().collect();
         let call = self.call(&[], &[], &sequences);
         call.check_tables(pool.elem_count())?;
         let mut all = Operands {
-            queries: Vec::new(),
+            queries,
             pool,
             index,
             tokens: batch.tokens(),
@@ -260,31 +282,6 @@ impl PagedAttention {
                 let visible = call.visible(at);
                 all.splits = all.splits.max(plans::splits_seen(&self.layout, &visible));
                 all.pairs += visible.len();
-            }
-        }
-        let widths: &[usize] = match self.layout.kind() {
-            RowKind::Latent { latent, rope: 0 } => &[latent],
-            RowKind::Latent { latent, rope } => &[latent, rope],
-            RowKind::Heads { key_dim, .. } => &[key_dim],
-        };
-        if queries
-            .iter()
-            .map(|part| part.dims()[2])
-            .eq(widths.iter().copied())
-        {
-            all.queries = queries
-                .iter()
-                .map(|part| prepared_heads(part))
-                .collect::<candle_core::Result<_>>()?;
-        } else {
-            let joined = match queries {
-                [one] => prepared_heads(one)?,
-                several => Tensor::cat(several, 2)?,
-            };
-            let mut start = 0;
-            for width in widths {
-                all.queries.push(joined.narrow(2, start, *width)?);
-                start += width;
             }
         }
         Ok(Some(all))
@@ -310,8 +307,8 @@ impl PagedAttention {
 
 /// What plans of attention read.
 struct Operands<'a> {
-    /// As one part, or of MLA with rotary keys two.
-    queries: Vec<Tensor>,
+    /// As [`PagedAttention::parts`] gives them.
+    queries: &'a [Tensor],
     pool: &'a Tensor,
     index: &'a Tensor,
     tokens: usize,
@@ -326,9 +323,9 @@ impl Operands<'_> {
         self.queries[0].dtype()
     }
 
-    /// The tensors, in their order among a plan's operands.
-    fn inputs(&self) -> Vec<&Tensor> {
-        self.queries.iter().chain([self.pool, self.index]).collect()
+    /// How many they are: queries, pool and index, in this order.
+    fn count(&self) -> usize {
+        self.queries.len() + 2
     }
 
     /// Their plan, where they stand among a plan's operands from `start` on.
@@ -353,127 +350,136 @@ impl Operands<'_> {
     }
 }
 
-/// Where a tensor that lies together begins, as this operand.
-fn at(tensor: &Tensor, operand: usize) -> At {
-    At {
-        operand,
-        offset: tensor.layout().start_offset() * tensor.dtype().size_in_bytes(),
-    }
+/// A call, as Candle runs it, once: of queries in one part or two, and the pool; the op holds the tables.
+struct Call<'a> {
+    op: &'a PagedAttention,
+    batch: &'a PagedBatch,
+    /// What a device runs, where kernels take the operands.
+    planned: Cell<Option<Planned<'a, 1>>>,
 }
 
-/// The tokens at these positions of a batch's sequence as numbers `[positions, layout.width()]` of a dtype, for attention
-/// that expands keys and values; see [`cpu::gather`].
-///
-/// # Errors
-/// [`Error::Argument`] where `pool` is no contiguous U8 tensor, the batch has no such sequence, or its table is too short or
-/// names a block beyond the pool.
-pub fn gather_paged(
-    layout: &RowLayout,
-    pool: &Tensor,
-    batch: &PagedBatch,
-    sequence: usize,
-    positions: Range<usize>,
-    dtype: DType,
-) -> Result<Tensor> {
-    let Some(PagedSequence { table, .. }) = batch.sequences().nth(sequence) else {
-        let expected = format!("below {}, the batch's", batch.sequences().count());
-        return Err(Error::argument(
-            GATHER,
-            "sequence",
-            expected,
-            sequence.to_string(),
-        ));
-    };
-    batch.check_blocks(GATHER, layout)?;
-    let shape = (positions.len(), layout.width());
-    // Before memory is asked for: as many positions as the table has.
-    let held = table.len().saturating_mul(layout.block_tokens());
-    if positions.end > held {
-        let expected = format!("blocks for {} tokens", positions.end);
-        return Err(Error::argument(GATHER, "table", expected, format!("for {held}")));
-    }
-    if planned::runs_on(pool.device()) {
-        match batch.table_start(sequence).zip(batch.index()) {
-            Some((start, index)) => {
-                check_pool(GATHER, pool)?;
-                check_blocks(layout, pool, table, &positions)?;
-                let plan = || {
-                    let gather = plans::Gather {
-                        layout,
-                        dtype,
-                        positions: positions.clone(),
-                        table: start,
-                        pool: at(pool, 0),
-                        index: at(index, 1),
-                        y: 2,
-                    };
-                    let launches = match positions.len() {
-                        0 => Vec::new(),
-                        _ => vec![gather.launch()?],
-                    };
-                    Ok(Some(Planned {
-                        launches,
-                        bytes: Vec::new(),
-                        outputs: [(shape.into(), dtype)],
-                        scratch: Vec::new(),
-                    }))
-                };
-                if let Some([rows]) = planned::over(GATHER, &[pool, index], plan)? {
-                    return Ok(rows);
-                }
+impl Call<'_> {
+    fn on_cpu(
+        &self,
+        queries: &[(&CpuStorage, &Layout)],
+        (pool, pool_layout): (&CpuStorage, &Layout),
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        if let (Some(planned), Some(index)) = (self.planned.take(), self.batch.index())
+            && let Storage::Cpu(index) = &*index.storage_and_layout().0
+        {
+            let inputs: Vec<_> = queries.iter().map(|part| part.0).chain([pool, index]).collect();
+            if let Some([done]) = planned::in_place_of_cpu(OP, &inputs, || Ok(Some(planned)))? {
+                return Ok(done);
             }
-            None if pool.device().is_metal() => return Ok(crate::ops::no_metal(GATHER)?),
-            None => crate::ops::without_kernel(GATHER),
         }
+        let parts = queries
+            .iter()
+            .map(|(storage, layout)| view(OP, "queries", storage, layout));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let views: Vec<_> = parts
+            .iter()
+            .zip(queries)
+            .map(|(part, (_, layout))| cpu::HeadView {
+                data: &part.data,
+                row: part.strides[0],
+                head: part.strides[1],
+                width: layout.dims()[2],
+            })
+            .collect();
+        let (op, sequences) = (self.op, self.batch.sequences().collect::<Vec<_>>());
+        let shape = (self.batch.tokens(), op.heads, cpu::value_width(&op.layout));
+        let mut y = vec![0.0; shape.0 * shape.1 * shape.2];
+        let pool = bytes_of(OP, pool, pool_layout)?;
+        cpu::attend_paged(&*Executor::current()?, op.call(pool, &views, &sequences), &mut y)?;
+        Ok((from_f32(y, queries[0].0), shape.into()))
     }
-    let mut rows = vec![0.0; shape.0 * shape.1];
-    with_bytes(pool, |pool| {
-        cpu::gather(&*Executor::current()?, layout, pool, table, positions, &mut rows)
-    })?;
-    Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?.to_dtype(dtype)?)
-}
 
-/// Checks that the blocks of these positions, which the table has, are the pool's.
-fn check_blocks(layout: &RowLayout, pool: &Tensor, table: &[u32], positions: &Range<usize>) -> Result<()> {
-    let (tokens, held) = (layout.block_tokens(), pool.elem_count() / layout.block_bytes());
-    let blocks = &table[positions.start.min(positions.end) / tokens..positions.end.div_ceil(tokens)];
-    match blocks.iter().find(|block| **block as usize >= held) {
-        Some(block) => {
-            let expected = format!("blocks below {held}, the pool's");
-            Err(Error::argument(GATHER, "table", expected, block.to_string()))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Checks that a pool is bytes that lie together.
-fn check_pool(op: &'static str, pool: &Tensor) -> Result<()> {
-    if pool.dtype() == DType::U8 && pool.is_contiguous() {
-        return Ok(());
-    }
-    let found = format!("{:?} with strides {:?}", pool.dtype(), pool.stride());
-    Err(Error::argument(op, "pool", "contiguous U8 bytes", found))
-}
-
-/// Calls `f` with the bytes of a pool.
-fn with_bytes<R>(pool: &Tensor, f: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = pool.storage_and_layout();
-    let error = |found: String| Error::argument(OP, "pool", "contiguous U8 bytes on the CPU", found);
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::U8(bytes)), Some((start, end))) => f(&bytes[start..end]),
-        (_, None) => Err(error(format!("strides {:?}", layout.stride()))),
-        _ => Err(error(format!("{:?} on {:?}", pool.dtype(), pool.device()))),
+    fn on_metal(
+        &self,
+        queries: &[&MetalStorage],
+        pool: &MetalStorage,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        let Some(index) = self.batch.index() else {
+            return crate::ops::no_metal(OP);
+        };
+        let Storage::Metal(index) = &*index.storage_and_layout().0 else {
+            return crate::ops::no_metal(OP);
+        };
+        let inputs: Vec<_> = queries.iter().copied().chain([pool, index]).collect();
+        let [done] = planned::on_metal(OP, &inputs, || Ok(self.planned.take()))?;
+        Ok(done)
     }
 }
 
+impl CustomOp2 for Call<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        query: &CpuStorage,
+        query_layout: &Layout,
+        pool: &CpuStorage,
+        pool_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.on_cpu(&[(query, query_layout)], (pool, pool_layout))
+    }
+
+    fn metal_fwd(
+        &self,
+        query: &MetalStorage,
+        _: &Layout,
+        pool: &MetalStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        self.on_metal(&[query], pool)
+    }
+}
+
+impl CustomOp3 for Call<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        latent: &CpuStorage,
+        latent_layout: &Layout,
+        rotary: &CpuStorage,
+        rotary_layout: &Layout,
+        pool: &CpuStorage,
+        pool_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.on_cpu(
+            &[(latent, latent_layout), (rotary, rotary_layout)],
+            (pool, pool_layout),
+        )
+    }
+
+    fn metal_fwd(
+        &self,
+        latent: &MetalStorage,
+        _: &Layout,
+        rotary: &MetalStorage,
+        _: &Layout,
+        pool: &MetalStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        self.on_metal(&[latent, rotary], pool)
+    }
+}
+
+/// What tests of ops over a pool share.
 #[cfg(test)]
-mod tests {
+pub(super) mod testing {
     use super::*;
-    use crate::cpu::reference;
-    use crate::cpu::testing::{assert_within, noise};
+    use crate::cpu::testing::noise;
     use crate::kv::{CacheFormat, codec};
+    use candle_core::Device;
+
     /// Two sequences of 40 and 5 tokens with 3 and 1 queries, GLM's kind of rows.
-    fn case() -> (RowLayout, Tensor, Vec<Vec<u32>>, Tensor) {
+    pub fn case() -> (RowLayout, Tensor, Vec<Vec<u32>>, Tensor) {
         let layout = RowLayout::latent(CacheFormat::Fp8, 64, 16).unwrap();
         let tables = vec![vec![3, 0, 2], vec![1]];
         let mut pool = vec![0; layout.pool_bytes(4).unwrap()];
@@ -489,17 +495,27 @@ mod tests {
         (layout, pool, tables, queries)
     }
 
-    fn batch(sequences: &[PagedSequence<'_>]) -> PagedBatch {
+    pub fn batch(sequences: &[PagedSequence<'_>]) -> PagedBatch {
         PagedBatch::new(sequences, 16, &Device::Cpu).unwrap()
     }
 
-    fn sequences(tables: &[Vec<u32>]) -> [PagedSequence<'_>; 2] {
+    pub fn sequences(tables: &[Vec<u32>]) -> [PagedSequence<'_>; 2] {
         [(0, 40, 3), (1, 5, 1)].map(|(index, len, queries)| PagedSequence {
             table: &tables[index],
             len,
             queries,
         })
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{batch, case, sequences};
+    use super::*;
+    use crate::cpu::reference;
+    use crate::cpu::testing::assert_within;
+    use crate::kv::CacheFormat;
+    use candle_core::Device;
 
     #[test]
     fn tensors_of_any_strides_and_dtypes_agree_with_the_reference() {
@@ -527,28 +543,6 @@ mod tests {
             let expected = reference::paged_attention(op.call(&bytes, &[view], &sequences(&tables)));
             assert_within(&flat(&y), &expected, 2e-5, &format!("{dtype:?}"));
         }
-    }
-
-    #[test]
-    fn gathered_rows_are_the_codecs() {
-        let (layout, pool, tables, _) = case();
-        let batch = batch(&sequences(&tables));
-        let gather =
-            |pool: &Tensor, sequence, range| gather_paged(&layout, pool, &batch, sequence, range, DType::F32);
-        let rows = gather(&pool, 0, 10..37).unwrap();
-        let rows = rows.to_vec2::<f32>().unwrap();
-        let bytes = pool.to_vec1::<u8>().unwrap();
-        for (position, row) in (10..).zip(&rows) {
-            let mut expected = [0.0; 80];
-            let slot = tables[0][position / 16] * 16 + (position % 16) as u32;
-            codec::read(&layout, &bytes, slot, &mut expected).unwrap();
-            assert_eq!(row, &expected);
-        }
-        assert_eq!(rows.len(), 27);
-        assert!(gather(&pool, 0, 0..49).is_err() && gather(&pool, 0, 0..usize::MAX).is_err());
-        assert!(gather(&pool, 2, 0..1).is_err());
-        let short = pool.narrow(0, 0, layout.pool_bytes(1).unwrap()).unwrap();
-        assert!(gather(&short, 0, 0..16).is_err());
     }
 
     #[test]
@@ -581,8 +575,6 @@ mod tests {
         refused(49, "tables");
         let wide = PagedBatch::new(&sequences(&tables), 32, &Device::Cpu).unwrap();
         wrong("batch", &[&queries], &pool, &wide);
-        let error = gather_paged(&layout, &pool, &wide, 0, 0..16, DType::F32).unwrap_err();
-        assert!(error.to_string().contains("`batch`"), "{error}");
         // An empty batch is no error.
         let none = queries.narrow(0, 0, 0).unwrap();
         assert_eq!(
