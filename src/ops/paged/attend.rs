@@ -4,17 +4,14 @@ use super::PagedBatch;
 use super::pool::{at, bytes_of, check_pool};
 use crate::cpu::{self, Executor, PagedSequence};
 use crate::kv::{RowKind, RowLayout};
-use crate::metal::paged_attention::{self as plans, At};
+use crate::metal::paged_attention as plans;
 use crate::ops::PerHead;
 use crate::ops::activations::{from_f32, view};
 use crate::ops::merged::Merge;
 use crate::ops::planned::{self, Planned};
 use crate::ops::rows::{heads, prepared_heads};
 use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, MetalStorage, Shape, Storage, Tensor,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Shape, Storage, Tensor};
 use std::cell::Cell;
 
 const OP: &str = "mmfp4-paged-attention";
