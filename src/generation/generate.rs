@@ -28,7 +28,8 @@ pub struct Options {
     /// Whether what has been computed is kept from token to token. Without, every token computes all before it anew: a
     /// slow reference with the same results. A session is then left alone.
     pub use_cache: bool,
-    /// Prompt tokens a step; more need more memory for attention's scores.
+    /// Prompt tokens a step; more need more memory for attention's scores, and with a few, keys of the past are expanded
+    /// anew for each. On the CPU, over a cache of blocks, the numbers are the same bits for any.
     pub prefill_chunk: usize,
     /// Ends the generation from elsewhere.
     pub cancel: Cancel,
