@@ -78,7 +78,7 @@ pub struct Executor {
     isa: Isa,
     kernels: &'static Kernels,
     pool: Arc<ThreadPool>,
-    uniform: bool,
+    order: Order,
 }
 
 thread_local! {
@@ -103,7 +103,7 @@ impl Executor {
             isa,
             kernels,
             pool: Arc::new(ThreadPool::new(threads)),
-            uniform: false,
+            order: Order::Fastest,
         }))
     }
 
@@ -116,7 +116,7 @@ impl Executor {
             isa: self.isa,
             kernels: self.kernels,
             pool: Arc::clone(&self.pool),
-            uniform: true,
+            order: Order::Uniform,
         })
     }
 
@@ -181,10 +181,7 @@ impl Executor {
     }
 
     pub(super) fn order(&self) -> Order {
-        match self.uniform {
-            true => Order::Uniform,
-            false => Order::Fastest,
-        }
+        self.order
     }
 }
 

@@ -21,6 +21,7 @@ const DOUBLED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const HAS_NEXT: bool = true;
     const BIASED: bool = true;
     type Int = __m512i;
     type Float = __m512;
@@ -115,6 +116,15 @@ impl Simd for Avx512 {
             // A permutation takes the low four bits of each index.
             let low = _mm512_permutexvar_ps(bytes, table);
             (low, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table))
+        }
+
+        fn next_values(codes: __m512i) -> (__m512, __m512i) {
+            let table = _mm512_loadu_ps(code::VALUES.as_ptr());
+            (_mm512_permutexvar_ps(codes, table), _mm512_srli_epi32(codes, 4))
+        }
+
+        fn next_bf16(pairs: __m512i) -> (__m512, __m512i) {
+            (_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_srli_epi32(pairs, 16))
         }
 
         fn signed(from: *const u8) -> __m512 { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }

@@ -2,7 +2,7 @@
 //! cache.
 
 use super::product::passes;
-use super::{BLOCK_BYTES, CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales, sized};
+use super::{BLOCK_BYTES, CodeTile, Fp4Rows, Scratch, Selection, Simd, TILE, scales};
 use crate::cpu::activations::{BLOCK, Block, Rounded};
 use std::mem::MaybeUninit;
 
@@ -25,15 +25,7 @@ pub(super) unsafe fn many<S: Simd, const NR: usize, const MR: usize>(
     let (tensor, k, m) = (weights.tensor, weights.tensor.shape().1, selection.len());
     let (row_bytes, group) = (k / 2, tensor.group());
     let codes = &tensor.codes()[weights.first * row_bytes..][..weights.rows * row_bytes];
-    let groups = k / group;
-    let scales = sized(&mut scratch.floats, weights.rows * groups);
-    scales::decode(tensor, weights.first * groups, scales);
-    let by_row = sized(&mut scratch.weights, groups * TILE);
-    for (g, by_row) in by_row.chunks_exact_mut(TILE).enumerate() {
-        for (by_row, scales) in by_row.iter_mut().zip(scales.chunks_exact(groups)) {
-            *by_row = scales[g];
-        }
-    }
+    let by_row = scales::by_row(weights, &mut scratch.floats, &mut scratch.weights);
 
     let blocks = k.div_ceil(BLOCK);
     // With one chunk no block is needed twice.

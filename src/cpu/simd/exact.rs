@@ -1,5 +1,6 @@
 //! Weights of any kind times f32 activations.
 
+use super::across::Across;
 use super::decode::{decode_row, int8_span, span_scale};
 use super::product::{Columns, Rows, aligned, gather, passes, product, transpose};
 use super::{DISTANCE, Order, Scratch, Selection, Simd, TILE, scales, sized};
@@ -11,6 +12,9 @@ const ROWS: usize = 3;
 
 /// From this many rows of activations on, a matrix product over decoded rows is faster than dot products.
 const PRODUCT: usize = 6;
+
+/// Rows of activations that [`Across`] takes: four registers of sums each.
+const FEW_ACROSS: usize = 5;
 
 /// `out[i, r] = Σ_k x[i, k] · w[rows.start + r, k]` in f32 for up to 64 rows of weights of any kind; `x` has rows
 /// of K, a row of `out` is 64 long.
@@ -30,6 +34,15 @@ pub(super) unsafe fn exact<S: Simd, const NR: usize, const MR: usize>(
             let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
             // SAFETY: the instructions are the caller's promise.
             unsafe { few::<S, R>(weight, rows.clone(), x, selection, out, scratch) }
+        });
+        return;
+    }
+    if m < PRODUCT && Across::takes::<S>(weight) {
+        let weights = Across::new(weight, rows, &mut scratch.floats, &mut scratch.weights);
+        passes!(m, FEW_ACROSS, |first, R| {
+            let (out, selection) = (&mut out[first * TILE..], selection.part(first..first + R));
+            // SAFETY: the instructions are the caller's promise.
+            unsafe { weights.product::<S, R>(x, selection, out) }
         });
         return;
     }

@@ -12,6 +12,7 @@
 // set, which nothing guarantees.
 #![allow(clippy::needless_range_loop)]
 
+mod across;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -339,6 +340,18 @@ pub(super) trait Simd: Sized {
     unsafe fn splat_halves(low: f32, high: f32) -> Self::Float;
     /// The values of the low and of the high nibbles of `LANES` bytes.
     unsafe fn values(codes: *const u8) -> (Self::Float, Self::Float);
+    /// Whether [`next_values`](Self::next_values) and [`next_bf16`](Self::next_bf16) are there.
+    const HAS_NEXT: bool = false;
+    /// The values of the lowest nibbles of the lanes, and the lanes without them.
+    #[inline(always)]
+    unsafe fn next_values(_: Self::Int) -> (Self::Float, Self::Int) {
+        unreachable!("HAS_NEXT says that it is not there")
+    }
+    /// The lower halves of the lanes, which are BF16 numbers, and the lanes without them.
+    #[inline(always)]
+    unsafe fn next_bf16(_: Self::Int) -> (Self::Float, Self::Int) {
+        unreachable!("HAS_NEXT says that it is not there")
+    }
     /// `LANES` signed bytes.
     unsafe fn signed(from: *const u8) -> Self::Float;
     /// The even and the odd ones of `2 · LANES` BF16 numbers.

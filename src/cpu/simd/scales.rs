@@ -1,5 +1,6 @@
 //! Block scales to f32, many at a time, in arithmetic that a compiler turns into vector instructions.
 
+use super::{Fp4Rows, TILE, sized};
 use crate::fp4::{Factor, Fp4Tensor, ScaleKind};
 
 /// Writes the scales `first..first + out.len()` of the tensor, its factor included.
@@ -27,6 +28,25 @@ pub(super) fn decode(tensor: &Fp4Tensor, first: usize, out: &mut [f32]) {
         Factor::Mul(factor) => out.iter_mut().for_each(|scale| *scale *= factor),
         Factor::Div(factor) => out.iter_mut().for_each(|scale| *scale /= factor),
     }
+}
+
+/// The scales of up to 64 rows, group by group, those of a group's rows together.
+#[inline(always)]
+pub(super) fn by_row<'a>(
+    weights: Fp4Rows<'_>,
+    decoded: &mut Vec<f32>,
+    by_row: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    let groups = weights.tensor.shape().1 / weights.tensor.group();
+    let decoded = sized(decoded, weights.rows * groups);
+    decode(weights.tensor, weights.first * groups, decoded);
+    let by_row = sized(by_row, groups * TILE);
+    for (g, by_row) in by_row.chunks_exact_mut(TILE).enumerate() {
+        for (by_row, decoded) in by_row.iter_mut().zip(decoded.chunks_exact(groups)) {
+            *by_row = decoded[g];
+        }
+    }
+    by_row
 }
 
 #[inline(always)]
