@@ -5,6 +5,7 @@ mod common;
 #[path = "common/hub_server.rs"]
 mod hub_server;
 
+use common::draft::{Draft, tiny, write_json};
 use common::gguf::{Gguf, f16, mxfp4 as as_mxfp4};
 use common::{bf16_demo, mmfp4_demo, rewritten};
 use hub_server::{Server, State};
@@ -645,6 +646,57 @@ fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
     let output = run(&mut mmfp4(&["inspect", "--layout", "awq"]));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("mlx-nvfp4"), "{output:?}");
+}
+
+/// What its JSON says under `supplied` and `dangling`.
+#[test]
+fn inspect_tells_what_the_base_supplies_and_what_is_in_no_file() {
+    let mut draft = Draft::plain();
+    let lacking = ["model.norm.weight", "model.layers.1.mlp.gate.weight"];
+    for name in lacking {
+        draft.tensors.remove(name).unwrap();
+    }
+    let folder = draft.write_split(|name| match name.contains("layers.1.") {
+        true => "a.safetensors",
+        false => "b.safetensors",
+    });
+    let index = "model.safetensors.index.json";
+    let text = std::fs::read(folder.path().join(index)).unwrap();
+    let mut entries: Value = serde_json::from_slice(&text).unwrap();
+    // The model has layers 0 to 2.
+    for number in 0..6 {
+        entries["weight_map"][format!("model.layers.3.extra.{number}")] = "c.safetensors".into();
+    }
+    write_json(folder.path(), index, &entries);
+    let base = tiny();
+    let output = run(&mut mmfp4(&[
+        "inspect",
+        folder.path().to_str().unwrap(),
+        "--base",
+        base.to_str().unwrap(),
+    ]));
+    let file = base.join("model.safetensors");
+    let [norm, gate] = lacking;
+    let dangling: String = (0..5)
+        .map(|number| format!("model.layers.3.extra.{number}, "))
+        .collect();
+    for line in [
+        format!(
+            "from the base: 2 tensors that the checkpoint lacks, of {} ({gate}, {norm})",
+            file.display()
+        ),
+        format!(
+            "in no file: 6 tensors that the index lists of layers that the model does not have, ignored ({dangling}…)"
+        ),
+    ] {
+        let count = stdout(&output).lines().filter(|told| *told == line).count();
+        assert_eq!(count, 1, "{line:?} in {output:?}");
+    }
+    // Where nothing is supplied and nothing dangles, there are no such lines.
+    let output = run(&mut mmfp4(&["inspect", base.to_str().unwrap()]));
+    for part in ["from the base", "in no file"] {
+        assert!(!stdout(&output).contains(part), "{output:?}");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::{Factor, Format, Fp4Tensor, ScaleRule, quantize};
 use candle_mmfp4::models::glm4_moe_lite::{AttentionPath, Logits, Model};
 use common::draft::{Draft, Stored, tiny};
+use common::packed::{Factors, Lie, pack_experts};
 use common::values;
 use safetensors::Dtype;
 use std::path::Path;
@@ -119,94 +120,10 @@ fn modelopt_varied() -> Draft {
     draft
 }
 
-/// How a layer's experts lie in one parameter.
-#[derive(Clone, Copy, PartialEq)]
-enum Lie {
-    /// `[E, R, …]`.
-    Rows,
-    /// `[E, …, R]`.
-    Columns,
-}
-
-/// What multiplies them.
-#[derive(Clone, Copy, PartialEq)]
-enum Factors {
-    /// One an expert, or its gate and one its up.
-    Each,
-    /// One for all gates, one for all ups and one for all downs.
-    Halves,
-    /// One for all.
-    One,
-}
-
-/// ModelOpt's, with a layer's experts in `gate_up_proj` and `down_proj`. With less than one factor each they are those of the
-/// first expert, or 1.
+/// ModelOpt's, with a layer's experts in `gate_up_proj` and `down_proj`.
 fn modelopt_packed(lie: Lie, factors: Factors) -> Draft {
     let mut draft = modelopt_varied();
-    let experts = draft.config["n_routed_experts"].as_u64().unwrap() as usize;
-    for layer in [1, 2] {
-        let prefix = format!("model.layers.{layer}.mlp.experts");
-        for (stack, parts) in [
-            ("gate_up_proj", &["gate_proj", "up_proj"][..]),
-            ("down_proj", &["down_proj"]),
-        ] {
-            for (from, to) in [("weight", ""), ("weight_scale", "_weight_scale")] {
-                let mut all = Vec::new();
-                let mut shape = Vec::new();
-                for expert in 0..experts {
-                    let mut rows = Vec::new();
-                    for part in parts {
-                        let tensor = draft
-                            .tensors
-                            .remove(&format!("{prefix}.{expert}.{part}.{from}"))
-                            .unwrap();
-                        shape = vec![experts, tensor.shape[0] * parts.len(), tensor.shape[1]];
-                        rows.extend(tensor.bytes);
-                        all.push((tensor.dtype, Vec::new()));
-                    }
-                    let (count, width) = (shape[1], shape[2]);
-                    let columns = (0..width).flat_map(|k| (0..count).map(move |row| row * width + k));
-                    all.last_mut().unwrap().1 = match lie {
-                        Lie::Rows => rows,
-                        Lie::Columns => columns.map(|at| rows[at]).collect(),
-                    };
-                }
-                if lie == Lie::Columns {
-                    shape.swap(1, 2);
-                }
-                let dtype = all[0].0;
-                let bytes: Vec<u8> = all.into_iter().flat_map(|(_, bytes)| bytes).collect();
-                draft
-                    .tensors
-                    .insert(format!("{prefix}.{stack}{to}"), stored(dtype, &shape, &bytes));
-            }
-            for (from, to) in [
-                ("weight_scale_2", "_weight_scale_2"),
-                ("input_scale", "_input_scale"),
-            ] {
-                let mut bytes = Vec::new();
-                for expert in 0..experts {
-                    for part in parts {
-                        let tensor = draft
-                            .tensors
-                            .remove(&format!("{prefix}.{expert}.{part}.{from}"))
-                            .unwrap();
-                        bytes.extend(tensor.bytes);
-                    }
-                }
-                let (shape, len) = match (factors, parts.len()) {
-                    (Factors::Each, 1) => (vec![experts, 1], experts),
-                    (Factors::Each, of) => (vec![experts, of], experts * of),
-                    (Factors::Halves, of) => (vec![of], of),
-                    (Factors::One, _) => (vec![], 1),
-                };
-                draft.tensors.insert(
-                    format!("{prefix}.{stack}{to}"),
-                    stored(Dtype::F32, &shape, &bytes[..4 * len]),
-                );
-            }
-        }
-    }
+    pack_experts(&mut draft, lie, factors);
     draft
 }
 

@@ -3,6 +3,7 @@
 
 pub mod draft;
 pub mod gguf;
+pub mod packed;
 pub mod transcribe;
 
 use candle_core::{Device, Tensor};

@@ -175,11 +175,21 @@ fn a_value_that_cannot_be_quantised_is_in_a_file() {
 #[test]
 fn what_a_message_shows_of_a_field_is_short() {
     let _alone = alone();
-    let folder = with_config("marlin", "hidden_size", json!("x".repeat(100_000)));
-    let error = read::folder(&folder, false).unwrap_err().to_string();
-    assert!(
-        error.contains("hidden_size") && error.len() < 1000,
-        "{} bytes",
-        error.len()
-    );
+    let long = json!("x".repeat(100_000));
+    let mut beside = folders::find("marlin");
+    let text = json!({"transform_config": long}).to_string();
+    beside
+        .files
+        .insert("quantization_config.json".into(), text.into_bytes());
+    for (folder, field) in [
+        (with_config("marlin", "hidden_size", long), "hidden_size"),
+        (beside, "quantization_config.json: transform_config"),
+    ] {
+        let error = read::folder(&folder, false).unwrap_err().to_string();
+        assert!(
+            error.contains(field) && error.len() < 1000,
+            "{} bytes",
+            error.len()
+        );
+    }
 }

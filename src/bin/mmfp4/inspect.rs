@@ -3,10 +3,11 @@
 use crate::output::{print_json, say};
 use crate::{cache, demo, model};
 use candle_mmfp4::checkpoint::hub::{self, HubSettings, ModelSource};
-use candle_mmfp4::checkpoint::{LoadReport, ModelFiles, Share};
+use candle_mmfp4::checkpoint::{LoadReport, ModelFiles, Share, Supplied};
 use candle_mmfp4::models::glm4_moe_lite::{Inspection, Model, Needed};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
@@ -22,6 +23,8 @@ Examples:
 
 /// Problems that are printed; `--json` has all.
 const SHOWN: usize = 10;
+/// Tensors that a line names, of however many.
+const NAMED: usize = 5;
 
 /// Tell what a checkpoint is: layout, formats, bytes by component and a token, memory, and what loading would do with it.
 #[derive(clap::Args)]
@@ -166,13 +169,22 @@ fn weights(out: &mut impl Write, report: &LoadReport) -> io::Result<()> {
         )?;
     }
     if !report.unused.is_empty() {
-        let first = report.unused[..report.unused.len().min(5)].join(", ");
         writeln!(
             out,
-            "unknown: {} tensors that nothing asks for ({first} …)",
-            report.unused.len()
+            "unknown: {} tensors that nothing asks for ({})",
+            report.unused.len(),
+            named(&report.unused)
         )?;
     }
+    if !report.dangling.is_empty() {
+        writeln!(
+            out,
+            "in no file: {} tensors that the index lists of layers that the model does not have, ignored ({})",
+            report.dangling.len(),
+            named(&report.dangling)
+        )?;
+    }
+    supplied(out, &report.supplied)?;
     for own in &report.own {
         let bytes = size(own.bytes as u64);
         writeln!(
@@ -186,6 +198,23 @@ fn weights(out: &mut impl Write, report: &LoadReport) -> io::Result<()> {
     }
     let token = size(report.bytes_a_token);
     writeln!(out, "a decoded token reads {token} of weights")
+}
+
+/// A line a file of the base that tensors come from.
+fn supplied(out: &mut impl Write, supplied: &[Supplied]) -> io::Result<()> {
+    let mut files: BTreeMap<&Path, Vec<&str>> = BTreeMap::new();
+    for Supplied { name, file } in supplied {
+        files.entry(file).or_default().push(name);
+    }
+    for (file, names) in files {
+        let (count, file) = (names.len(), file.display());
+        writeln!(
+            out,
+            "from the base: {count} tensors that the checkpoint lacks, of {file} ({})",
+            named(&names)
+        )?;
+    }
+    Ok(())
 }
 
 fn memory(out: &mut impl Write, needed: &Needed) -> io::Result<()> {
@@ -202,6 +231,15 @@ fn memory(out: &mut impl Write, needed: &Needed) -> io::Result<()> {
         needed.cache_a_token,
         size(needed.total)
     )
+}
+
+/// The first of some names.
+fn named(names: &[impl AsRef<str>]) -> String {
+    let mut first: Vec<_> = names.iter().take(NAMED).map(AsRef::as_ref).collect();
+    if names.len() > NAMED {
+        first.push("…");
+    }
+    first.join(", ")
 }
 
 fn plural(count: usize, word: &str) -> String {

@@ -27,6 +27,7 @@ pub(crate) fn check_beside(files: &ModelFiles) -> Result<()> {
     match rotation::told(&value) {
         None => Ok(()),
         Some(Rotation { key, value, problem }) => {
+            let value = shortened(value);
             Err(Error::file(path, format!("{key} = {value}: {problem}"), ""))
         }
     }

@@ -16,11 +16,12 @@ pub const SINGLE: &str = "model.safetensors";
 pub const INDEX: &str = "model.safetensors.index.json";
 pub const GGUF: &str = "model.gguf";
 /// The small files beside `config.json`.
-pub const TEXTS: [&str; 4] = [
+pub const TEXTS: [&str; 5] = [
     "tokenizer_config.json",
     "generation_config.json",
     "chat_template.jinja",
     "tokenizer.json",
+    "quantization_config.json",
 ];
 const SHARDS: [&str; 2] = [
     "model-00001-of-00002.safetensors",

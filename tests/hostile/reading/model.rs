@@ -104,6 +104,9 @@ pub fn texts() -> Vec<(String, Vec<u8>)> {
         "eos_token_id": [1], "pad_token_id": 1, "bos_token_id": null, "do_sample": true, "temperature": 0.7, "top_k": 20,
         "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1, "max_new_tokens": 8,
     });
+    let quantization_config = json!({
+        "format": "mmfp4_e2m1_marlin", "use_hadamard": false, "hadamard_block_size": 64, "transform_config": {"config_groups": {}},
+    });
     let template = "{%- for message in messages -%}\n[{{ message.role }}]{{ message.content | trim }}\n\
                     {%- if not loop.last %}{{ loop.index }}{% endif %}\n{%- endfor -%}\n\
                     {%- if add_generation_prompt %}{% generation %}[assistant]{% endgeneration %}{% endif -%}";
@@ -112,6 +115,7 @@ pub fn texts() -> Vec<(String, Vec<u8>)> {
         ("tokenizer_config.json", tokenizer_config.to_string()),
         ("generation_config.json", generation_config.to_string()),
         ("chat_template.jinja", template.to_string()),
+        ("quantization_config.json", quantization_config.to_string()),
     ]
     .map(|(name, text)| (name.to_string(), text.into_bytes()))
     .into()
