@@ -154,7 +154,8 @@ fn perplexity_falls() {
     println!(
         "perplexity: {before} by plain rounding, {after} calibrated; a token's loss falls by {gain} ± {error}"
     );
-    assert!(gain > 3.0 * error, "{before}, {after}: {gain} ± {error}");
+    // With random tokens in place of the text: 3.0 standard errors.
+    assert!(gain > 5.0 * error, "{before}, {after}: {gain} ± {error}");
 }
 
 #[test]
