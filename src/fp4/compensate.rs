@@ -15,7 +15,7 @@ type Column = [f32; ROWS];
 /// As [`quantize_dense`](super::quantize_dense), but each column of the matrix also makes up, as well as it can, for what
 /// rounding the columns before it does to the layer's outputs (see [`Feedback`]).
 ///
-/// Columns keep their order. A block's scale is chosen when its turn has come, for the values that are then to be rounded.
+/// Columns keep their order. Scales are those of [`quantize_dense`](super::quantize_dense): GPTQ calls that static groups.
 ///
 /// Deterministic: the result does not depend on the number of threads. Beside the result and `feedback`, 160 bytes an input
 /// are held in memory by each thread.
@@ -98,19 +98,19 @@ impl Rows {
         for start in (0..k).step_by(group) {
             let (errors, block) = self.columns.split_at_mut(start);
             let block = &mut block[..group];
-            for (index, target) in self.targets.iter_mut().enumerate() {
-                *target = block[index];
-                carry(target, errors, feedback.carried(start + index));
-            }
             for (lane, scales) in scales.chunks_exact_mut(k / group * kind.size()).enumerate() {
                 let values = &mut self.row[..group];
-                for (value, column) in values.iter_mut().zip(&self.targets) {
+                for (value, column) in values.iter_mut().zip(&*block) {
                     *value = column[lane];
                 }
                 let bits = choose_scale(values, kind, factor, rule);
                 let stored = &mut scales[start / group * kind.size()..][..kind.size()];
                 stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
                 divisors[lane] = Divisor::of(kind.value(bits) * factor);
+            }
+            for (index, target) in self.targets.iter_mut().enumerate() {
+                *target = block[index];
+                carry(target, errors, feedback.carried(start + index));
             }
             for index in 0..group {
                 let (errors, rest) = block.split_at_mut(index);
@@ -227,6 +227,7 @@ mod tests {
             let made_up = quantize_compensated("w", &matrix, format, rule, None, &feedback).unwrap();
             assert_eq!((made_up.shape(), made_up.group()), (shape, format.group));
             assert_eq!(made_up.factor(), plain.factor(), "{format:?}");
+            assert_eq!(&made_up.scales()[..], &plain.scales()[..], "{format:?}");
             let error = |packed| output_error(unseen, &values, packed);
             let (before, after) = (error(&plain), error(&made_up));
             assert!(after < 0.5 * before, "{format:?}: {after} for {before}");
