@@ -1162,3 +1162,80 @@ fn a_header_longer_than_its_file_is_refused() {
         &["of 8 bytes, begins with a header of 18446744073709551615"],
     );
 }
+
+/// A GGUF file with one more array in its metadata, of `kind`, and `elements` of the array.
+fn with_array(gguf: &[u8], kind: u32, count: u64, elements: &[u8]) -> Vec<u8> {
+    let values = u64::from_le_bytes(gguf[16..24].try_into().unwrap()) + 1;
+    // Tensors' data begin at a multiple of 32, and are moved by one.
+    let len = 8 + 4 + 4 + 8 + elements.len();
+    let key = "k".repeat(1 + (31 - len % 32));
+    [
+        &gguf[..16],
+        &values.to_le_bytes(),
+        &(key.len() as u64).to_le_bytes(),
+        key.as_bytes(),
+        &9u32.to_le_bytes(),
+        &kind.to_le_bytes(),
+        &count.to_le_bytes(),
+        elements,
+        &gguf[24..],
+    ]
+    .concat()
+}
+
+#[test]
+fn of_a_gguf_file_as_much_is_fetched_as_its_header_takes() {
+    const NAME: &str = "GLM-MXFP4.gguf";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf/mxfp4.gguf");
+    let small = fs::read(&path).unwrap();
+    let here = Model::inspect(&ModelFiles::folder(path), &LoadOptions::default()).unwrap();
+    let of = |file: Vec<u8>, size: u64, cut: usize| {
+        let mut state = of_files(&[]);
+        state.files.insert(NAME.into(), file);
+        state.stated_sizes.insert(NAME.into(), size);
+        state.cuts.insert(NAME.into(), [cut].into());
+        Bench::new(state)
+    };
+    // An array whose length is told, and one of texts, each of which has its own.
+    let told = vec![7; 33 << 20];
+    let texts = [&(1u64 << 16).to_le_bytes()[..], &[b'a'; 1 << 16]].concat();
+    for file in [
+        with_array(&small, 0, told.len() as u64, &told),
+        with_array(&small, 8, 50, &texts.repeat(50)),
+    ] {
+        let header = file.len() - small.len();
+        // Twice as much, and what the small file's header takes.
+        let cut = 2 * (header + (1 << 16));
+        let padded = [&file[..], &vec![0; cut.saturating_sub(file.len())]].concat();
+        let found = inspected(&of(padded, 1 << 36, cut));
+        assert!(
+            found.load == here.load && found.problems.is_empty(),
+            "{:?}",
+            found.problems
+        );
+    }
+
+    // More than there is any use for, and more than the file has.
+    let huge = with_array(&small, 0, 1 << 30, &[7; 1 << 20]);
+    let headers = |size: u64| {
+        let bench = of(huge.clone(), size, usize::MAX);
+        hub::headers(&RepoId::parse(REPO).unwrap(), &bench.settings(&[]))
+    };
+    line(
+        headers(1 << 40),
+        &[
+            &format!("header of `{NAME}`"),
+            "268435456",
+            "mmfp4 generate -m org/demo",
+        ],
+    );
+    let files = headers(huge.len() as u64).unwrap();
+    let error = Model::inspect(&files, &LoadOptions::default())
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains(NAME) && error.contains("cannot be read"),
+        "{error}"
+    );
+}

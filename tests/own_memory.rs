@@ -6,15 +6,18 @@
 mod common;
 
 use candle_core::Device;
+use candle_core::quantized::GgmlDType;
 use candle_mmfp4::checkpoint::{
-    Checkpoint, Layout, LoadOptions, LoadReport, ModelFiles, OwnReason, QuantizeOptions, quantize_checkpoint,
+    Checkpoint, Layout, LoadOptions, LoadReport, ModelFiles, OwnReason, QuantizeOptions, Share,
+    quantize_checkpoint,
 };
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::memory::private_resident;
 use candle_mmfp4::models::glm4_moe_lite::Model;
 use common::bf16_demo;
 use common::draft::Draft;
-use common::gguf::{Gguf, mxfp4, nvfp4, u32_value};
+use common::gguf::{Gguf, Packed, integers, mxfp4, nvfp4, u32_value};
+use common::packed::{Factors, Lie, pack_experts};
 use safetensors::Dtype;
 use serde_json::json;
 use std::path::Path;
@@ -104,17 +107,26 @@ fn turned(folder: &TempDir) -> TempDir {
     })
 }
 
-/// A GGUF file of the tiny model with its last layer repeated.
-fn gguf(layers: usize, pack: fn((usize, usize), &[f32]) -> common::gguf::Packed) -> TempDir {
-    let mut file = Gguf::tiny(false, pack);
+/// The same with the experts of a layer in one parameter, rows as columns.
+fn packed(folder: &TempDir) -> TempDir {
+    let mut draft = Draft::read(modelopt(folder).path());
+    pack_experts(&mut draft, Lie::Columns, Factors::Each);
+    draft.write()
+}
+
+/// A GGUF file of a model in BF16 with its last layer repeated.
+fn gguf(model: &Draft, layers: usize, pack: impl Fn((usize, usize), &[f32]) -> Packed) -> TempDir {
+    let mut file = Gguf::of(model, false, pack);
+    let there = model.config["num_hidden_layers"].as_u64().unwrap() as usize;
+    let from = format!("blk.{}.", there - 1);
     let last: Vec<_> = (file.tensors.iter())
-        .filter(|tensor| tensor.name.starts_with("blk.2."))
+        .filter(|tensor| tensor.name.starts_with(&from))
         .cloned()
         .collect();
-    for layer in 3..layers {
+    for layer in there..layers {
         for tensor in &last {
             let mut tensor = tensor.clone();
-            tensor.name = tensor.name.replace("blk.2.", &format!("blk.{layer}."));
+            tensor.name = tensor.name.replace(&from, &format!("blk.{layer}."));
             file.tensors.push(tensor);
         }
     }
@@ -164,8 +176,9 @@ fn load(folder: &Path, options: &LoadOptions) -> Taken {
     }
 }
 
-/// Of models of different depths, used where they lie: no more memory than the structures of the layers take.
-fn used_where_it_lies(folders: &[TempDir; 2], inside: &str, layout: Option<Layout>) {
+/// Of models of different depths, used where they lie: no more memory than the structures of the layers take. Gives the
+/// larger's report.
+fn used_where_it_lies(folders: &[TempDir; 2], inside: &str, layout: Option<Layout>) -> LoadReport {
     let [small, large] = [0, 1].map(|i| load(&folders[i].path().join(inside), &LoadOptions::default()));
     assert_eq!(large.report.layouts.iter().next(), layout.as_ref());
     for taken in [&small, &large] {
@@ -182,7 +195,7 @@ fn used_where_it_lies(folders: &[TempDir; 2], inside: &str, layout: Option<Layou
     );
     println!(
         "{}: {} and {} bytes of tensors, {} and {} of memory",
-        layout.map_or("bf16", Layout::name),
+        layout.map_or("no FP4", Layout::name),
         small.file,
         large.file,
         small.measured,
@@ -192,10 +205,11 @@ fn used_where_it_lies(folders: &[TempDir; 2], inside: &str, layout: Option<Layou
         file > 15 << 20 && own <= BESIDE,
         "{own} bytes more for a file of {file} bytes more"
     );
+    large.report
 }
 
-/// What is made while loading: it is there, and no more than that.
-fn made(folder: &Path, options: &LoadOptions, reason: OwnReason) {
+/// What is made while loading: it is there, and no more than that. Gives the report.
+fn made(folder: &Path, options: &LoadOptions, reason: OwnReason) -> LoadReport {
     let taken = load(folder, options);
     let own = taken.report.own.iter().find(|own| own.reason == reason);
     let own = own.unwrap_or_else(|| panic!("{reason:?} in {:?}", taken.report.own));
@@ -204,6 +218,21 @@ fn made(folder: &Path, options: &LoadOptions, reason: OwnReason) {
         own.bytes, taken.file, taken.measured
     );
     assert!(own.bytes > 4 << 20, "{reason:?}: {} bytes", own.bytes);
+    taken.report
+}
+
+/// What is repacked while loading, once: nothing is copied from what was repacked, and no more of it is there than the weights.
+fn repacked(folder: &Path, layout: Layout) {
+    let report = made(folder, &LoadOptions::default(), OwnReason::Repacked);
+    assert!(report.layouts.contains(&layout), "{:?}", report.layouts);
+    let reasons: Vec<_> = report.own.iter().map(|own| own.reason).collect();
+    assert_eq!(reasons, [OwnReason::Repacked, OwnReason::Decoded]);
+    // Each expert's weights begin aligned where they were brought together.
+    let (own, weights) = (report.own[0].bytes, report.repacked.bytes);
+    assert!(
+        weights <= own && own < weights + weights / 100,
+        "{own} bytes of {weights}"
+    );
 }
 
 #[test]
@@ -227,10 +256,31 @@ fn loading_takes_the_memory_that_it_reports() {
     used_where_it_lies(&other(&nv, mlx), "", Some(Layout::MlxNvfp4));
     used_where_it_lies(&other(&mx, mlx), "", Some(Layout::MlxMxfp4));
 
+    // Rows of 128, which k-quants do not divide, in Q8_0, as llama.cpp has them.
+    let demo = Draft::read(&bf16_demo());
+    let blocks = LAYERS.map(|layers| gguf(&demo, layers, integers(GgmlDType::Q4K, GgmlDType::Q8_0)));
+    let report = used_where_it_lies(&blocks, "", None);
+    let of_q4k = |share: &&Share| share.format == "Q4K";
+    let q4k = report.components.iter().filter(of_q4k).map(|share| share.bytes);
+    assert!(q4k.sum::<usize>() > 15 << 20, "{:?}", report.components);
+
     // Codes of experts whose scales are turned are copied together with these.
     made(turned(&marlin[1]).path(), &none, OwnReason::Gathered);
-    made(gguf(64, mxfp4).path(), &none, OwnReason::Repacked);
-    made(gguf(64, nvfp4).path(), &none, OwnReason::Repacked);
+    let tiny = Draft::plain();
+    repacked(gguf(&tiny, 64, mxfp4).path(), Layout::GgufMxfp4);
+    repacked(gguf(&tiny, 64, nvfp4).path(), Layout::GgufNvfp4);
+    // The shared expert beside them lies in the file: all of a layer's are copied together, what was repacked among them, once.
+    let report = made(packed(&nv[1]).path(), &none, OwnReason::Gathered);
+    assert!(
+        report.layouts.contains(&Layout::ModelOptPacked),
+        "{:?}",
+        report.layouts
+    );
+    assert!(
+        report.repacked.tensors > 0 && report.own.len() == 2,
+        "{:?}",
+        report.own
+    );
     let quantize = LoadOptions {
         quantize: Some(Format::mmfp4()),
         ..none.clone()

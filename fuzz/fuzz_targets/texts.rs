@@ -1,5 +1,4 @@
-//! The small files but `tokenizer.json`: the first byte says which one the rest is. The tokenizers crate panics at some of what
-//! is malformed; that is caught, but libFuzzer ends at every panic.
+//! The small files but `tokenizer.json`, which has a fuzzer of its own: the first byte says which one the rest is.
 #![no_main]
 
 use candle_mmfp4_fuzz::reading::folders::{self, Folder};

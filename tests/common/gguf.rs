@@ -126,21 +126,24 @@ impl Gguf {
 
     /// The tiny model, its linear layers as `pack` has them; `kv_b` in halves, keys transposed, where `split` says so.
     pub fn tiny(split: bool, pack: impl Fn((usize, usize), &[f32]) -> Packed) -> Self {
-        let draft = Draft::plain();
+        Self::of(&Draft::plain(), split, pack)
+    }
+
+    /// The same of another model in BF16.
+    pub fn of(draft: &Draft, split: bool, pack: impl Fn((usize, usize), &[f32]) -> Packed) -> Self {
         let mut file = Self {
-            metadata: metadata(split),
+            metadata: metadata(&draft.config, split),
             tensors: Vec::new(),
             alignment: 32,
         };
         for (name, tensor) in &draft.tensors {
-            let values = floats(&tensor.bytes);
+            let values = floats(tensor);
             let Some(module) = linear(name) else {
                 let (kind, bytes) = match tensor.shape.len() {
                     // Norms and biases.
                     1 => (F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
                     _ => (BF16, tensor.bytes.clone()),
                 };
-                assert!(matches!(tensor.dtype, Dtype::BF16), "{name}");
                 let name = theirs(name);
                 let shape = tensor.shape.clone();
                 file.tensors.push(Stored {
@@ -153,22 +156,25 @@ impl Gguf {
             };
             let (n, k) = (tensor.shape[0], tensor.shape[1]);
             if split && let Some(layer) = module.strip_suffix(".attn_kv_b") {
-                // Four heads of 32 rows of keys and 32 of values.
-                let (keys, values): (Vec<_>, Vec<_>) =
-                    values.chunks(32 * k).enumerate().partition(|(i, _)| i % 2 == 0);
+                let [heads, nope, value] = ["num_attention_heads", "qk_nope_head_dim", "v_head_dim"]
+                    .map(|key| size(&draft.config, key));
+                // A head's rows of keys, and its rows of values.
+                let (keys, values): (Vec<_>, Vec<_>) = values
+                    .chunks((nope + value) * k)
+                    .map(|head| head.split_at(nope * k))
+                    .unzip();
                 let turned = keys
                     .iter()
-                    .flat_map(|(_, rows)| (0..k).flat_map(move |c| (0..32).map(move |r| rows[r * k + c])));
-                let values: Vec<_> = values.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
+                    .flat_map(|rows| (0..k).flat_map(move |c| (0..nope).map(move |r| rows[r * k + c])));
                 file.add(
                     &format!("{layer}.attn_k_b"),
-                    &[4, k, 32],
-                    pack((4 * k, 32), &turned.collect::<Vec<_>>()),
+                    &[heads, k, nope],
+                    pack((heads * k, nope), &turned.collect::<Vec<_>>()),
                 );
                 file.add(
                     &format!("{layer}.attn_v_b"),
-                    &[4, 32, k],
-                    pack((4 * 32, k), &values),
+                    &[heads, value, k],
+                    pack((heads * value, k), &values.concat()),
                 );
                 continue;
             }
@@ -219,52 +225,69 @@ impl Gguf {
     }
 }
 
-/// The metadata of the tiny model, a few more than are read.
-fn metadata(split: bool) -> Vec<(String, Value)> {
+/// A size that a `config.json` says.
+fn size(config: &serde_json::Value, key: &str) -> usize {
+    config[key].as_u64().unwrap_or_else(|| panic!("{key}")) as usize
+}
+
+/// The metadata of a model with such a `config.json`, a few more than are read.
+fn metadata(config: &serde_json::Value, split: bool) -> Vec<(String, Value)> {
+    let number = |value: &serde_json::Value| f32_value(value.as_f64().unwrap() as f32);
     let mut all = vec![
         ("general.architecture".into(), text_value("deepseek2")),
         ("general.name".into(), text_value("tiny")),
         ("tokenizer.ggml.tokens".into(), texts_value(&["a", "", "für"])),
         ("tokenizer.ggml.scores".into(), f32s_value(&[0.0, 1.0, 2.0])),
         ("tokenizer.ggml.eos_token_id".into(), u32_value(1)),
-        ("deepseek2.expert_weights_scale".into(), f32_value(1.8)),
+        (
+            "deepseek2.expert_weights_scale".into(),
+            number(&config["routed_scaling_factor"]),
+        ),
         ("deepseek2.expert_weights_norm".into(), bool_value(true)),
-        ("deepseek2.rope.freq_base".into(), f32_value(1e6)),
+        (
+            "deepseek2.rope.freq_base".into(),
+            number(&config["rope_parameters"]["rope_theta"]),
+        ),
         (
             "deepseek2.attention.layer_norm_rms_epsilon".into(),
-            f32_value(1e-5),
+            number(&config["rms_norm_eps"]),
         ),
     ];
-    let sizes: [(&str, u32); 16] = [
-        ("vocab_size", 512),
-        ("context_length", 512),
-        ("block_count", 3),
-        ("leading_dense_block_count", 1),
-        ("embedding_length", 128),
-        ("feed_forward_length", 256),
-        ("expert_feed_forward_length", 64),
-        ("expert_count", 8),
-        ("expert_used_count", 2),
-        ("expert_shared_count", 1),
+    let kinds = config["mlp_layer_types"].as_array().unwrap();
+    let dense = kinds.iter().take_while(|kind| **kind == "dense").count();
+    let of = |key| size(config, key);
+    let sizes = [
+        ("vocab_size", of("vocab_size")),
+        ("context_length", of("max_position_embeddings")),
+        ("block_count", of("num_hidden_layers")),
+        ("leading_dense_block_count", dense),
+        ("embedding_length", of("hidden_size")),
+        ("feed_forward_length", of("intermediate_size")),
+        ("expert_feed_forward_length", of("moe_intermediate_size")),
+        ("expert_count", of("n_routed_experts")),
+        ("expert_used_count", of("num_experts_per_tok")),
+        ("expert_shared_count", of("n_shared_experts")),
         ("expert_gating_func", 2),
-        ("attention.head_count", 4),
+        ("attention.head_count", of("num_attention_heads")),
         ("attention.head_count_kv", 1),
-        ("attention.q_lora_rank", 64),
-        ("attention.kv_lora_rank", 64),
-        ("rope.dimension_count", 16),
+        ("attention.q_lora_rank", of("q_lora_rank")),
+        ("attention.kv_lora_rank", of("kv_lora_rank")),
+        ("rope.dimension_count", of("qk_rope_head_dim")),
     ];
+    let (keys, values) = (of("qk_nope_head_dim") + of("qk_rope_head_dim"), of("v_head_dim"));
+    let latents = of("kv_lora_rank");
     // Of joined keys and values, a head's; else those of the one head of latents, and a head's under names of their own.
-    let lengths: &[(&str, u32)] = match split {
-        false => &[("attention.key_length", 48), ("attention.value_length", 32)],
+    let lengths: &[(&str, usize)] = match split {
+        false => &[("attention.key_length", keys), ("attention.value_length", values)],
         true => &[
-            ("attention.key_length", 80),
-            ("attention.value_length", 64),
-            ("attention.key_length_mla", 48),
-            ("attention.value_length_mla", 32),
+            ("attention.key_length", latents + of("qk_rope_head_dim")),
+            ("attention.value_length", latents),
+            ("attention.key_length_mla", keys),
+            ("attention.value_length_mla", values),
         ],
     };
     for (key, size) in sizes.iter().chain(lengths) {
-        all.push((format!("deepseek2.{key}"), u32_value(*size)));
+        all.push((format!("deepseek2.{key}"), u32_value(*size as u32)));
     }
     all
 }
@@ -328,9 +351,15 @@ fn theirs(name: &str) -> String {
     format!("blk.{layer}.{rest}")
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    let value = |b: &[u8]| half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
-    bytes.chunks_exact(2).map(value).collect()
+fn floats(tensor: &super::draft::Stored) -> Vec<f32> {
+    let bf16 = |b: &[u8]| half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
+    let f32 = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    match tensor.dtype {
+        Dtype::BF16 => tensor.bytes.chunks_exact(2).map(bf16).collect(),
+        // Routers' corrections.
+        Dtype::F32 if tensor.shape.len() == 1 => tensor.bytes.chunks_exact(4).map(f32).collect(),
+        other => panic!("{other:?} {:?}", tensor.shape),
+    }
 }
 
 /// In F16.

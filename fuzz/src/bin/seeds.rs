@@ -22,6 +22,7 @@ fn main() -> io::Result<()> {
             match (name.as_str(), TEXTS.iter().position(|text| text == name)) {
                 (INDEX, _) => write("index", folder.layout, bytes)?,
                 ("config.json", _) => write("config", folder.layout, bytes)?,
+                ("tokenizer.json", _) => write("tokenizer", name, bytes)?,
                 (_, Some(which)) => write("texts", name, &[&[which as u8], &bytes[..]].concat())?,
                 _ => {}
             }

@@ -7,11 +7,17 @@ use std::ops::Range;
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
+    #[cfg_attr(not(feature = "hub"), allow(dead_code, reason = "the hub alone asks for it"))]
+    furthest: usize,
 }
 
 impl<'a> Cursor<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0 }
+        Self {
+            bytes,
+            at: 0,
+            furthest: 0,
+        }
     }
 
     /// Bytes read so far.
@@ -19,9 +25,16 @@ impl<'a> Cursor<'a> {
         self.at
     }
 
+    /// Where the furthest ends of what was asked for: beyond the bytes, where some of it was not there.
+    #[cfg(feature = "hub")]
+    pub fn furthest(&self) -> usize {
+        self.furthest
+    }
+
     pub fn skip(&mut self, len: usize) -> Option<Range<usize>> {
-        let end = self.at.checked_add(len).filter(|end| *end <= self.bytes.len())?;
-        Some(std::mem::replace(&mut self.at, end)..end)
+        let end = self.at.saturating_add(len);
+        self.furthest = self.furthest.max(end);
+        (end <= self.bytes.len()).then(|| std::mem::replace(&mut self.at, end)..end)
     }
 
     pub fn array<const N: usize>(&mut self) -> Option<[u8; N]> {

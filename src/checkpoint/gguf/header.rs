@@ -39,6 +39,30 @@ impl Header {
     pub fn read(path: &Path, file: &Bytes) -> Result<Self> {
         let refuse = |problem: String| Error::file(path, problem, AGAIN);
         let mut cursor = Cursor::new(file);
+        let (metadata, infos, alignment) = Self::described(path, &mut cursor)?;
+        let data =
+            (cursor.at().checked_next_multiple_of(alignment)).and_then(|start| file.slice(start..file.len()));
+        let data = data.ok_or_else(|| refuse("it ends before its tensors' data".into()))?;
+        check_overlaps(path, &infos)?;
+        let tensors = infos.into_iter().map(|info| info.placed(path, &data));
+        Ok(Self {
+            metadata,
+            tensors: tensors.collect::<Result<_>>()?,
+        })
+    }
+
+    /// How far the header goes of a file that begins so: further than these bytes where they do not hold all of it, and then at
+    /// least so far. What else is wrong with it, reading it tells.
+    #[cfg(feature = "hub")]
+    pub fn reach(beginning: &[u8]) -> usize {
+        let mut cursor = Cursor::new(beginning);
+        _ = Self::described(Path::new(""), &mut cursor);
+        cursor.furthest()
+    }
+
+    /// Metadata, tensors, and what their offsets are multiples of.
+    fn described(path: &Path, cursor: &mut Cursor<'_>) -> Result<(Metadata, Vec<Description>, usize)> {
+        let refuse = |problem: String| Error::file(path, problem, AGAIN);
         let magic: Option<[u8; 4]> = cursor.array();
         if magic != Some(*b"GGUF") {
             return Err(refuse("not a GGUF file".into()));
@@ -56,18 +80,10 @@ impl Header {
         }
         let counts = cursor.size().zip(cursor.size());
         let (tensors, values) = counts.ok_or_else(|| refuse("it ends within its header".into()))?;
-        let metadata = Metadata::read(values, &mut cursor).map_err(refuse)?;
+        let metadata = Metadata::read(values, cursor).map_err(refuse)?;
         let alignment = alignment(&metadata).map_err(refuse)?;
-        let infos = Description::read_all(path, (tensors, alignment), &mut cursor)?;
-        let data =
-            (cursor.at().checked_next_multiple_of(alignment)).and_then(|start| file.slice(start..file.len()));
-        let data = data.ok_or_else(|| refuse("it ends before its tensors' data".into()))?;
-        check_overlaps(path, &infos)?;
-        let tensors = infos.into_iter().map(|info| info.placed(path, &data));
-        Ok(Self {
-            metadata,
-            tensors: tensors.collect::<Result<_>>()?,
-        })
+        let infos = Description::read_all(path, (tensors, alignment), cursor)?;
+        Ok((metadata, infos, alignment))
     }
 }
 

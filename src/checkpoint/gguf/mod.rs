@@ -83,6 +83,13 @@ pub(crate) fn chat_template(model: &ModelFiles) -> Result<Option<(String, PathBu
     Ok(template.map(|template| (template.to_string(), path)))
 }
 
+/// How far the header of a GGUF file goes that begins so: further than these bytes where they do not hold all of it, and then
+/// at least so far.
+#[cfg(feature = "hub")]
+pub(super) fn reach_of_header(beginning: &[u8]) -> usize {
+    Header::reach(beginning)
+}
+
 /// A model's first GGUF file: of parts the one with the metadata.
 fn first(model: &ModelFiles) -> Result<(Header, Bytes, PathBuf)> {
     let none = || Error::file(model.root(), "no GGUF file in it", "");

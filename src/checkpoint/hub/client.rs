@@ -1,5 +1,7 @@
 //! The HTTP side: what hf-hub 0.5 cannot do on its own.
 
+mod beginning;
+
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -11,7 +13,6 @@ use ureq::http::{Method, Request, Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
 use super::{HubSettings, PlannedFile, Progress, RepoId};
-use crate::checkpoint::files::GGUF;
 use crate::{Error, Result};
 
 const MAX_REDIRECTS: usize = 5;
@@ -20,10 +21,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(20);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The largest description of a repository that is read; the hub's longest are a few megabytes.
 const INFO_LIMIT: u64 = 64 << 20;
-/// The largest header that a safetensors file may have, as its format says.
-const HEADER_LIMIT: u64 = 100_000_000;
-/// What is fetched of a GGUF file for its header: a vocabulary of 150,000 tokens takes 10 MB.
-const GGUF_BEGINNING: u64 = 32 << 20;
 const CHUNK: usize = 256 << 10;
 /// Addresses that may see the token besides the endpoint itself: mirrors redirect to them.
 const HUB_ORIGINS: [&str; 2] = ["https://huggingface.co", "https://hf.co"];
@@ -128,45 +125,6 @@ impl<'a> Client<'a> {
                 cached: 0,
             })
         })
-    }
-
-    /// The beginning of a file of weights: of safetensors the header, of GGUF as much as holds the longest there are. What
-    /// follows stays where it is.
-    pub(super) fn beginning(&self, commit: &str, file: &PlannedFile) -> Result<Vec<u8>, Failure> {
-        let url = self.url(commit, &file.name);
-        self.patiently(|| {
-            let response = self.send(Method::GET, &url, None)?;
-            let body = self.accept(response, Some(&file.name))?.into_body();
-            let mut body = body.into_reader();
-            let mut bytes = Vec::new();
-            let wanted = match file.name.ends_with(GGUF) {
-                true => file.size.min(GGUF_BEGINNING),
-                false => {
-                    let mut length = [0; 8];
-                    body.read_exact(&mut length).map_err(transient)?;
-                    bytes.extend(length);
-                    self.header_length(file, u64::from_le_bytes(length))?
-                }
-            };
-            let read = body.take(wanted).read_to_end(&mut bytes).map_err(transient)?;
-            match read as u64 == wanted {
-                true => Ok(bytes),
-                false => Err(transient("the connection was closed early")),
-            }
-        })
-    }
-
-    /// The length of a safetensors file's header, as `told` at its beginning.
-    fn header_length(&self, file: &PlannedFile, told: u64) -> Result<u64> {
-        if told <= file.size.saturating_sub(8) && told <= HEADER_LIMIT {
-            return Ok(told);
-        }
-        let problem = format!(
-            "`{}`, of {} bytes, begins with a header of {told}",
-            file.name, file.size
-        );
-        let remedy = "it is not a safetensors file; the repository is at fault, or the proxy";
-        Err(self.repo.error(problem, remedy))
     }
 
     /// Brings `file` to `partial`, from where an earlier attempt left off. On return it has its full size.

@@ -14,11 +14,11 @@ const READ: [&str; 3] = [CONFIG, INDEX, "quantization_config.json"];
 
 /// A model's files for [`Model::inspect`](crate::models::glm4_moe_lite::Model::inspect), of which no weights are fetched: those
 /// of the cache where it holds the model; else config.json, the index, and of each file of weights the header (of a GGUF file,
-/// which does not say how long its header is, the first 32 MiB), the rest being zeros that take no memory. Such files load as
-/// well, as a model that is good for nothing.
+/// which does not say how long its header is, a MiB, and twice as much again until it ends in it), the rest being zeros that
+/// take no memory. Such files load as well, as a model that is good for nothing.
 ///
 /// # Errors
-/// As for [`fetch`](super::fetch).
+/// As for [`fetch`](super::fetch); and [`Error::Hub`](crate::Error::Hub) for a header of more than 256 MiB.
 pub fn headers(repo: &RepoId, settings: &HubSettings) -> Result<ModelFiles> {
     let session = Session::new(repo, settings);
     match session.local.held()? {
