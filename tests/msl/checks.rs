@@ -22,22 +22,17 @@ pub fn subset() -> Vec<Work> {
     FAMILIES.iter().flat_map(|family| (family.works)()).collect()
 }
 
-/// The messages of the strict check of a folder of kernels, where there are any.
-pub fn strict(metal: &Path) -> Option<String> {
+/// The messages of the strict check of files of a folder, where there are any.
+pub fn strict<'a>(metal: &Path, files: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/msl/mslc.py");
-    let kernels = source::KERNELS.iter().map(|file| metal.join(file.name));
     let output = Command::new("python3")
         .arg(tool)
         .arg("check")
-        .args(kernels.filter(|file| file.exists()))
+        .args(files.into_iter().map(|file| metal.join(file)))
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     (!output.status.success()).then_some(text)
-}
-
-fn sources() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("metal")
 }
 
 fn library(options: Options) -> PathBuf {
@@ -47,7 +42,7 @@ fn library(options: Options) -> PathBuf {
 #[test]
 fn sources_pass_the_strict_check() {
     if available()
-        && let Some(messages) = strict(&sources())
+        && let Some(messages) = strict(&build::sources(), source::KERNELS.iter().map(|file| file.name))
     {
         panic!("{messages}");
     }

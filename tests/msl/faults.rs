@@ -3,14 +3,17 @@
 use crate::backend::available;
 use crate::checks::strict;
 use crate::families::{FAMILIES, Family};
+use crate::full;
 use crate::runner::Work;
 use candle_mmfp4::metal::host::build::{self, Options, Sanitize};
 use candle_mmfp4::metal::plan::Plan;
 use candle_mmfp4::metal::source;
 use std::fmt::Write as _;
-use std::path::Path;
-use std::sync::Mutex;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
 
 /// A fault: what it is, the file, and the text that is replaced.
 pub struct Fault {
@@ -84,80 +87,129 @@ impl Fault {
         folder
     }
 
-    fn find(&self, family: &Family, all: bool) -> Found {
-        let folder = self.planted(family);
-        let works = (family.works)();
-        let strict = strict(folder.path()).map(|text| first_line(&text));
-        find(strict, all, |options, seeds| {
-            match build::library_of(folder.path(), &folder.path().join("build"), &options) {
-                Err(error) => Some(format!("does not compile: {}", first_line(&error.to_string()))),
-                Ok(program) => seeds
-                    .into_iter()
-                    .find_map(|seed| works.iter().find_map(|work| work.failure_of(&program, seed)))
-                    .map(|text| text.replace(&format!("{}/", folder.path().display()), "")),
-            }
-        })
+    /// Those files of the family that have it: its own, or those that include it.
+    fn files(&self, family: &Family) -> impl Iterator<Item = &'static str> {
+        let files = family.files.iter().copied();
+        files.filter(|file| reaches(file, self.file))
     }
+
+    fn find(&self, family: &Family, works: &[Work], all: bool) -> Found {
+        let folder = self.planted(family);
+        let strict = strict(folder.path(), self.files(family)).map(|text| first_line(&text));
+        let kernels = Kernels {
+            metal: folder.path().to_path_buf(),
+            to: folder.path().join("build"),
+            faulty: true,
+        };
+        kernels.find(strict, works, all)
+    }
+}
+
+/// Whether a file is another one or includes it, or what does.
+fn reaches(file: &str, other: &str) -> bool {
+    let files = source::HEADERS.iter().chain(source::KERNELS);
+    let text = files.into_iter().find(|found| found.name == file).unwrap().text;
+    let mut included = (text.lines()).filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'));
+    file == other || included.any(|header| reaches(header, other))
 }
 
 impl PlanFault {
     /// What finds it in any of the plans that can have it.
-    fn find(&self, family: &Family, all: bool) -> Found {
-        find_in_plans(&self.planted(family), all)
+    fn find(&self, works: &[Work], all: bool) -> Found {
+        Kernels::as_they_are().find(None, &self.planted(works), all)
     }
 
-    fn planted(&self, family: &Family) -> Vec<Work> {
+    fn planted(&self, works: &[Work]) -> Vec<Work> {
         let changed = |work: &Work| work.changed(self.change);
-        let works: Vec<_> = (family.works)().iter().filter_map(changed).collect();
+        let works: Vec<_> = works.iter().filter_map(changed).collect();
         assert!(!works.is_empty(), "{}: no plan can have it", self.what);
         works
     }
 }
 
-fn find_in_plans(works: &[Work], all: bool) -> Found {
-    find(None, all, |options, seeds| {
-        let program = build::library(&options).unwrap_or_else(|error| panic!("{error}"));
-        let found = seeds
-            .into_iter()
-            .find_map(|seed| works.iter().find_map(|work| work.failure_of(&program, seed)));
-        found.map(|text| text.replace(concat!(env!("CARGO_MANIFEST_DIR"), "/metal/"), ""))
-    })
+/// Kernels that programs are built of.
+struct Kernels {
+    metal: PathBuf,
+    /// Where programs are kept.
+    to: PathBuf,
+    /// Whether it is a finding that they do not compile.
+    faulty: bool,
 }
 
-/// Runs the checks behind the strict one; `all` of them, or up to the first that finds something.
-fn find(
-    strict: Option<String>,
-    all: bool,
-    check: impl Fn(Options, std::ops::Range<u64>) -> Option<String>,
-) -> Found {
-    let mut found = Found {
-        strict,
-        plain: None,
-        schedules: None,
-        addresses: None,
-        races: None,
-    };
-    let run = |sanitize, seeds| {
+impl Kernels {
+    fn as_they_are() -> Self {
+        Self {
+            metal: build::sources(),
+            to: build::folder(),
+            faulty: false,
+        }
+    }
+
+    /// Runs the checks behind the strict one; `all` of them, or up to the first of them that finds something.
+    fn find(&self, strict: Option<String>, works: &[Work], all: bool) -> Found {
+        let mut found = Found {
+            strict,
+            plain: None,
+            schedules: None,
+            addresses: None,
+            races: None,
+        };
+        let mut found_by = None;
+        let mut run = |sanitize, seeds| self.check(sanitize, seeds, works, &mut found_by);
+        // What the strict check says may be beside the point, as of a variable that is not used any more.
+        if all || !found.ran() {
+            found.plain = run(Sanitize::None, 0..1);
+        }
+        if all || !found.ran() {
+            found.schedules = run(Sanitize::None, 1..9);
+        }
+        if all || !found.ran() {
+            found.addresses = run(Sanitize::Addresses, 0..1);
+        }
+        if all || !found.ran() {
+            found.races = run(Sanitize::Threads, 0..1);
+        }
+        found
+    }
+
+    /// What goes wrong in one of the runs. Where another check has `found` something, that run goes first, with a program of its own
+    /// kernels, since what one check finds others mostly find there too; then all.
+    fn check(
+        &self,
+        sanitize: Sanitize,
+        seeds: Range<u64>,
+        works: &[Work],
+        found: &mut Option<usize>,
+    ) -> Option<String> {
         let options = Options {
             sanitize,
             program: true,
             ..Options::default()
         };
-        check(options, seeds)
-    };
-    if all || !found.any() {
-        found.plain = run(Sanitize::None, 0..1);
+        let one = found.map(|index| index..index + 1);
+        let told = one
+            .into_iter()
+            .chain(std::iter::once(0..works.len()))
+            .find_map(|some| {
+                let kernels = works[some.clone()].iter().flat_map(Work::kernels).cloned();
+                let program =
+                    match build::library_of(&self.metal, &self.to, &options, Some(&kernels.collect())) {
+                        Ok(program) => program,
+                        Err(error) if self.faulty => {
+                            return Some(format!("does not compile: {}", first_line(&error.to_string())));
+                        }
+                        Err(error) => panic!("{error}"),
+                    };
+                some.into_iter().find_map(|index| {
+                    let told = seeds
+                        .clone()
+                        .find_map(|seed| works[index].failure_of(&program, seed))?;
+                    *found = Some(index);
+                    Some(told)
+                })
+            })?;
+        Some(told.replace(&format!("{}/", self.metal.display()), ""))
     }
-    if all || !found.any() {
-        found.schedules = run(Sanitize::None, 1..9);
-    }
-    if all || !found.any() {
-        found.addresses = run(Sanitize::Addresses, 0..1);
-    }
-    if all || !found.any() {
-        found.races = run(Sanitize::Threads, 0..1);
-    }
-    found
 }
 
 impl Found {
@@ -173,6 +225,11 @@ impl Found {
 
     fn any(&self) -> bool {
         self.each().iter().any(|found| found.is_some())
+    }
+
+    /// Whether one behind the strict check did.
+    fn ran(&self) -> bool {
+        self.each()[1..].iter().any(|found| found.is_some())
     }
 }
 
@@ -195,11 +252,13 @@ fn planted_faults_are_found() {
     }
     for what in IN_CI {
         let (family, fault) = all().find(|(_, fault)| fault.what == what).unwrap();
-        assert!(fault.find(family, false).any(), "nothing finds: {what}");
+        let found = fault.find(family, &(family.works)(), false);
+        assert!(found.any(), "nothing finds: {what}");
     }
     for what in OF_PLANS_IN_CI {
         let (family, fault) = all_of_plans().find(|(_, fault)| fault.what == what).unwrap();
-        assert!(fault.find(family, false).any(), "nothing finds: {what}");
+        let found = fault.find(&(family.works)(), false);
+        assert!(found.any(), "nothing finds: {what}");
     }
 }
 
@@ -220,7 +279,11 @@ fn every_fault_can_be_planted() {
 /// not set. Rows of others stay in docs/metal-faults.md as they are.
 const CHOSEN: &str = "MMFP4_MSL_FAULTS";
 
-/// All of them, or those of the chosen families, through all checks; writes docs/metal-faults.md.
+/// What a cell has of a check that did not run, because one before it had found the fault.
+const NOT_RUN: &str = "–";
+
+/// All of them, or those of the chosen families, through the checks up to the first that finds one, or through all where
+/// `MMFP4_MSL_FULL` is set; writes docs/metal-faults.md.
 #[test]
 #[ignore = "many minutes: cargo test --release --features msl-host --test msl -- --ignored faults"]
 fn faults() {
@@ -237,17 +300,35 @@ fn faults() {
         };
         chosen.as_ref().is_none_or(|names| names.split(',').any(is_one))
     };
+    // Once for all faults of a family, of kernels that show none as they are.
+    let works: Vec<OnceLock<Vec<Work>>> = FAMILIES.iter().map(|_| OnceLock::new()).collect();
+    let works_of = |family: &Family| {
+        let index = FAMILIES.iter().position(|other| other.files == family.files);
+        works[index.unwrap()].get_or_init(|| {
+            let works = (family.works)();
+            let found = Kernels::as_they_are().find(None, &works, true);
+            assert!(
+                !found.any(),
+                "{:?}, without a fault: {:?}",
+                family.files,
+                found.each()
+            );
+            works
+        })
+    };
     let mut missed = Vec::new();
     let mut tables = String::from(
         "# Faults planted in the Metal kernels and in their plans\n\n\
-         Each is one change of `metal/`, or of a launch plan that a test recorded, put through every check on Linux; a cell\n\
-         tells what the check said. Written by `cargo test --release --features msl-host --test msl -- --ignored faults`,\n\
-         which fails where nothing finds one; `MMFP4_MSL_FAULTS=append,merged` before it writes the rows of these files' faults\n\
-         anew and leaves the others.\n\n## In kernels\n\n",
+         Each is one change of `metal/`, or of a launch plan that a test recorded, put through the checks on Linux; a cell\n\
+         tells what the check said, nothing where it found nothing, and – where it did not run, because another run before it had\n\
+         found the fault. Written by `cargo test --release --features msl-host --test msl -- --ignored faults`, which fails where\n\
+         nothing finds one; before it, `MMFP4_MSL_FULL=1` has every check run, and `MMFP4_MSL_FAULTS=append,merged` has the rows\n\
+         of these files' faults written anew and the others left.\n\n## In kernels\n\n",
     );
     let (of_kernels, of_plans) = before.split_once("## In plans").unwrap();
     let kernels = together(all().collect(), |(family, fault)| {
-        (fault.what, chosen(family).then(|| fault.find(family, true)))
+        let find = || timed(fault.what, || fault.find(family, works_of(family), full()));
+        (fault.what, chosen(family).then(find))
     });
     table(&mut tables, &mut missed, (0, of_kernels), kernels);
     tables.push_str(
@@ -255,13 +336,22 @@ fn faults() {
          write nothing.\n\n",
     );
     let plans = together(all_of_plans().collect(), |(family, fault)| {
-        (fault.what, chosen(family).then(|| fault.find(family, true)))
+        let find = || timed(fault.what, || fault.find(works_of(family), full()));
+        (fault.what, chosen(family).then(find))
     });
     table(&mut tables, &mut missed, (1, of_plans), plans);
     let partial = path.with_extension("md.partial");
     std::fs::write(&partial, tables).unwrap();
     std::fs::rename(&partial, &path).unwrap();
     assert!(missed.is_empty(), "nothing finds {missed:#?}");
+}
+
+/// Tells how long it took.
+fn timed<R>(what: &str, f: impl FnOnce() -> R) -> R {
+    let start = Instant::now();
+    let result = f();
+    eprintln!("{:.0?}: {what}", start.elapsed());
+    result
 }
 
 /// What `f` gives for each, in their order; by as many threads as there are cores, since compilers take most of the time.
@@ -312,9 +402,15 @@ fn table(
             );
             continue;
         };
-        let cells = found
-            .each()
-            .map(|cell| cell.as_deref().unwrap_or("").replace('|', "\\|"));
+        let each = found.each();
+        let first = (1..each.len()).find(|index| each[*index].is_some());
+        let cells: Vec<_> = (0..each.len())
+            .map(|index| match each[index] {
+                Some(told) => told.replace('|', "\\|"),
+                None if !full() && first.is_some_and(|first| first < index) => NOT_RUN.to_string(),
+                None => String::new(),
+            })
+            .collect();
         writeln!(text, "| {what} | {} |", cells[from..].join(" | ")).unwrap();
         if !found.any() {
             missed.push(what.to_string());

@@ -5,6 +5,7 @@ use crate::nmse;
 use candle_core::{DType, Device};
 use candle_mmfp4::metal::host::{Host, Operand, Recorded, RecordedOperand};
 use candle_mmfp4::metal::plan::{Binding, Constant, Plan};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub struct Expected {
 pub struct Work {
     pub name: String,
     recorded: Recorded,
+    /// Those that are launched, and where the plan was changed those that were before.
+    kernels: BTreeSet<String>,
     /// Of the first operands that are written.
     expected: Vec<Expected>,
 }
@@ -40,11 +43,17 @@ pub fn record<T>(
     }
     let mut runs = host.recorded();
     assert_eq!(runs.len(), 1, "{name}: plans");
+    let recorded = runs.remove(0);
     Work {
         name,
-        recorded: runs.remove(0),
+        kernels: launched(&recorded.plan).collect(),
+        recorded,
         expected,
     }
+}
+
+fn launched(plan: &Plan) -> impl Iterator<Item = String> {
+    plan.launches.iter().map(|launch| launch.kernel.clone())
 }
 
 impl Work {
@@ -53,9 +62,17 @@ impl Work {
         let mut recorded = self.recorded.clone();
         change(&mut recorded.plan).then(|| Self {
             name: self.name.clone(),
+            kernels: launched(&recorded.plan)
+                .chain(self.kernels.iter().cloned())
+                .collect(),
             recorded,
             expected: self.expected.clone(),
         })
+    }
+
+    /// What a program must have to run it.
+    pub fn kernels(&self) -> &BTreeSet<String> {
+        &self.kernels
     }
 
     /// Whether NaN is to come out, of which fast math promises nothing.

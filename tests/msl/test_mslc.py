@@ -207,6 +207,29 @@ class Run(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertRegex(printed, "again.metal: kernel 'few' is also in .*kernels.metal")
 
+    def test_chosen_kernels(self):
+        """Of all files only these kernels, and nothing of files that have none."""
+        place = Path(self.directory.name)
+        build = ["build", "-o", place / "chosen.so", "-k", "few", "-k", "product_bf16"]
+        files = [place / "kernels.metal", place / "matrix.metal", place / "vectors.metal"]
+        self.assertEqual(mslc(*build, *files), (0, ""))
+        self.assertEqual(sorted(Library(place / "chosen.so").kernels()), ["few", "product_bf16"])
+        status, printed = mslc(*build, "-k", "none", *files)
+        self.assertEqual((status, printed), (1, "there is no kernel 'none'\n"))
+
+    def test_kept_objects(self):
+        """The runtime is compiled once for each set of flags."""
+        place = Path(self.directory.name)
+        kept = place / "kept" / "objects"
+        build = ["build", "--keep", kept, "-o", place / "kept.so", "-k", "few", place / "kernels.metal"]
+        self.assertEqual(mslc(*build), (0, ""))
+        first = {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+        self.assertEqual({file.name.split("-")[0] + ".cpp" for file in first}, set(driver.RUNTIME_SOURCES))
+        self.assertEqual(mslc(*build), (0, ""))
+        self.assertEqual(first, {file: file.stat().st_mtime_ns for file in kept.iterdir()})
+        self.assertEqual(mslc(*build, "--exe", "--sanitize", "address"), (0, ""))
+        self.assertEqual(len(list(kept.iterdir())), 2 * len(first) + 1)
+
     def test_launch_is_checked(self):
         x, y, args, bias = reduction().bindings
         for reason, changes in (

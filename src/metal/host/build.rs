@@ -2,6 +2,7 @@
 
 use crate::metal::source;
 use crate::{Error, Result};
+use std::collections::BTreeSet;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
@@ -39,22 +40,39 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// # Errors
 /// See [`library_of`].
 pub fn library(options: &Options) -> Result<PathBuf> {
-    let metal = Path::new(ROOT).join("metal");
-    library_of(&metal, &target().join("msl-host"), options)
+    library_of(&sources(), &folder(), options, None)
 }
 
-/// Builds those of this crate's `.metal` files that are in a folder into `to`, under a name that their text and the tools' determine.
+/// The kernels of this checkout.
+pub fn sources() -> PathBuf {
+    Path::new(ROOT).join("metal")
+}
+
+/// Where builds of this checkout's kernels are kept, under Cargo's folder for what is built.
+pub fn folder() -> PathBuf {
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(ROOT).join("target"), PathBuf::from);
+    target.join("msl-host")
+}
+
+/// Builds those of this crate's `.metal` files that are in a folder into `to`, under a name that their text and the tools' determine;
+/// of `kernels` only these, which takes the shorter the fewer they are.
 ///
 /// # Errors
 /// [`Error::Io`] where Python does not start; [`Error::File`] with the messages of the tool or the compiler.
-pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf> {
+pub fn library_of(
+    metal: &Path,
+    to: &Path,
+    options: &Options,
+    kernels: Option<&BTreeSet<String>>,
+) -> Result<PathBuf> {
     let tool = Path::new(ROOT).join("tests/msl");
     let mut hasher = DefaultHasher::new();
     for part in ["mslc", "include", "runtime"] {
         hash_folder(&tool.join(part), &mut hasher)?;
     }
     hash_folder(metal, &mut hasher)?;
-    hasher.write(format!("{options:?} {:?}", std::env::var_os("MSL_CLANG")).as_bytes());
+    hasher.write(format!("{options:?} {kernels:?} {:?}", std::env::var_os("MSL_CLANG")).as_bytes());
     std::fs::create_dir_all(to).map_err(|error| Error::io(to, error, ""))?;
     let out = to.join(format!("{:016x}", hasher.finish()));
     if out.exists() {
@@ -80,9 +98,12 @@ pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf>
     if options.program {
         command.arg("--exe");
     }
-    command.arg("-I").arg(metal);
-    let kernels = source::KERNELS.iter().map(|file| metal.join(file.name));
-    command.args(kernels.filter(|file| file.exists()));
+    for kernel in kernels.into_iter().flatten() {
+        command.args(["-k", kernel]);
+    }
+    command.arg("--keep").arg(folder()).arg("-I").arg(metal);
+    let files = source::KERNELS.iter().map(|file| metal.join(file.name));
+    command.args(files.filter(|file| file.exists()));
     let output = command
         .output()
         .map_err(|error| Error::io("python3", error, "it builds the kernels; install it"))?;
@@ -92,11 +113,6 @@ pub fn library_of(metal: &Path, to: &Path, options: &Options) -> Result<PathBuf>
     }
     std::fs::rename(&partial, &out).map_err(|error| Error::io(&out, error, ""))?;
     Ok(out)
-}
-
-/// Cargo's folder for what is built.
-fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(ROOT).join("target"), PathBuf::from)
 }
 
 /// Names and contents of a folder's files, those of folders in it included.

@@ -184,58 +184,50 @@ const DENSE_KINDS: [FloatKind; 3] = [FloatKind::F32, FloatKind::F16, FloatKind::
 /// Around 8, 16, 32 and 64 columns, and 256, which a simdgroup takes in a turn.
 const DENSE_LENGTHS: [usize; 13] = [1, 7, 8, 15, 33, 63, 64, 65, 130, 256, 264, 511, 512];
 
-/// Weights in FP4.
-pub fn fp4() -> Vec<Case> {
-    let axes = [
+/// The grid of these axes and of the weight's own, which `store` is given the places on.
+fn over<const AXES: usize>(of_weight: &[usize], store: impl Fn(&[usize], &mut Case)) -> Vec<Case> {
+    let shared = [
         DTYPES.len(),
         TOKENS.len(),
         ROWS.len(),
         SPLITS.len(),
         UNSEEN.len(),
         SHIFTS.len(),
-        GROUPS.len(),
-        LENGTHS.len(),
-        KINDS.len(),
-        FACTORS.len(),
     ];
-    let case = |at: [usize; 10]| Case {
-        dtype: DTYPES[at[0]],
-        m: TOKENS[at[1]],
-        rows: ROWS[at[2]],
-        splits: SPLITS[at[3]],
-        unseen: UNSEEN[at[4]],
-        shift: SHIFTS[at[5]],
-        k: GROUPS[at[6]] * LENGTHS[at[7]],
-        stored: Stored::Fp4 {
-            group: GROUPS[at[6]],
-            kind: KINDS[at[8]],
-            factor: FACTORS[at[9]],
-        },
+    let axes: [usize; AXES] = [&shared[..], of_weight].concat().try_into().unwrap();
+    let case = |at: [usize; AXES]| {
+        let mut case = Case {
+            dtype: DTYPES[at[0]],
+            m: TOKENS[at[1]],
+            rows: ROWS[at[2]],
+            splits: SPLITS[at[3]],
+            unseen: UNSEEN[at[4]],
+            shift: SHIFTS[at[5]],
+            ..Case::default()
+        };
+        store(&at[shared.len()..], &mut case);
+        case
     };
     grid::pairwise(axes).into_iter().map(case).collect()
 }
 
+/// Weights in FP4.
+pub fn fp4() -> Vec<Case> {
+    let axes = [GROUPS.len(), LENGTHS.len(), KINDS.len(), FACTORS.len()];
+    over::<10>(&axes, |at, case| {
+        case.k = GROUPS[at[0]] * LENGTHS[at[1]];
+        case.stored = Stored::Fp4 {
+            group: GROUPS[at[0]],
+            kind: KINDS[at[2]],
+            factor: FACTORS[at[3]],
+        };
+    })
+}
+
 /// Weights in floating point.
 pub fn in_floating_point() -> Vec<Case> {
-    let axes = [
-        DTYPES.len(),
-        TOKENS.len(),
-        ROWS.len(),
-        SPLITS.len(),
-        UNSEEN.len(),
-        SHIFTS.len(),
-        DENSE_LENGTHS.len(),
-        DENSE_KINDS.len(),
-    ];
-    let case = |at: [usize; 8]| Case {
-        dtype: DTYPES[at[0]],
-        m: TOKENS[at[1]],
-        rows: ROWS[at[2]],
-        splits: SPLITS[at[3]],
-        unseen: UNSEEN[at[4]],
-        shift: SHIFTS[at[5]],
-        k: DENSE_LENGTHS[at[6]],
-        stored: Stored::Dense(DENSE_KINDS[at[7]]),
-    };
-    grid::pairwise(axes).into_iter().map(case).collect()
+    over::<8>(&[DENSE_LENGTHS.len(), DENSE_KINDS.len()], |at, case| {
+        case.k = DENSE_LENGTHS[at[0]];
+        case.stored = Stored::Dense(DENSE_KINDS[at[1]]);
+    })
 }

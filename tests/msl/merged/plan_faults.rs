@@ -6,7 +6,6 @@ use candle_mmfp4::metal::plan::{Binding, Constant, Launch, Plan};
 /// Fields of `MergedArgs`, in words.
 const M: usize = 0;
 const N: usize = 1;
-const K: usize = 2;
 const HEADS: usize = 3;
 const SPLITS: usize = 4;
 const WEIGHT_ROW: usize = 5;
@@ -16,7 +15,8 @@ const PARTS: usize = 2;
 const STATS: usize = 3;
 const ARGS: usize = 5;
 
-/// A function constant.
+/// Function constants: how long rows are (kernels do not read `K` of the arguments where they have this one), and loads.
+const KNOWN: u16 = 11;
 const LOADS: u16 = 25;
 
 #[rustfmt::skip]
@@ -45,7 +45,7 @@ pub const FAULTS: &[PlanFault] = &[
     PlanFault { what: "a token too many", change: |plan| word(plan, M, |m, _| !m.is_power_of_two() && set(m, *m + 1)) },
     PlanFault { what: "a token too few", change: |plan| word(plan, M, |m, _| set(m, *m - 1)) },
     PlanFault { what: "a row of W too few of a merged product", change: |plan| word(plan, N, |n, _| set(n, *n - 1)) },
-    PlanFault { what: "columns of a part too few", change: |plan| word(plan, K, |k, _| *k > 32 && set(k, *k - 32)) },
+    PlanFault { what: "columns of a part too few", change: |plan| constant(plan, KNOWN, |k| (k > 32).then(|| k - 32)) },
     PlanFault { what: "a head's first row of W ignored", change: |plan| word(plan, WEIGHT_ROW, |row, _| *row > 0 && set(row, 0)) },
     PlanFault { what: "parts and what is known of them swapped", change: |plan| {
         let launch = first(plan);
@@ -53,11 +53,7 @@ pub const FAULTS: &[PlanFault] = &[
         *bound(launch, STATS) = std::mem::replace(bound(launch, PARTS), stats);
         true
     } },
-    PlanFault { what: "loads of 16 bytes where 8 of the weight are aligned", change: |plan| {
-        let constants = &mut first(plan).constants;
-        let loads = constants.iter_mut().find(|(index, constant)| *index == LOADS && *constant == Constant::U16(8));
-        loads.map(|(_, constant)| *constant = Constant::U16(16)).is_some()
-    } },
+    PlanFault { what: "loads of 16 bytes where 8 of the weight are aligned", change: |plan| constant(plan, LOADS, |bytes| (bytes == 8).then_some(16)) },
 ];
 
 fn first(plan: &mut Plan) -> &mut Launch {
@@ -67,6 +63,17 @@ fn first(plan: &mut Plan) -> &mut Launch {
 fn bound(launch: &mut Launch, buffer: usize) -> &mut Binding {
     let found = launch.bindings.iter_mut().find(|(index, _)| *index == buffer);
     &mut found.unwrap().1
+}
+
+/// Changes a function constant, where `change` gives another number for it.
+fn constant(plan: &mut Plan, index: u16, change: impl Fn(u16) -> Option<u16>) -> bool {
+    let constants = &mut first(plan).constants;
+    constants.iter_mut().any(|(at, constant)| match *constant {
+        Constant::U16(number) if *at == index => change(number)
+            .map(|number| *constant = Constant::U16(number))
+            .is_some(),
+        _ => false,
+    })
 }
 
 /// Changes a word of the arguments, which `change` is given with all of them.

@@ -1,5 +1,6 @@
 """The commands: `check`, `build` and `ptx`."""
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -41,16 +42,21 @@ def check(file, includes):
     return found + clang.type_errors(text)
 
 
-def translate(files, includes):
-    """The C++ of each file; no two of them may have a kernel of the same name."""
+def translate(files, includes, kernels):
+    """The C++ of each file that has one of these kernels (None: any); no two may have a kernel of the same name."""
     owner, texts = {}, []
     for file in files:
-        rewriter = Rewriter(*read(file, includes), execute=True)
-        for name in rewriter.kernel_names():
+        rewriter = Rewriter(*read(file, includes), execute=True, kernels=kernels)
+        names = rewriter.kernel_names()
+        for name in names:
             if name in owner:
                 raise clang.ClangError(f"{file}: kernel '{name}' is also in {owner[name]}")
             owner[name] = file
-        texts.append(rewriter.result())
+        if names or kernels is None:
+            texts.append(rewriter.result())
+    missing = sorted(set(kernels or ()) - set(owner))
+    if missing:
+        raise clang.ClangError(f"there is no kernel '{missing[0]}'")
     return texts
 
 
@@ -59,7 +65,21 @@ def compile_kernels(text, flags, out):
 
 
 def compile_runtime(file, defines, out):
-    return clang.run([*clang.LANGUAGE, *clang.CODE, *defines, "-Wall", "-Wextra", "-c", "-o", out, file])
+    if out.exists():
+        return 0, "", ""
+    partial = out.with_suffix(f".{os.getpid()}")  # others may compile it into the same folder
+    done = clang.run([*clang.LANGUAGE, *clang.CODE, *defines, "-Wall", "-Wextra", "-c", "-o", partial, file])
+    if done[0] == 0:
+        partial.rename(out)
+    return done
+
+
+def runtime_objects(files, defines, folder):
+    """Where the runtime's objects are in a folder, by names that tell what they are made of."""
+    digest = hashlib.sha256(repr((clang.compiler(), clang.CODE, defines)).encode())
+    for file in sorted(clang.RUNTIME.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return [Path(folder) / f"{file.stem}-{digest.hexdigest()[:16]}.o" for file in files]
 
 
 def build(options):
@@ -73,16 +93,15 @@ def build(options):
     flags = [flag for name in chosen for flag in SANITIZERS[name]]
     defines = [f"-DMSL_SANITIZE_{name.upper()}" for name in chosen]
     kernel_flags = [*flags, *defines, clang.POISON, *(clang.FAST if options.fast_math else clang.EXACT)]
-    texts = translate(options.files, options.include)
+    texts = translate(options.files, options.include, options.kernels)
     runtime = [clang.RUNTIME / name for name in (*RUNTIME_SOURCES, *(["runner.cpp"] if options.exe else []))]
+    if options.keep:
+        Path(options.keep).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects, jobs = [], []
-        for i, text in enumerate(texts):
-            objects.append(Path(directory) / f"kernels{i}.o")
-            jobs.append(pool.submit(compile_kernels, text, kernel_flags, objects[-1]))
-        for file in runtime:
-            objects.append(Path(directory) / f"{file.stem}.o")
-            jobs.append(pool.submit(compile_runtime, file, defines, objects[-1]))
+        kernels = [Path(directory) / f"kernels{i}.o" for i in range(len(texts))]
+        objects = [*kernels, *runtime_objects(runtime, defines, options.keep or directory)]
+        jobs = [pool.submit(compile_kernels, text, kernel_flags, out) for text, out in zip(texts, kernels)]
+        jobs += [pool.submit(compile_runtime, file, defines, out) for file, out in zip(runtime, objects[len(texts) :])]
         messages = "".join(job.result()[2] for job in jobs)
         if any(job.result()[0] for job in jobs):
             return messages
@@ -112,6 +131,8 @@ def parse(arguments):
     command.add_argument("--sanitize", default="", help="address, undefined, thread; comma-separated")
     command.add_argument("--fast-math", action="store_true", help="as Metal compiles by default")
     command.add_argument("--exe", action="store_true", help="the runner program instead of a library")
+    command.add_argument("-k", dest="kernels", action="append", metavar="NAME", help="this kernel; else every one")
+    command.add_argument("--keep", metavar="DIR", help="the runtime's objects stay there, for the next build")
     command = commands.add_parser("ptx", help="PTX, for an NVIDIA GPU")
     command.add_argument("file", metavar="FILE.metal")
     command.add_argument("-I", dest="include", action="append", default=[], metavar="DIR")

@@ -5,13 +5,12 @@ from .signatures import assign_indices
 
 
 class PtxRewriter(Rewriter):
-    """`constants` are values by index; `kernels` the host names that are wanted, or None for all."""
+    """`constants` are values by index."""
 
     def __init__(self, source, declarations, constants, kernels):
-        super().__init__(source, declarations, execute=True)
+        super().__init__(source, declarations, execute=True, kernels=kernels)
         self.constants = constants
-        self.chosen = [entry for entry in self._entries() if kernels is None or entry[1] in kernels]
-        missing = sorted(set(kernels or ()) - {name for _, name, _ in self.chosen})
+        missing = sorted(set(kernels or ()) - set(self.kernel_names()))
         if missing:
             raise clang.ClangError(f"there is no kernel '{missing[0]}'")
         self._require_constants()

@@ -18,10 +18,13 @@ FILE_SCOPE = "namespace {"  # files linked into one library keep their helpers t
 
 
 class Rewriter:
-    def __init__(self, source, declarations, execute):
+    """`kernels` are the host names that can be launched, or None for all."""
+
+    def __init__(self, source, declarations, execute, kernels=None):
         self.source, self.declarations, self.execute = source, declarations, execute
         self.edits = []  # (start, end, text), in characters
         self.shared_count = 0
+        self.chosen = [entry for entry in self._entries() if kernels is None or entry[1] in kernels]
 
     def result(self):
         if self.execute:
@@ -40,7 +43,7 @@ class Rewriter:
         return text
 
     def kernel_names(self):
-        return [name for _, name, _ in self._entries()]
+        return [name for _, name, _ in self.chosen]
 
     # Edits ----------------------------------------------------------------------------------------------------------
 
@@ -254,7 +257,7 @@ class Rewriter:
             lines += _registered("Constant", f"constant_{variable.name}", entry, "msl_file, ")
         guarded = self._guarded_constants()
         uses = {function.name: self.declarations.uses(function.name) for function in self.declarations.kernels}
-        for i, (function, host_name, expression) in enumerate(self._entries()):
+        for i, (function, host_name, expression) in enumerate(self.chosen):
             reached = uses[function.name]
             required = [v.attributes["function_constant"] for v in constants if v.name in reached - guarded]
             derived = ["&" + _qualified(v, "msl_derive_") for v in self.derived if v.name in reached]

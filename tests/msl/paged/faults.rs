@@ -69,8 +69,6 @@ pub const FAULTS: &[Fault] = &[
         from: "total = fma(total, kept, sum);", to: "total += sum;" },
     Fault { what: "the largest score of one token in turn", file: PAGED,
         from: "        most = fmax(most, simd_shuffle_xor(most, apart));", to: "        most = fmax(most, most);" },
-    Fault { what: "a split without a token taken for one", file: PAGED,
-        from: "return stats.y == 0.0f ? 0.0f : exp2(stats.x - largest);", to: "return exp2(stats.x - max(largest, stats.x));" },
     Fault { what: "elements stored past a vector's end", file: PAGED,
         from: "        if (first + k < width) {\n            to", to: "        if (first + k <= width) {\n            to" },
     Fault { what: "signs of a rotation left out", file: PAGED,

@@ -32,6 +32,17 @@ fn attend(backend: &Backend, case: &Case, cache: &Cache, queries: &[Tensor]) -> 
     y.unwrap_or_else(|error| panic!("{case:?}: {error}"))
 }
 
+/// Requires what the reference gives; the error.
+fn check(backend: &Backend, case: &Case) -> f64 {
+    let (cache, queries) = (case.cache(), case.queries());
+    let y = attend(backend, case, &cache, &queries);
+    let shape = [case.tokens(), case.heads, case.value()];
+    assert_eq!((y.dims(), y.dtype()), (shape.as_slice(), case.dtype));
+    let error = error(case, &cache, &queries, &y);
+    assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+    error
+}
+
 /// The error beside the reference, once numbers are where it has numbers.
 fn error(case: &Case, cache: &Cache, queries: &[Tensor], y: &Tensor) -> f64 {
     finite_error(&format!("{case:?}"), &values(y), &case.expected(cache, queries))
@@ -60,12 +71,7 @@ fn paged_attention_agrees_with_the_reference_over_the_grid() {
     let Some(backend) = Backend::alone() else { return };
     let mut worst = 0f64;
     for case in cases::grid() {
-        let (cache, queries) = (case.cache(), case.queries());
-        let y = attend(&backend, &case, &cache, &queries);
-        let shape = [case.tokens(), case.heads, case.value()];
-        assert_eq!((y.dims(), y.dtype()), (shape.as_slice(), case.dtype));
-        let error = error(&case, &cache, &queries, &y);
-        assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+        let error = check(&backend, &case);
         if case.dtype == DType::F32 {
             worst = worst.max(error);
         }
@@ -90,10 +96,7 @@ fn deep_paged_caches_agree_with_the_reference() {
                 sequences: vec![(2049, 1), (5, 1)],
                 ..Case::default()
             };
-            let (cache, queries) = (case.cache(), case.queries());
-            let y = attend(&backend, &case, &cache, &queries);
-            let error = error(&case, &cache, &queries, &y);
-            assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+            check(&backend, &case);
         }
     }
 }
@@ -109,10 +112,7 @@ fn splits_grow_with_the_context() {
             sequences: vec![(1409, 1), (4607, 2), (1408, 1), (300, 1)],
             ..Case::default()
         };
-        let (cache, queries) = (case.cache(), case.queries());
-        let y = attend(&backend, &case, &cache, &queries);
-        let error = error(&case, &cache, &queries, &y);
-        assert!(error <= bound(case.dtype), "{case:?}: {error:e}");
+        check(&backend, &case);
     }
 }
 
