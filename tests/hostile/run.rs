@@ -15,6 +15,8 @@ use std::time::Duration;
 const MEMORY: usize = 1 << 20;
 /// Bytes of memory for each byte of the folder: JSON that is parsed takes more than its text.
 const MULTIPLE: usize = 4;
+/// What may be asked for in one piece beside the folder's size: tables of tokenizers and of regular expressions.
+const PIECE: usize = 512 << 10;
 /// On a machine that is busy with other things: each takes a millisecond.
 const TIME: Duration = Duration::from_secs(60);
 /// What maps of memory may add to the process's address space in all; threads' stacks and heaps are among them.
@@ -56,7 +58,7 @@ impl Case {
         let most = MEMORY + MULTIPLE * self.folder.size();
         let verdict = match result {
             Err(panic) => Err(format!("panic: {panic}")),
-            Ok(_) if seen.peak > most => {
+            Ok(_) if seen.peak > most || seen.largest > PIECE + self.folder.size() => {
                 Err(format!("{} bytes of memory, {} at once", seen.peak, seen.largest))
             }
             Ok(_) if seen.time > TIME => Err(format!("{:?}", seen.time)),

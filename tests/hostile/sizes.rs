@@ -11,6 +11,8 @@ const SIZE: usize = 2 << 20;
 /// Bytes of memory for each byte of a file whose JSON is all small values: a value takes 72 bytes, and a list of them three
 /// times as many while it grows.
 const MULTIPLE: usize = 128;
+/// Of them in one piece: a list of values of two bytes each.
+const PIECE: usize = 72 / 2;
 
 fn assert_refused_within(folder: &Folder, what: &str, file: &str) {
     let files = folder.in_memory();
@@ -19,8 +21,9 @@ fn assert_refused_within(folder: &Folder, what: &str, file: &str) {
     drop(quiet);
     let most = MULTIPLE * folder.size();
     println!(
-        "{what}: {} bytes of memory for {}, {:?}",
+        "{what}: {} bytes of memory, {} at once, for {}, {:?}",
         seen.peak,
+        seen.largest,
         folder.size(),
         seen.time
     );
@@ -28,6 +31,12 @@ fn assert_refused_within(folder: &Folder, what: &str, file: &str) {
         seen.peak < most,
         "{what}: {} bytes of memory for {}",
         seen.peak,
+        folder.size()
+    );
+    assert!(
+        seen.largest <= PIECE * folder.size(),
+        "{what}: {} bytes at once for {}",
+        seen.largest,
         folder.size()
     );
     assert!(seen.time.as_secs() < 120, "{what}: {:?}", seen.time);
