@@ -80,7 +80,8 @@ pub fn damage(folder: &mut Folder, random: &mut Random<'_>) -> Damage {
         }
         5..=6 => {
             let byte = *random.pick(&[0, 0x7f, 0x80, 0xff, 0x7c, 0xfe]);
-            let from = random.below(stored.bytes.len());
+            // What has been damaged before may have none.
+            let from = random.below(stored.bytes.len().max(1));
             let until = (from + 1 + random.below(8)).min(stored.bytes.len());
             stored.bytes[from..until].fill(byte);
             format!("bytes {byte:#x} from {from}")
@@ -137,6 +138,7 @@ fn reshape(stored: &mut Stored, random: &mut Random<'_>) {
         1 => _ = shape.pop(),
         2 => shape.insert(0, random.below(3)),
         3 => *shape = (0..random.below(5)).map(|_| random.below(70)).collect(),
+        _ if shape.is_empty() => shape.push(1),
         _ => {
             let at = random.below(shape.len());
             shape[at] = (shape[at] + random.below(4)).saturating_sub(2);
