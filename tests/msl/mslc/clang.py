@@ -56,7 +56,7 @@ def compiler():
     """The clang to use: MSL_CLANG, or the best of the usual names."""
     names = [os.environ["MSL_CLANG"]] if os.environ.get("MSL_CLANG") else PREFERRED
     path = next((name for name in names if shutil.which(name)), None)
-    advice = f"clang {OLDEST} or newer is needed: apt install clang-19 libclang-rt-19-dev, or set MSL_CLANG"
+    advice = f"clang {OLDEST} or newer is needed: apt install clang-19 libclang-rt-19-dev llvm-19, or set MSL_CLANG"
     if not path:
         raise ClangError(f"{' and '.join(names)} not found; {advice}")
     version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
