@@ -64,8 +64,7 @@ pub fn available() -> bool {
     if build::compiler().is_some() {
         return true;
     }
-    let line =
-        "skipped: Metal kernels need clang 17 or newer (Debian: apt install clang-19 libclang-rt-19-dev llvm-19)";
+    let line = "skipped: Metal kernels need clang 17 or newer (Debian: apt install clang-19 libclang-rt-19-dev llvm-19)";
     assert!(std::env::var_os("MMFP4_MSL_REQUIRED").is_none(), "{line}");
     SAID.call_once(|| eprintln!("{line}"));
     false
