@@ -14,7 +14,8 @@ use candle_mmfp4::memory;
 use candle_mmfp4::models::glm4_moe_lite::{Calibration, Config, Model};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
 mmfp4 is in Marlin's layout. nvfp4 and mxfp4 are in that of compressed-tensors, which vLLM and SGLang serve: there the
@@ -94,7 +95,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let start = Instant::now();
     let bar = progress::writing(&format!("writing {}", arguments.target.display()));
-    let (mut own, mut begun) = (None, false);
+    let mut begun = false;
     let progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
@@ -103,12 +104,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             bar.reset_eta();
             begun = true;
         }
-        own = own.max(memory::private_resident());
     };
-    let report = match &mut calibration {
+    let (report, own) = watched(|| match &mut calibration {
         None => quantize_checkpoint(&source, &arguments.target, &options, progress),
         Some(inputs) => quantize_calibrated(&source, &arguments.target, &options, inputs, progress),
-    };
+    });
     bar.finish_and_clear();
     let report = report?;
     let seconds = start.elapsed().as_secs_f64();
@@ -130,6 +130,34 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         model.bytes_read(1) as f64 / 1e9
     )?;
     Ok(())
+}
+
+/// Does some work, and tells the most memory of this program's own that there was meanwhile, looked at twenty times a second.
+fn watched<R>(work: impl FnOnce() -> R) -> (R, Option<u64>) {
+    struct Ended<'a>(&'a AtomicBool);
+    impl Drop for Ended<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut most = memory::private_resident();
+            while !ended.load(Ordering::Relaxed) {
+                std::thread::park_timeout(Duration::from_millis(50));
+                most = most.max(memory::private_resident());
+            }
+            most
+        });
+        let result = {
+            // Also where the work panics: the scope waits for its threads.
+            let _ended = Ended(&ended);
+            work()
+        };
+        watch.thread().unpark();
+        (result, watch.join().unwrap_or_default())
+    })
 }
 
 /// What the model makes of a text, of which it reads so many tokens.
