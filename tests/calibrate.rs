@@ -128,7 +128,7 @@ fn other_text_is_predicted_better_than_with_plain_rounding() {
 fn perplexity_falls() {
     let halves = [0, 1].map(|first| documents(first, 512, usize::MAX));
     let source = Checkpoint::open(bf16_demo()).unwrap();
-    for format in [Format::mxfp4(), Format::nvfp4()] {
+    for (format, errors) in [(Format::mxfp4(), 5.0), (Format::nvfp4(), 3.0)] {
         let place = tempfile::tempdir().unwrap();
         let options = QuantizeOptions::new(format);
         let plain = place.path().join("plain");
@@ -156,7 +156,7 @@ fn perplexity_falls() {
             "{format:?}: {before} by plain rounding, {after} calibrated: a token's loss falls by {gain} ± {error}"
         );
         println!("{what}");
-        assert!(gain > 3.0 * error, "{what}");
+        assert!(gain > errors * error, "{what}");
     }
 }
 
