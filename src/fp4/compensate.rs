@@ -15,9 +15,12 @@ type Column = [f32; ROWS];
 /// As [`quantize_dense`](super::quantize_dense), but each column of the matrix also makes up, as well as it can, for what
 /// rounding the columns before it does to the layer's outputs (see [`Feedback`]).
 ///
+/// Behind quantised layers, what is rounded also makes up for what they have changed in this one's inputs, as far as `feedback`
+/// tells it.
+///
 /// Columns keep their order. Scales are those of [`quantize_dense`](super::quantize_dense): GPTQ calls that static groups.
 ///
-/// Deterministic: the result does not depend on the number of threads. Beside the result and `feedback`, 160 bytes an input
+/// Deterministic: the result does not depend on the number of threads. Beside the result and `feedback`, 200 bytes an input
 /// are held in memory by each thread.
 ///
 /// # Errors
@@ -59,6 +62,8 @@ struct Rows {
     columns: Vec<Column>,
     /// Of each column of a block, what is to be rounded: its values and their share of the errors before.
     targets: Vec<Column>,
+    /// Room for columns.
+    corrected: Vec<Column>,
     row: Vec<f32>,
 }
 
@@ -67,6 +72,7 @@ impl Rows {
         Self {
             columns: vec![[0.0; ROWS]; k],
             targets: vec![[0.0; ROWS]; group],
+            corrected: Vec::new(),
             row: vec![0.0; k],
         }
     }
@@ -83,6 +89,46 @@ impl Rows {
         }
     }
 
+    /// The scales that values have before anything is made up for; gives what each of a block's codes is multiplied by, block by
+    /// block.
+    fn choose_scales(
+        &mut self,
+        format: Format,
+        rule: ScaleRule,
+        factor: f32,
+        scales: &mut [u8],
+    ) -> Vec<[Divisor; ROWS]> {
+        let Format { group, kind } = format;
+        let k = self.columns.len();
+        let mut divisors = vec![[Divisor::of(0.0); ROWS]; k / group];
+        for (lane, scales) in scales.chunks_exact_mut(k / group * kind.size()).enumerate() {
+            for (value, column) in self.row.iter_mut().zip(&self.columns) {
+                *value = column[lane];
+            }
+            let stored = scales.chunks_exact_mut(kind.size());
+            for ((block, stored), divisors) in self.row.chunks(group).zip(stored).zip(&mut divisors) {
+                let bits = choose_scale(block, kind, factor, rule);
+                stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
+                divisors[lane] = Divisor::of(kind.value(bits) * factor);
+            }
+        }
+        divisors
+    }
+
+    /// Replaces values by those that come nearest to what they give in the original model.
+    fn correct(&mut self, feedback: &Feedback) {
+        let corrected = (0..self.columns.len()).map_while(|column| feedback.corrected(column));
+        self.corrected.clear();
+        self.corrected.extend(corrected.zip(&self.columns).map(|(shares, column)| {
+            let mut target = *column;
+            carry(&mut target, &self.columns, shares);
+            target
+        }));
+        if !self.corrected.is_empty() {
+            std::mem::swap(&mut self.columns, &mut self.corrected);
+        }
+    }
+
     fn encode(
         &mut self,
         feedback: &Feedback,
@@ -92,22 +138,13 @@ impl Rows {
         codes: &mut [u8],
         scales: &mut [u8],
     ) {
-        let Format { group, kind } = format;
+        let group = format.group;
         let k = self.columns.len();
-        let mut divisors = [Divisor::of(0.0); ROWS];
-        for start in (0..k).step_by(group) {
+        let divisors = self.choose_scales(format, rule, factor, scales);
+        self.correct(feedback);
+        for (start, divisors) in (0..k).step_by(group).zip(divisors) {
             let (errors, block) = self.columns.split_at_mut(start);
             let block = &mut block[..group];
-            for (lane, scales) in scales.chunks_exact_mut(k / group * kind.size()).enumerate() {
-                let values = &mut self.row[..group];
-                for (value, column) in values.iter_mut().zip(&*block) {
-                    *value = column[lane];
-                }
-                let bits = choose_scale(values, kind, factor, rule);
-                let stored = &mut scales[start / group * kind.size()..][..kind.size()];
-                stored.copy_from_slice(&bits.to_le_bytes()[..kind.size()]);
-                divisors[lane] = Divisor::of(kind.value(bits) * factor);
-            }
             for (index, target) in self.targets.iter_mut().enumerate() {
                 *target = block[index];
                 carry(target, errors, feedback.carried(start + index));
@@ -180,16 +217,21 @@ mod tests {
         (0..rows).flat_map(|_| row()).collect()
     }
 
-    fn feedback(inputs: &[f32], k: usize) -> Feedback {
-        let mut moments = vec![0f64; k * k];
-        for row in inputs.chunks(k) {
-            for (i, a) in row.iter().enumerate() {
-                for (j, b) in row.iter().enumerate() {
-                    moments[i * k + j] += f64::from(a * b);
+    /// `AᵀB`.
+    fn products(a: &[f32], b: &[f32], k: usize) -> Vec<f64> {
+        let mut products = vec![0f64; k * k];
+        for (a, b) in a.chunks(k).zip(b.chunks(k)) {
+            for (i, a) in a.iter().enumerate() {
+                for (j, b) in b.iter().enumerate() {
+                    products[i * k + j] += f64::from(a * b);
                 }
             }
         }
-        Feedback::new("w", k, moments, 0.01).unwrap()
+        products
+    }
+
+    fn feedback(inputs: &[f32], k: usize) -> Feedback {
+        Feedback::new("w", k, products(inputs, inputs, k), 0.01).unwrap()
     }
 
     /// What a layer's outputs lose, beside their squares.
@@ -235,6 +277,48 @@ mod tests {
     }
 
     #[test]
+    fn outputs_for_changed_inputs_come_nearer_to_what_they_were() {
+        let (n, k) = (21, 256);
+        let mut random = Random::new(5);
+        let values: Vec<f32> = (0..n * k).map(|_| noise(&mut random)).collect();
+        let matrix = dense(&values, (n, k));
+        let before = inputs(600, k);
+        // What each input is, a part of its neighbour has become.
+        let after: Vec<f32> = (0..before.len())
+            .map(|i| before[i] + 0.2 * before[i / k * k + (i + 1) % k] + 0.05 * noise(&mut random))
+            .collect();
+        let seen = 500 * k;
+        let differences: Vec<f32> = before.iter().zip(&after).map(|(x, z)| x - z).collect();
+        let moments = products(&after[..seen], &after[..seen], k);
+        let drift = products(&differences[..seen], &after[..seen], k);
+        let blind = Feedback::new("w", k, moments.clone(), 0.01).unwrap();
+        let told = Feedback::drifted("w", k, moments, drift, 0.01).unwrap();
+        // Of outputs for inputs that were not seen, from those that the original gives for the inputs of before.
+        let error = |packed: &Fp4Tensor| {
+            let back = packed.dequantize();
+            let output = |row: &[f32], weights: &[f32]| -> f32 { row.iter().zip(weights).map(|(x, w)| x * w).sum() };
+            let (mut lost, mut all) = (0.0, 0.0);
+            for (x, z) in before[seen..].chunks(k).zip(after[seen..].chunks(k)) {
+                for (w, q) in values.chunks(k).zip(back.chunks(k)) {
+                    let wanted = output(x, w);
+                    lost += f64::from(output(z, q) - wanted).powi(2);
+                    all += f64::from(wanted).powi(2);
+                }
+            }
+            lost / all
+        };
+        for format in FORMATS {
+            let rule = ScaleRule::SquaredError;
+            let plain = quantize_dense("w", &matrix, format, rule, None).unwrap();
+            let run = |feedback| quantize_compensated("w", &matrix, format, rule, None, feedback).unwrap();
+            let (blind, told) = (run(&blind), run(&told));
+            assert_eq!(&told.scales()[..], &plain.scales()[..], "{format:?}");
+            let (blind, told) = (error(&blind), error(&told));
+            assert!(told < 0.5 * blind, "{format:?}: {told} for {blind}");
+        }
+    }
+
+    #[test]
     fn inputs_that_have_nothing_in_common_change_nothing() {
         let shape = (5, 128);
         let mut random = Random::new(3);
@@ -255,7 +339,9 @@ mod tests {
         let shape = (70, 128);
         let mut random = Random::new(4);
         let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| noise(&mut random)).collect();
-        let (matrix, feedback) = (dense(&values, shape), feedback(&inputs(200, shape.1), shape.1));
+        let (matrix, inputs) = (dense(&values, shape), inputs(200, shape.1));
+        let moments = products(&inputs, &inputs, shape.1);
+        let feedback = Feedback::drifted("w", shape.1, moments.clone(), moments, 0.01).unwrap();
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)

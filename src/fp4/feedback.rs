@@ -6,6 +6,9 @@ use rayon::prelude::*;
 /// Columns factorised at a time: rows of so many columns, of a wide layer, stay in the second-level cache.
 const PANEL: usize = 64;
 
+/// Equations solved together: each number of the triangle that is read serves so many.
+const TOGETHER: usize = 16;
+
 /// What quantising a matrix column by column has to know of the layer's inputs.
 ///
 /// Where inputs `X [T, K]` are at hand, what the layer loses by `Q [N, K]` instead of `W` is the square sum of
@@ -13,11 +16,17 @@ const PANEL: usize = 64;
 /// of the upper triangle U, it is `Σ_k D_k · ((W - Q) U)_k²`: if column k is rounded from
 /// `W_k + Σ_{i<k} (W_i - Q_i) U_ik` instead of from `W_k`, each column adds nothing but its own rounding error. That is
 /// GPTQ (arXiv 2210.17323) in natural order, written as LDLQ (arXiv 2307.13304), which needs no inverse.
+///
+/// Behind layers that are quantised already, a layer reads `Z [T, K]` where the original model's reads `X`. What it then is
+/// to give is still `X Wᵀ`; the weights that come nearest to that, `V = W + W (X - Z)ᵀZ (ZᵀZ)⁻¹`, are rounded in the place of
+/// W, with `H = ZᵀZ` (asymmetric calibration, GPTAQ, arXiv 2504.02692).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Feedback {
     k: usize,
     /// Row k: U_ik of all i, zero from k on.
     carried: Vec<f32>,
+    /// Transposed, `(X - Z)ᵀZ H⁻¹`: row k is by how much of each column of W column k of V is more. `None` where X is Z.
+    corrected: Option<Vec<f32>>,
 }
 
 impl Feedback {
@@ -30,7 +39,27 @@ impl Feedback {
     /// # Errors
     /// [`Error::Tensor`] where there are not `K·K` numbers, one is not finite, or they are no moments; [`Error::Argument`] for a
     /// damping that is not positive.
-    pub fn new(name: &str, k: usize, mut moments: Vec<f64>, damping: f64) -> Result<Self> {
+    pub fn new(name: &str, k: usize, moments: Vec<f64>, damping: f64) -> Result<Self> {
+        Self::behind(name, k, moments, None, damping)
+    }
+
+    /// As [`new`](Self::new), of a layer behind quantised ones: `moments` are `ZᵀZ` of the inputs that it has there, and
+    /// `drift` is `(X - Z)ᵀZ`, `[K, K]` row-major, with those that it has in the original model. The damping draws the weights
+    /// to be rounded towards the original ones.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Tensor`] also for a `drift` of another size or with numbers that are not finite.
+    pub fn drifted(name: &str, k: usize, moments: Vec<f64>, drift: Vec<f64>, damping: f64) -> Result<Self> {
+        Self::behind(name, k, moments, Some(drift), damping)
+    }
+
+    fn behind(
+        name: &str,
+        k: usize,
+        mut moments: Vec<f64>,
+        drift: Option<Vec<f64>>,
+        damping: f64,
+    ) -> Result<Self> {
         if !(damping > 0.0 && damping.is_finite()) {
             let expected = "a positive number";
             return Err(Error::argument(
@@ -42,6 +71,15 @@ impl Feedback {
         }
         if k == 0 || k.checked_mul(k) != Some(moments.len()) {
             let problem = format!("{} moments of {k} inputs: expected their square", moments.len());
+            return Err(Error::tensor(name, None, problem));
+        }
+        if let Some(drift) = &drift
+            && (drift.len() != moments.len() || !drift.iter().all(|value| value.is_finite()))
+        {
+            let problem = format!(
+                "{} numbers for the drift of {k} inputs: expected their square, all finite",
+                drift.len()
+            );
             return Err(Error::tensor(name, None, problem));
         }
         let mean = (0..k).map(|i| moments[i * k + i]).sum::<f64>() / k as f64;
@@ -60,6 +98,16 @@ impl Feedback {
                            numbers without negative eigenvalues";
             return Err(Error::tensor(name, None, problem));
         };
+        let corrected = drift.map(|mut drift| {
+            solve(&moments, &mut drift, k);
+            let mut transposed = vec![0f32; k * k];
+            transposed.par_chunks_mut(k).enumerate().for_each(|(column, row)| {
+                for (i, corrected) in row.iter_mut().enumerate() {
+                    *corrected = drift[i * k + column] as f32;
+                }
+            });
+            transposed
+        });
         let diagonal: Vec<f64> = (0..k).map(|i| moments[i * k + i]).collect();
         let mut carried = vec![0f32; k * k];
         carried.par_chunks_mut(k).enumerate().for_each(|(column, row)| {
@@ -67,7 +115,11 @@ impl Feedback {
                 *carried = (moments[i * k + column] / diagonal[column]) as f32;
             }
         });
-        Ok(Self { k, carried })
+        Ok(Self {
+            k,
+            carried,
+            corrected,
+        })
     }
 
     /// The layer's inputs.
@@ -78,6 +130,11 @@ impl Feedback {
     /// How much of the error of each of the columns before it column `k` is to make up for.
     pub(super) fn carried(&self, k: usize) -> &[f32] {
         &self.carried[k * self.k..][..k]
+    }
+
+    /// How much of each column column `k` is to be more than it is, before anything is rounded.
+    pub(super) fn corrected(&self, k: usize) -> Option<&[f32]> {
+        Some(&self.corrected.as_ref()?[k * self.k..][..self.k])
     }
 }
 
@@ -128,6 +185,44 @@ fn factorise(matrix: &mut [f64], k: usize) -> Option<()> {
         end = start;
     }
     Some(())
+}
+
+/// Replaces each row b of a matrix `[K, K]` by the x with `x R Rᵀ = b`, where R is an upper triangle as [`factorise`] leaves it.
+fn solve(triangle: &[f64], rows: &mut [f64], k: usize) {
+    let row = |i: usize| &triangle[i * k..][..k];
+    rows.par_chunks_mut(TOGETHER * k).for_each(|rows| {
+        let mut lanes = vec![[0f64; TOGETHER]; k];
+        for (lane, values) in rows.chunks_exact(k).enumerate() {
+            for (lanes, value) in lanes.iter_mut().zip(values) {
+                lanes[lane] = *value;
+            }
+        }
+        // y Rᵀ = b: y_j is what the y after it leave of b_j.
+        for j in (0..k).rev() {
+            let mut left = lanes[j];
+            for (y, &r) in lanes[j + 1..].iter().zip(&row(j)[j + 1..]) {
+                for (left, y) in left.iter_mut().zip(y) {
+                    *left -= r * y;
+                }
+            }
+            lanes[j] = left.map(|left| left / row(j)[j]);
+        }
+        // x R = y: each x is taken out of the y after it.
+        for j in 0..k {
+            let x = lanes[j].map(|y| y / row(j)[j]);
+            lanes[j] = x;
+            for (y, &r) in lanes[j + 1..].iter_mut().zip(&row(j)[j + 1..]) {
+                for (y, x) in y.iter_mut().zip(&x) {
+                    *y -= r * x;
+                }
+            }
+        }
+        for (lane, values) in rows.chunks_exact_mut(k).enumerate() {
+            for (lanes, value) in lanes.iter().zip(values) {
+                *value = lanes[lane];
+            }
+        }
+    });
 }
 
 /// Eight sums, so that a compiler makes vectors of them.
@@ -189,6 +284,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_corrected_solves_the_normal_equations() {
+        // Fewer equations than are solved together, as many, and more with a rest.
+        for k in [1, 5, 16, 70] {
+            let before = moments(k, 2 * k);
+            let mut random = Random::new(3);
+            let drift: Vec<f64> = (0..k * k).map(|_| random.uniform() - 0.5).collect();
+            let feedback = Feedback::drifted("w", k, before.clone(), drift.clone(), 0.1).unwrap();
+            let mean = (0..k).map(|i| before[i * k + i]).sum::<f64>() / k as f64;
+            for i in 0..k {
+                for j in 0..k {
+                    let terms = (0..k).map(|m| {
+                        let moment = before[m * k + j] + if m == j { 0.1 * mean } else { 0.0 };
+                        f64::from(feedback.corrected(m).unwrap()[i]) * moment
+                    });
+                    let (found, expected) = (terms.sum::<f64>(), drift[i * k + j]);
+                    assert!((found - expected).abs() < 1e-5, "{k}, {i}, {j}: {found}, {expected}");
+                }
+            }
+            let plain = Feedback::new("w", k, before, 0.1).unwrap();
+            assert!((0..k).all(|column| plain.carried(column) == feedback.carried(column)));
+            assert_eq!(plain.corrected(0), None);
+        }
+    }
+
+    #[test]
     fn inputs_that_have_nothing_in_common_carry_nothing() {
         let diagonal = |values: [f64; 4]| {
             let mut moments = vec![0.0; 16];
@@ -217,7 +337,8 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| Feedback::new("w", 200, before.clone(), 0.01).unwrap())
+            let drift: Vec<f64> = before.iter().map(|moment| moment.sin()).collect();
+            pool.install(|| Feedback::drifted("w", 200, before.clone(), drift, 0.01).unwrap())
         };
         assert_eq!(run(1), run(3));
     }
@@ -241,6 +362,11 @@ mod tests {
             "factorised",
         );
         refused(2, vec![1.0, 5.0, 5.0, 1.0], 0.01, "factorised");
+        for drift in [vec![1.0; 3], vec![1.0, f64::NAN, 1.0, 1.0]] {
+            let error = Feedback::drifted("up_proj", 2, vec![1.0, 0.0, 0.0, 1.0], drift, 0.01);
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("drift of 2 inputs"), "{error}");
+        }
         for damping in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             refused(1, vec![1.0], damping, "damping");
         }
