@@ -118,17 +118,21 @@ fn other_text_is_predicted_better_than_with_plain_rounding() {
     let of = |folder: &Path| divergence(&predictions(folder, &unread), &original);
     let (before, after) = (of(&plain), of(&calibrated));
     println!("divergence: {before} by plain rounding, {after} calibrated");
-    // Not the loss, which over so few tokens may fall or rise by chance.
-    assert!(after < 0.9 * before, "{after} for {before}");
+    // Not the loss, which over so few tokens may fall or rise by chance. With the original model's inputs alone, whatever the
+    // layers before have become, 0.85 of it are left.
+    assert!(after < 0.83 * before, "{after} for {before}");
 }
 
-/// All held-out text, each half of its documents by a model that was calibrated with the other half. In MMFP4 what it gains is
-/// not beyond chance on a text of this length.
+/// All held-out text, each half of its documents by a model that was calibrated with the other half.
 #[test]
 fn perplexity_falls() {
     let halves = [0, 1].map(|first| documents(first, 512, usize::MAX));
     let source = Checkpoint::open(bf16_demo()).unwrap();
-    for (format, errors) in [(Format::mxfp4(), 5.0), (Format::nvfp4(), 3.0)] {
+    for (format, errors) in [
+        (Format::mmfp4(), 2.0),
+        (Format::mxfp4(), 5.0),
+        (Format::nvfp4(), 3.0),
+    ] {
         let place = tempfile::tempdir().unwrap();
         let options = QuantizeOptions::new(format);
         let plain = place.path().join("plain");
@@ -160,6 +164,37 @@ fn perplexity_falls() {
     }
 }
 
+/// Writes the first half of a model.
+fn interrupted(windows: &[Vec<u32>], target: &Path, options: &QuantizeOptions) {
+    let stopped = catch_unwind(AssertUnwindSafe(|| {
+        write(windows, target, options, |done, total| {
+            assert!(done < total / 2, "stopped")
+        })
+    }));
+    assert!(stopped.is_err() && !target.exists());
+}
+
+/// What an interrupted run has left is what the layers behind it are calibrated with.
+#[test]
+fn an_interrupted_run_ends_as_one_that_was_not() {
+    let windows = documents(0, 512, 4096);
+    for format in [Format::mmfp4(), Format::nvfp4()] {
+        let place = tempfile::tempdir().unwrap();
+        let options = QuantizeOptions {
+            shard_bytes: 1_000_000,
+            keep: vec!["layers.1.self_attn".into()],
+            ..QuantizeOptions::new(format)
+        };
+        let straight = place.path().join("straight");
+        write(&windows, &straight, &options, |_, _| {}).unwrap();
+        let continued = place.path().join("continued");
+        interrupted(&windows, &continued, &options);
+        let report = write(&windows, &continued, &options, |_, _| {}).unwrap();
+        assert!(report.resumed > 1 && report.resumed < report.shards, "{report}");
+        assert!(contents(&continued) == contents(&straight), "{format:?}");
+    }
+}
+
 #[test]
 fn what_was_read_is_noted_and_tells_interrupted_runs_apart() {
     let (read, other) = windows();
@@ -186,25 +221,11 @@ fn what_was_read_is_noted_and_tells_interrupted_runs_apart() {
     );
     assert_eq!(note["tokens"], read.concat().len(), "{note}");
 
-    let interrupted = |target: &Path| {
-        let stopped = catch_unwind(AssertUnwindSafe(|| {
-            write(read, target, &options, |done, total| {
-                assert!(done < total / 2, "stopped")
-            })
-        }));
-        assert!(stopped.is_err() && !target.exists());
-    };
-    let target = place.path().join("continued");
-    interrupted(&target);
-    let resumed = write(read, &target, &options, |_, _| {}).unwrap().resumed;
-    assert!(resumed > 1, "{resumed}");
-    assert!(contents(&target) == contents(&straight));
-
     let target = place.path().join("anew");
-    interrupted(&target);
+    interrupted(read, &target, &options);
     assert_eq!(write(other, &target, &options, |_, _| {}).unwrap().resumed, 0);
     let target = place.path().join("plain");
-    interrupted(&target);
+    interrupted(read, &target, &options);
     let source = Checkpoint::open(bf16_demo()).unwrap();
     assert_eq!(
         quantize_checkpoint(&source, &target, &options, |_, _| {})

@@ -6,6 +6,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Where the tensors' data begins: on every system's page boundary, so that it can be handed to a GPU.
@@ -126,6 +127,14 @@ impl<C> File<C> {
         bytes.extend_from_slice(header.as_bytes());
         bytes.resize(padded, b' ');
         bytes
+    }
+
+    /// Where in the file the first tensor lies whose content is `wanted`.
+    pub fn range(&self, wanted: impl Fn(&C) -> bool) -> Option<Range<usize>> {
+        let index = self.entries.iter().position(|entry| wanted(&entry.content))?;
+        let before = self.entries[..index].iter().map(|entry| entry.size);
+        let start = self.preamble().len() + before.sum::<usize>();
+        Some(start..start + self.entries[index].size)
     }
 
     /// Bytes of all tensors.

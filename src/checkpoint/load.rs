@@ -16,7 +16,7 @@ use crate::kv::CacheKind;
 use crate::nn::{CacheSize, MmfP4Linear, RmsNorm};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// How to load.
@@ -103,6 +103,8 @@ pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
     keep: Keep<'a>,
+    /// Linear layers' weights that others are to stand for, by module.
+    replaced: Option<&'a BTreeMap<String, Fp4Tensor>>,
     /// Whether there are weights in k-quants, which others could not be in.
     k_quants: bool,
     reading: Reading,
@@ -126,6 +128,7 @@ impl<'a> Loader<'a> {
             checkpoint,
             options,
             keep: Keep::new(options, layers)?,
+            replaced: None,
             k_quants: layouts::has_k_quants(checkpoint),
             reading: Reading {
                 layout: options.layout,
@@ -151,6 +154,14 @@ impl<'a> Loader<'a> {
         let mut loader = Self::new(checkpoint, options, layers)?;
         loader.reading.headers_only = true;
         Ok(loader)
+    }
+
+    /// The same, with these weights in the place of the checkpoint's, by module.
+    pub(crate) fn replacing(self, weights: &'a BTreeMap<String, Fp4Tensor>) -> Self {
+        Self {
+            replaced: Some(weights),
+            ..self
+        }
     }
 
     /// The linear layer `module` with its weight `[N, K]` and, if `bias`, its bias `[N]`.
@@ -180,6 +191,9 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) names what is missing or malformed.
     pub fn weight(&self, module: &str, n: usize, k: usize) -> Result<Weight> {
+        if let Some(weight) = self.replaced.and_then(|weights| weights.get(module)) {
+            return Ok(weight.clone().into());
+        }
         self.quantized(module, self.take(self.read(module, n, k)?))
     }
 

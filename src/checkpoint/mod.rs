@@ -32,5 +32,6 @@ pub use safetensors::{Checkpoint, StoredTensor};
 pub use synthetic::Synthetic;
 pub use validate::{Quantized, validate_checkpoint};
 pub use write::{
-    LayerInputs, QuantizeOptions, QuantizeReport, quantize_calibrated, quantize_checkpoint, quantize_folder,
+    LayerInputs, QuantizeOptions, QuantizeReport, Rounding, quantize_calibrated, quantize_checkpoint,
+    quantize_folder,
 };

@@ -119,11 +119,12 @@ impl Rows {
     fn correct(&mut self, feedback: &Feedback) {
         let corrected = (0..self.columns.len()).map_while(|column| feedback.corrected(column));
         self.corrected.clear();
-        self.corrected.extend(corrected.zip(&self.columns).map(|(shares, column)| {
-            let mut target = *column;
-            carry(&mut target, &self.columns, shares);
-            target
-        }));
+        self.corrected
+            .extend(corrected.zip(&self.columns).map(|(shares, column)| {
+                let mut target = *column;
+                carry(&mut target, &self.columns, shares);
+                target
+            }));
         if !self.corrected.is_empty() {
             std::mem::swap(&mut self.columns, &mut self.corrected);
         }
@@ -296,7 +297,8 @@ mod tests {
         // Of outputs for inputs that were not seen, from those that the original gives for the inputs of before.
         let error = |packed: &Fp4Tensor| {
             let back = packed.dequantize();
-            let output = |row: &[f32], weights: &[f32]| -> f32 { row.iter().zip(weights).map(|(x, w)| x * w).sum() };
+            let output =
+                |row: &[f32], weights: &[f32]| -> f32 { row.iter().zip(weights).map(|(x, w)| x * w).sum() };
             let (mut lost, mut all) = (0.0, 0.0);
             for (x, z) in before[seen..].chunks(k).zip(after[seen..].chunks(k)) {
                 for (w, q) in values.chunks(k).zip(back.chunks(k)) {

@@ -101,11 +101,14 @@ impl Feedback {
         let corrected = drift.map(|mut drift| {
             solve(&moments, &mut drift, k);
             let mut transposed = vec![0f32; k * k];
-            transposed.par_chunks_mut(k).enumerate().for_each(|(column, row)| {
-                for (i, corrected) in row.iter_mut().enumerate() {
-                    *corrected = drift[i * k + column] as f32;
-                }
-            });
+            transposed
+                .par_chunks_mut(k)
+                .enumerate()
+                .for_each(|(column, row)| {
+                    for (i, corrected) in row.iter_mut().enumerate() {
+                        *corrected = drift[i * k + column] as f32;
+                    }
+                });
             transposed
         });
         let diagonal: Vec<f64> = (0..k).map(|i| moments[i * k + i]).collect();
@@ -299,7 +302,10 @@ mod tests {
                         f64::from(feedback.corrected(m).unwrap()[i]) * moment
                     });
                     let (found, expected) = (terms.sum::<f64>(), drift[i * k + j]);
-                    assert!((found - expected).abs() < 1e-5, "{k}, {i}, {j}: {found}, {expected}");
+                    assert!(
+                        (found - expected).abs() < 1e-5,
+                        "{k}, {i}, {j}: {found}, {expected}"
+                    );
                 }
             }
             let plain = Feedback::new("w", k, before, 0.1).unwrap();

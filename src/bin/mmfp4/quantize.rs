@@ -64,7 +64,7 @@ pub struct Arguments {
     /// with a `text`; `-` is standard input.
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
-    /// How much of it is read at most, in windows of 512 tokens from all of it; each token takes 16 KB of memory in GLM-4.7-Flash.
+    /// How much of it is read at most, in windows of 512 tokens from all of it; each token takes 32 KB of memory in GLM-4.7-Flash.
     #[arg(long, value_name = "TOKENS", default_value_t = 65_536, requires = "calibrate")]
     calibrate_tokens: usize,
     /// Ask the hub whether a repository that is in the cache has moved on.

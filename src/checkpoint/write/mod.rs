@@ -15,10 +15,11 @@ use crate::fp4::{Format, ScaleKind, ScaleRule};
 use crate::{Error, Result};
 use plan::Plan;
 use resume::Partial;
+use shard::Maker;
 use std::fmt;
 use std::path::Path;
 
-pub use calibrate::LayerInputs;
+pub use calibrate::{LayerInputs, Rounding};
 pub(super) use plan::is_linear;
 
 /// How to quantise a checkpoint, and how to lay it out.
@@ -195,7 +196,7 @@ fn quantize(
     source: &Checkpoint,
     target: &Path,
     options: &QuantizeOptions,
-    mut inputs: Option<&mut dyn LayerInputs>,
+    inputs: Option<&mut dyn LayerInputs>,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<QuantizeReport> {
     let layout = options.layout()?;
@@ -212,25 +213,22 @@ fn quantize(
         json["quantization_config"]["producer"]["calibration"] = inputs.note();
     }
     let partial = Partial::open(&partial, source, &json, &plan)?;
-    let mut uncalibrated = 0;
-    let written = write_files(
-        source,
-        &plan,
-        &partial,
-        &mut inputs,
-        &mut uncalibrated,
-        &mut progress,
-    )
-    .and_then(|()| config::copy_side_files(source.folder(), partial.folder()))
-    .and_then(|()| write_json(&partial.folder().join("config.json"), &json));
+    let written = write_files(source, &plan, &partial, inputs, &mut progress).and_then(|uncalibrated| {
+        config::copy_side_files(source.folder(), partial.folder())?;
+        write_json(&partial.folder().join("config.json"), &json)?;
+        Ok(uncalibrated)
+    });
     let resumed = partial.kept();
-    match written {
-        Ok(()) => partial.finish(target)?,
+    let uncalibrated = match written {
+        Ok(uncalibrated) => {
+            partial.finish(target)?;
+            uncalibrated
+        }
         Err(error) => {
             partial.give_up();
             return Err(error);
         }
-    }
+    };
     Ok(QuantizeReport {
         shards: plan.files.len(),
         resumed,
@@ -268,33 +266,31 @@ fn in_its_file(error: Error, source: &Checkpoint) -> Error {
     error.in_file(file)
 }
 
+/// Writes what is missing. Answers how many weights were rounded plainly because `inputs` know too little of them.
 fn write_files(
     source: &Checkpoint,
     plan: &Plan<'_>,
     partial: &Partial<'_>,
-    inputs: &mut Option<&mut dyn LayerInputs>,
-    uncalibrated: &mut usize,
+    inputs: Option<&mut dyn LayerInputs>,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<()> {
+) -> Result<usize> {
     let missing = || plan.files.iter().filter(|(name, _)| !partial.has(name));
     let needed = missing().map(|(_, file)| file.size() as u64).sum();
     disk::check_space(partial.folder(), needed, disk::free_space(partial.folder()))?;
     let total = source.size_without(&[]);
     let mut done = total - missing().map(|(_, file)| plan.source_bytes(file)).sum::<u64>();
     progress(done, total);
+    let mut progress = |bytes| {
+        done += bytes;
+        progress(done, total);
+    };
+    let mut maker = Maker::new(plan, partial, inputs, &mut progress);
     for (name, file) in missing() {
-        let written = partial.add(name, |path| {
-            let plain = shard::write(plan, file, path, inputs, &mut |bytes| {
-                done += bytes;
-                progress(done, total);
-            })?;
-            *uncalibrated += plain;
-            Ok(())
-        });
+        let written = partial.add(name, |path| maker.write(file, path));
         written.map_err(|error| in_its_file(error, source))?;
     }
-    match plan.files.len() {
-        1 => Ok(()),
-        _ => write_index(partial.folder(), &plan.files),
+    if plan.files.len() > 1 {
+        write_index(partial.folder(), &plan.files)?;
     }
+    Ok(maker.plain())
 }

@@ -36,6 +36,7 @@ pub struct Plan<'a> {
     pub rule: ScaleRule,
     /// By name.
     pub files: Vec<(String, File<Content<'a>>)>,
+    /// By name.
     pub linears: Vec<Linear<'a>>,
     /// Linear layers that share a factor; most are alone.
     pub fused: Vec<Vec<usize>>,
@@ -92,6 +93,21 @@ impl<'a> Plan<'a> {
         plan.fuse(&indices);
         plan.lay_out(source, &indices, options, layout)?;
         Ok(plan)
+    }
+
+    /// The decoder layer that the weight with this index in [`linears`](Self::linears) belongs to.
+    pub fn layer(&self, index: usize) -> Option<usize> {
+        match Unit::of(self.linears[index].name) {
+            Unit::Layer(layer) => Some(layer),
+            Unit::Before | Unit::After => None,
+        }
+    }
+
+    /// The index in [`linears`](Self::linears) of a linear layer's weight; `None` where it stays as it is.
+    pub fn index(&self, module: &str) -> Option<usize> {
+        let name = format!("{module}.weight");
+        let found = self.linears.binary_search_by(|linear| linear.name.cmp(&name));
+        found.ok()
     }
 
     /// The bytes of the source that a file is made of.

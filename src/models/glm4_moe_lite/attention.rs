@@ -103,6 +103,14 @@ pub(super) struct Projected {
     pub kv: Tensor,
 }
 
+/// What `q_b_proj`, where there is one, and `kv_b_proj` read.
+pub(super) struct LowRankInputs {
+    /// `[N, q_lora]`.
+    pub query: Option<Tensor>,
+    /// `[N, latent]`.
+    pub latent: Tensor,
+}
+
 #[derive(Debug)]
 pub(super) struct Attention {
     /// `q_a_proj` (or, without a low rank, `q_proj`) and `kv_a_proj_with_mqa`, which read the same input.
@@ -256,6 +264,20 @@ impl Attention {
         Ok(Projected {
             query: query.reshape((x.dim(0)?, self.heads, self.nope + self.rope))?,
             kv,
+        })
+    }
+
+    /// What the second linear layers of queries, and of keys and values, read of inputs `[N, hidden]`.
+    pub fn low_rank_inputs(&self, x: &Tensor) -> Result<LowRankInputs> {
+        let both = self.input.forward(x)?;
+        let query_width = both.dim(1)? - self.latent - self.rope;
+        let query = |normed: &NormedLinear| normed.norm().forward(&both.narrow(1, 0, query_width)?);
+        Ok(LowRankInputs {
+            query: self.low_rank.as_ref().map(query).transpose()?,
+            latent: self
+                .rows
+                .norm()
+                .forward(&both.narrow(1, query_width, self.latent)?)?,
         })
     }
 

@@ -1,59 +1,20 @@
 //! The second half of a layer: gated MLPs, each run over the tokens that it really sees.
 
-use super::TOGETHER;
 use super::moments::Moments;
+use super::weights::Weights;
+use super::{Calibration, Streams};
 use crate::Result;
 use crate::checkpoint::Loader;
-use crate::fp4::Feedback;
-use crate::models::glm4_moe_lite::Config;
+use crate::models::glm4_moe_lite::config::Layer;
+use crate::models::glm4_moe_lite::experts::load_router;
 use crate::nn::{MmfP4Linear, Router};
 use candle_core::{Device, Module, Tensor};
 
-/// All tokens in the middle of a layer.
-pub(super) struct Rows {
-    /// What MLPs read, `[tokens, hidden]`.
-    normed: Vec<f32>,
-    /// The residual stream, `[tokens, hidden]`, to which is added what they give.
-    stream: Vec<f32>,
-    width: usize,
-}
-
-impl Rows {
-    pub fn new(normed: Vec<f32>, stream: Vec<f32>, width: usize) -> Self {
-        Self {
-            normed,
-            stream,
-            width,
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.normed.len() / self.width
-    }
-
-    /// Some tokens' inputs, `[tokens, hidden]`.
-    fn inputs(&self, tokens: &[Token]) -> Result<Tensor> {
-        let rows = tokens.iter().flat_map(|token| {
-            let start = token.row * self.width;
-            &self.normed[start..start + self.width]
-        });
-        let rows: Vec<f32> = rows.copied().collect();
-        Ok(Tensor::from_vec(rows, (tokens.len(), self.width), &Device::Cpu)?)
-    }
-
-    fn add(&mut self, tokens: &[Token], outputs: &Tensor) -> Result<()> {
-        let outputs = outputs.flatten_all()?.to_vec1::<f32>()?;
-        for (token, output) in tokens.iter().zip(outputs.chunks_exact(self.width)) {
-            let start = token.row * self.width;
-            for (sum, value) in self.stream[start..start + self.width].iter_mut().zip(output) {
-                *sum += token.weight * value;
-            }
-        }
-        Ok(())
-    }
-}
+/// Tokens that run together.
+const TOGETHER: usize = 4096;
 
 /// A token that an MLP sees.
+#[derive(Clone, Copy)]
 struct Token {
     row: usize,
     /// What its output is multiplied by.
@@ -62,155 +23,146 @@ struct Token {
 
 /// `down(silu(gate x) · up x)`.
 struct Mlp {
-    /// `…mlp`, `…mlp.experts.3`.
-    name: String,
     gate: MmfP4Linear,
     up: MmfP4Linear,
     down: MmfP4Linear,
-    tokens: Vec<Token>,
-    /// Whether the residual stream has its outputs.
-    added: bool,
 }
 
-/// The MLPs of a layer.
-pub(super) struct Gated {
-    rows: Rows,
-    mlps: Vec<Mlp>,
-    /// Of the MLP that was last asked for.
-    known: Option<Known>,
-}
-
-struct Known {
-    mlp: String,
-    /// Of gate and up, which read the same.
-    gate: Option<Feedback>,
-    down: Option<Feedback>,
-}
-
-impl Gated {
-    /// Of one MLP for all tokens.
-    pub fn dense(rows: Rows, loader: &Loader<'_>, name: String, config: &Config) -> Result<Self> {
-        let mlp = Mlp::load(loader, name, config.intermediate_size, config, all(rows.len()))?;
-        Ok(Self {
-            rows,
-            mlps: vec![mlp],
-            known: None,
-        })
-    }
-
-    /// Of the experts that `router` chooses for each token, and those that all share.
-    pub fn sparse(
-        rows: Rows,
-        loader: &Loader<'_>,
-        name: &str,
-        config: &Config,
-        router: &Router,
-    ) -> Result<Self> {
-        let mut chosen: Vec<Vec<Token>> = (0..config.n_routed_experts).map(|_| Vec::new()).collect();
-        let every = all(rows.len());
-        for tokens in every.chunks(TOGETHER) {
-            let routed = router.forward(&rows.inputs(tokens)?)?;
-            let (ids, weights) = (routed.ids.to_vec2::<u32>()?, routed.weights.to_vec2::<f32>()?);
-            for (token, (ids, weights)) in tokens.iter().zip(ids.iter().zip(&weights)) {
-                for (id, &weight) in ids.iter().zip(weights) {
-                    chosen[*id as usize].push(Token {
-                        row: token.row,
-                        weight,
-                    });
+impl Calibration<'_> {
+    /// Runs the MLPs of layer `index`, which read `read`, and has their weights rounded. The residual streams then are those behind
+    /// the layer.
+    pub(super) fn transform(&mut self, index: usize, read: Streams, weights: &mut Weights<'_>) -> Result<()> {
+        let config = &self.config;
+        let name = format!("model.layers.{index}.mlp");
+        let tokens = self.windows.iter().sum();
+        let every = || (0..tokens).map(|row| Token { row, weight: 1.0 }).collect();
+        let inner = config.moe_intermediate_size;
+        match config.layers[index] {
+            Layer::Dense => {
+                let inner = config.intermediate_size;
+                self.run(&name, inner, &read, [every(), every()], weights)
+            }
+            Layer::Sparse => {
+                let loader = Loader::new(self.checkpoint, &self.options, config.layers.len())?;
+                let router = load_router(&loader, &name, config)?;
+                let shared = config.n_shared_experts;
+                let original = self.route(&router, &read.original)?;
+                let quantized = self.route(&router, &read.quantized)?;
+                for (id, tokens) in original.into_iter().zip(quantized).enumerate() {
+                    let name = format!("{name}.experts.{id}");
+                    self.run(&name, inner, &read, [tokens.0, tokens.1], weights)?;
                 }
+                if shared > 0 {
+                    let name = format!("{name}.shared_experts");
+                    self.run(&name, inner * shared, &read, [every(), every()], weights)?;
+                }
+                Ok(())
             }
         }
-        let width = config.moe_intermediate_size;
-        let experts = chosen.into_iter().enumerate();
-        let experts = experts
-            .map(|(id, tokens)| Mlp::load(loader, format!("{name}.experts.{id}"), width, config, tokens));
-        let mut mlps = experts.collect::<Result<Vec<_>>>()?;
-        if config.n_shared_experts > 0 {
-            let (name, width) = (format!("{name}.shared_experts"), width * config.n_shared_experts);
-            mlps.push(Mlp::load(loader, name, width, config, every)?);
-        }
-        Ok(Self {
-            rows,
-            mlps,
-            known: None,
-        })
     }
 
-    /// As [`LayerInputs::feedback`](crate::checkpoint::LayerInputs::feedback).
-    pub fn feedback(&mut self, module: &str) -> Result<Option<&Feedback>> {
-        let (name, linear) = module.rsplit_once('.').unwrap_or((module, ""));
-        if self.known.as_ref().is_none_or(|known| known.mlp != name) {
-            let mlp = self.mlps.iter_mut().find(|mlp| mlp.name == name);
-            let Some(mlp) = mlp else {
-                let problem = "expected an MLP or an expert that the model's config has";
-                return Err(crate::Error::tensor(module, None, problem));
-            };
-            let inner = mlp.gate.weight().shape().0;
-            let mut moments = [Moments::new(self.rows.width), Moments::new(inner)];
-            mlp.run(&mut self.rows, Some(&mut moments))?;
-            let [gate, down] = moments;
-            self.known = Some(Known {
-                gate: gate.into_feedback(&format!("{name}.gate_proj"))?,
-                down: down.into_feedback(&format!("{name}.down_proj"))?,
-                mlp: mlp.name.clone(),
-            });
-        }
-        Ok(self.known.as_ref().and_then(|known| match linear {
-            "down_proj" => known.down.as_ref(),
-            _ => known.gate.as_ref(),
-        }))
-    }
-
-    /// The residual stream behind the layer.
-    pub fn finish(mut self) -> Result<Vec<f32>> {
-        for mlp in &mut self.mlps {
-            if !mlp.added {
-                mlp.run(&mut self.rows, None)?;
+    /// The tokens of each expert.
+    fn route(&self, router: &Router, rows: &[f32]) -> Result<Vec<Vec<Token>>> {
+        let mut chosen = vec![Vec::new(); self.config.n_routed_experts];
+        let width = self.config.hidden_size;
+        let mut row = 0;
+        for rows in rows.chunks(TOGETHER * width) {
+            let x = Tensor::from_slice(rows, (rows.len() / width, width), &Device::Cpu)?;
+            let routed = router.forward(&x)?;
+            let (ids, weights) = (routed.ids.to_vec2::<u32>()?, routed.weights.to_vec2::<f32>()?);
+            for (ids, weights) in ids.iter().zip(&weights) {
+                for (id, &weight) in ids.iter().zip(weights) {
+                    chosen[*id as usize].push(Token { row, weight });
+                }
+                row += 1;
             }
         }
-        Ok(self.rows.stream)
+        Ok(chosen)
+    }
+
+    /// Has an MLP's weights rounded by the tokens that it sees in the quantised model, and adds to each residual stream what it gives
+    /// for the tokens that it sees there, those of the original model first.
+    fn run(
+        &mut self,
+        name: &str,
+        inner: usize,
+        read: &Streams,
+        tokens: [Vec<Token>; 2],
+        weights: &mut Weights<'_>,
+    ) -> Result<()> {
+        let width = self.config.hidden_size;
+        let part = |part: &str| format!("{name}.{part}");
+        let load = |weights: &Weights<'_>| -> Result<Mlp> {
+            let loader = Loader::new(self.checkpoint, &self.options, self.config.layers.len())?;
+            let loader = loader.replacing(&weights.rounded);
+            Ok(Mlp {
+                gate: loader.linear(&part("gate_proj"), inner, width, false)?,
+                up: loader.linear(&part("up_proj"), inner, width, false)?,
+                down: loader.linear(&part("down_proj"), width, inner, false)?,
+            })
+        };
+        let original = load(weights)?;
+        let known = weights.finished;
+        // Of the same tokens in both models.
+        let seen = || tokens[1].chunks(TOGETHER).filter(|_| !known);
+
+        let mut input = Moments::new(width);
+        for tokens in seen() {
+            input.add(
+                &rows(&read.original, tokens, width)?,
+                &rows(&read.quantized, tokens, width)?,
+            )?;
+        }
+        let feedback = input.into_feedback(&part("gate_proj"))?;
+        for linear in ["gate_proj", "up_proj"] {
+            weights.round(part(linear), feedback.as_ref())?;
+        }
+
+        let mut middle = Moments::new(inner);
+        let quantized = load(weights)?;
+        for tokens in seen() {
+            let x = original.inner(&rows(&read.original, tokens, width)?)?;
+            let z = quantized.inner(&rows(&read.quantized, tokens, width)?)?;
+            middle.add(&x, &z)?;
+        }
+        let feedback = middle.into_feedback(&part("down_proj"))?;
+        weights.round(part("down_proj"), feedback.as_ref())?;
+
+        let quantized = load(weights)?;
+        let [of_original, of_quantized] = tokens;
+        let streams = &mut self.streams;
+        original.add(&read.original, &of_original, &mut streams.original, width)?;
+        quantized.add(&read.quantized, &of_quantized, &mut streams.quantized, width)
     }
 }
 
 impl Mlp {
-    fn load(
-        loader: &Loader<'_>,
-        name: String,
-        inner: usize,
-        config: &Config,
-        tokens: Vec<Token>,
-    ) -> Result<Self> {
-        let hidden = config.hidden_size;
-        let linear = |part: &str, n, k| loader.linear(&format!("{name}.{part}"), n, k, false);
-        Ok(Self {
-            gate: linear("gate_proj", inner, hidden)?,
-            up: linear("up_proj", inner, hidden)?,
-            down: linear("down_proj", hidden, inner)?,
-            name,
-            tokens,
-            added: false,
-        })
+    /// What `down` reads.
+    fn inner(&self, x: &Tensor) -> Result<Tensor> {
+        Ok((self.gate.forward(x)?.silu()? * self.up.forward(x)?)?)
     }
 
-    /// Runs its tokens and adds, the first time, its outputs; and its inputs to the moments of gate and of down.
-    fn run(&mut self, rows: &mut Rows, mut moments: Option<&mut [Moments; 2]>) -> Result<()> {
-        for tokens in self.tokens.chunks(TOGETHER) {
-            let x = rows.inputs(tokens)?;
-            let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
-            if let Some([of_gate, of_down]) = moments.as_deref_mut() {
-                of_gate.add(&x)?;
-                of_down.add(&inner)?;
-            }
-            if !self.added {
-                rows.add(tokens, &self.down.forward(&inner)?)?;
+    /// Adds to a residual stream what tokens that read `read` give.
+    fn add(&self, read: &[f32], tokens: &[Token], stream: &mut [f32], width: usize) -> Result<()> {
+        for tokens in tokens.chunks(TOGETHER) {
+            let y = self.down.forward(&self.inner(&rows(read, tokens, width)?)?)?;
+            let y = y.flatten_all()?.to_vec1::<f32>()?;
+            for (token, output) in tokens.iter().zip(y.chunks_exact(width)) {
+                let sums = &mut stream[token.row * width..][..width];
+                for (sum, value) in sums.iter_mut().zip(output) {
+                    *sum += token.weight * value;
+                }
             }
         }
-        self.added = true;
         Ok(())
     }
 }
 
-/// Every token, once and as it is.
-fn all(tokens: usize) -> Vec<Token> {
-    (0..tokens).map(|row| Token { row, weight: 1.0 }).collect()
+/// Some tokens' inputs, `[tokens, width]`.
+fn rows(read: &[f32], tokens: &[Token], width: usize) -> Result<Tensor> {
+    let rows = tokens
+        .iter()
+        .flat_map(|token| &read[token.row * width..][..width]);
+    let rows: Vec<f32> = rows.copied().collect();
+    Ok(Tensor::from_vec(rows, (tokens.len(), width), &Device::Cpu)?)
 }

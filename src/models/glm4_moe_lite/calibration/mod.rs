@@ -1,33 +1,33 @@
-//! What the layers of a floating-point model see of a text.
+//! What the layers of a floating-point model see of a text, and what they see of it once the layers before them are quantised.
 
+mod attended;
 mod gated;
 mod moments;
+mod weights;
 
-use super::attention::{Attention, AttentionPath, Segment};
-use super::config::{Config, Layer};
-use super::experts::load_router;
-use crate::checkpoint::{Checkpoint, LayerInputs, LoadOptions, Loader};
-use crate::fp4::Feedback;
-use crate::models::observe::{Site, Trace};
+use super::config::Config;
+use crate::checkpoint::{Checkpoint, LayerInputs, LoadOptions, Loader, Rounding};
+use crate::cpu::Arithmetic;
 use crate::nn::{Embedding, RotaryEmbedding};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
-use gated::{Gated, Rows};
-use moments::Moments;
+use candle_core::Device;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use weights::Weights;
 
-/// Tokens that run together, whole windows of them but for longer ones.
-const TOGETHER: usize = 4096;
+/// What `config.json` says of how weights are rounded: an interrupted run of another method begins anew.
+const METHOD: &str = "GPTAQ, natural order, static groups";
 
 /// The inputs that a checkpoint's linear layers have while its model reads a text, for
 /// [`quantize_calibrated`](crate::checkpoint::quantize_calibrated).
 ///
-/// The text's windows go through the model layer by layer, in floating point, and of each linear layer the second moments of
-/// its inputs are summed; of an expert those of the tokens that were routed to it. One layer is run at a time: beside its
-/// weights, which are mapped, two numbers (F32) a token and element of the residual stream are held in memory, `XᵀX` (F64) of
-/// attention's inputs and of one expert's or MLP's, and what some thousand tokens need on their way. Of GLM-4.7-Flash 65,536 tokens
-/// take 1.1 GB and the rest less than 3 GB, which its dense layer needs; layers with experts need 1 GB.
+/// The text's windows go layer by layer through two models: the original one, and the one that has been quantised so far, whose
+/// linear layers are rounded one after the other, each with the inputs that it has behind those before it. It is to give what the
+/// original gives for the inputs that it has there ([`Feedback`](crate::fp4::Feedback)). Of an expert the tokens count that the
+/// quantised model routes to it. Both compute in floating point.
+///
+/// One layer is run at a time: beside the original's weights, which are mapped, and what they have become, four numbers (F32) a
+/// token and element of the residual stream are held in memory, two matrices `[K, K]` (F64) of one linear layer's inputs and as
+/// much again (F32) of what follows from them, and what some thousand tokens need on their way.
 pub struct Calibration<'a> {
     checkpoint: &'a Checkpoint,
     config: Config,
@@ -35,24 +35,24 @@ pub struct Calibration<'a> {
     rotary: RotaryEmbedding,
     windows: Vec<usize>,
     note: Value,
-    /// The residual stream `[tokens, hidden]` before the layer that is next.
-    hidden: Vec<f32>,
+    /// The residual streams `[tokens, hidden]` before the layer that is next.
+    streams: Streams,
     next: usize,
-    reached: Option<Reached>,
 }
 
-/// A layer whose attention has run.
-struct Reached {
-    prefix: String,
-    /// By the linear layer; of those that read the same, by the first.
-    attention: BTreeMap<&'static str, Inputs>,
-    gated: Gated,
+/// The same of all tokens, `[tokens, hidden]`, in the original model and in the quantised one.
+struct Streams {
+    original: Vec<f32>,
+    quantized: Vec<f32>,
 }
 
-/// Of a linear layer.
-enum Inputs {
-    Summed(Moments),
-    Known(Option<Feedback>),
+impl Streams {
+    fn with_capacity(len: usize) -> Self {
+        Self {
+            original: Vec::with_capacity(len),
+            quantized: Vec::with_capacity(len),
+        }
+    }
 }
 
 impl<'a> Calibration<'a> {
@@ -77,101 +77,35 @@ impl<'a> Calibration<'a> {
                 _ => {}
             }
         }
-        let options = LoadOptions::default();
+        let options = LoadOptions {
+            arithmetic: Arithmetic::Exact,
+            ..LoadOptions::default()
+        };
         let loader = Loader::new(checkpoint, &options, config.layers.len())?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = Embedding::new(loader.kept_weight("model.embed_tokens", vocab, hidden)?);
-        let embedded = embedding.forward(&tokens, &Device::Cpu)?;
+        let embedded: Vec<f32> = embedding
+            .forward(&tokens, &Device::Cpu)?
+            .flatten_all()?
+            .to_vec1()?;
         Ok(Self {
             checkpoint,
             rotary: RotaryEmbedding::new(config.qk_rope_head_dim, config.rope_theta, config.rope_pairing),
             note: json!({
+                "method": METHOD,
                 "text": name,
                 "windows": windows.len(),
                 "tokens": tokens.len(),
                 "hash": format!("{:016x}", hash(windows)),
             }),
             windows: windows.iter().map(Vec::len).collect(),
-            hidden: embedded.flatten_all()?.to_vec1()?,
+            streams: Streams {
+                original: embedded.clone(),
+                quantized: embedded,
+            },
             next: 0,
-            reached: None,
             options,
             config,
-        })
-    }
-
-    /// Runs the layers before layer `index`, and its attention.
-    fn reach(&mut self, index: usize) -> Result<&mut Reached> {
-        while self.next <= index {
-            if let Some(done) = self.reached.take() {
-                self.hidden = done.gated.finish()?;
-            }
-            self.reached = Some(self.attend(self.next)?);
-            self.next += 1;
-        }
-        match &mut self.reached {
-            Some(reached) if self.next == index + 1 => Ok(reached),
-            _ => {
-                let expected = format!("layers in the order of their numbers, {} or later", self.next - 1);
-                let found = format!("layer {index}");
-                Err(Error::argument("quantize", "calibrate", expected, found))
-            }
-        }
-    }
-
-    /// Runs attention of layer `index`; `hidden` goes over to what is reached.
-    fn attend(&mut self, index: usize) -> Result<Reached> {
-        let config = &self.config;
-        let loader = Loader::new(self.checkpoint, &self.options, config.layers.len())?;
-        let (width, eps) = (config.hidden_size, config.rms_norm_eps);
-        let prefix = format!("model.layers.{index}.");
-        let name = |part: &str| format!("{prefix}{part}");
-        let attention = Attention::load(&loader, &name("self_attn"), config)?;
-        let before = loader.rms_norm(&name("input_layernorm"), width, eps)?;
-        let after = loader.rms_norm(&name("post_attention_layernorm"), width, eps)?;
-        let mut sums: BTreeMap<&'static str, Moments> = BTreeMap::new();
-        let mut normed = Vec::with_capacity(self.hidden.len());
-        let mut start = 0;
-        for windows in together(&self.windows) {
-            let (segments, positions) = segments(windows, config);
-            let end = start + positions.len() * width;
-            let stream = &mut self.hidden[start..end];
-            let x = Tensor::from_slice(stream, (positions.len(), width), &Device::Cpu)?;
-            let angles = self.rotary.angles(&positions, &Device::Cpu)?;
-            let mut see = |site: Site, input: &Tensor, output: &Tensor| {
-                let (module, x) = match site.op {
-                    "q_proj" | "q_a_proj" => ("q_a_proj", input),
-                    "q_b_proj" => ("q_b_proj", input),
-                    "kv_a_layernorm" => ("kv_b_proj", output),
-                    "o_proj" => ("o_proj", input),
-                    _ => return Ok(()),
-                };
-                let k = x.dim(1)?;
-                sums.entry(module).or_insert_with(|| Moments::new(k)).add(x)
-            };
-            let mut trace = Trace::new(Some(&mut see));
-            let cached = |_: usize, rows: &Tensor| Ok(rows.contiguous()?);
-            let y = attention.forward(&before.forward(&x)?, &angles, &segments, cached, &mut trace)?;
-            let sum = (x + y)?;
-            normed.extend(after.forward(&sum)?.flatten_all()?.to_vec1::<f32>()?);
-            stream.copy_from_slice(&sum.flatten_all()?.to_vec1::<f32>()?);
-            start = end;
-        }
-        let rows = Rows::new(normed, std::mem::take(&mut self.hidden), width);
-        let gated = match config.layers[index] {
-            Layer::Dense => Gated::dense(rows, &loader, name("mlp"), config)?,
-            Layer::Sparse => {
-                let router = load_router(&loader, &name("mlp"), config)?;
-                Gated::sparse(rows, &loader, &name("mlp"), config, &router)?
-            }
-        };
-        let attention = sums
-            .into_iter()
-            .map(|(module, moments)| (module, Inputs::Summed(moments)));
-        Ok(Reached {
-            attention: attention.collect(),
-            prefix,
-            gated,
         })
     }
 }
@@ -181,75 +115,22 @@ impl LayerInputs for Calibration<'_> {
         self.note.clone()
     }
 
-    fn feedback(&mut self, module: &str) -> Result<Option<&Feedback>> {
-        let unknown = || Error::tensor(module, None, "expected a linear layer of this model's decoder");
-        let layer = module
-            .strip_prefix("model.layers.")
-            .and_then(|rest| rest.split_once('.'));
-        let index: usize = layer
-            .and_then(|(index, _)| index.parse().ok())
-            .ok_or_else(unknown)?;
-        if index >= self.config.layers.len() {
-            // It predicts tokens after the next one, and reads what only its predecessor's output makes.
-            return Ok(None);
-        }
-        let reached = self.reach(index)?;
-        let part = module.strip_prefix(&reached.prefix).ok_or_else(unknown)?;
-        let Some(linear) = part.strip_prefix("self_attn.") else {
-            return reached.gated.feedback(module);
-        };
-        let key = match linear {
-            "q_proj" | "kv_a_proj_with_mqa" => "q_a_proj",
-            other => other,
-        };
-        let inputs = reached.attention.get_mut(key).ok_or_else(unknown)?;
-        inputs.feedback(module)
+    fn layers(&self) -> usize {
+        self.config.layers.len()
     }
-}
 
-impl Inputs {
-    fn feedback(&mut self, module: &str) -> Result<Option<&Feedback>> {
-        if let Self::Summed(_) = self
-            && let Self::Summed(moments) = std::mem::replace(self, Self::Known(None))
-        {
-            *self = Self::Known(moments.into_feedback(module)?);
+    fn round_layer(&mut self, index: usize, rounding: &mut dyn Rounding) -> Result<()> {
+        if index != self.next || index >= self.layers() {
+            let expected = format!("each of {} layers once, layer {} now", self.layers(), self.next);
+            let found = format!("layer {index}");
+            return Err(Error::argument("quantize", "calibrate", expected, found));
         }
-        match self {
-            Self::Known(feedback) => Ok(feedback.as_ref()),
-            Self::Summed(_) => Ok(None),
-        }
+        let mut weights = Weights::new(index, rounding);
+        let read = self.attend(index, &mut weights)?;
+        self.transform(index, read, &mut weights)?;
+        self.next += 1;
+        Ok(())
     }
-}
-
-/// Windows that run together.
-fn together(windows: &[usize]) -> impl Iterator<Item = &[usize]> {
-    let mut rest = windows;
-    std::iter::from_fn(move || {
-        let mut tokens = 0;
-        let fits = |window: &&usize| {
-            tokens += **window;
-            tokens <= TOGETHER
-        };
-        let count = rest.iter().take_while(fits).count().max(1);
-        let (taken, left) = rest.split_at_checked(count)?;
-        rest = left;
-        Some(taken)
-    })
-}
-
-/// Of windows that run together, each alone.
-fn segments(windows: &[usize], config: &Config) -> (Vec<Segment>, Vec<usize>) {
-    let (mut segments, mut positions) = (Vec::with_capacity(windows.len()), Vec::new());
-    for &n in windows {
-        segments.push(Segment {
-            start: positions.len(),
-            n,
-            position: 0,
-            path: AttentionPath::Auto.decide(config, n, n),
-        });
-        positions.extend(0..n);
-    }
-    (segments, positions)
 }
 
 /// FNV-1a, 64 bits: the same in every release.

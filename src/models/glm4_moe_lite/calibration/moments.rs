@@ -8,9 +8,11 @@ use candle_core::Tensor;
 /// experts gain by it (docs/quantize.md).
 const DAMPING: f64 = 0.1;
 
-/// `XᵀX [K, K]` of the inputs of a linear layer, and how many there were.
+/// Of a linear layer's inputs X in the original model and Z behind quantised layers: `ZᵀZ` and `(X - Z)ᵀZ`, both `[K, K]`, and how
+/// many there were.
 pub(super) struct Moments {
-    sums: Vec<f64>,
+    squares: Vec<f64>,
+    drift: Vec<f64>,
     rows: usize,
     k: usize,
 }
@@ -18,20 +20,19 @@ pub(super) struct Moments {
 impl Moments {
     pub fn new(k: usize) -> Self {
         Self {
-            sums: vec![0.0; k * k],
+            squares: vec![0.0; k * k],
+            drift: vec![0.0; k * k],
             rows: 0,
             k,
         }
     }
 
-    /// Adds inputs `[rows, K]`, F32: some thousand at most, whose products are summed in F32.
-    pub fn add(&mut self, x: &Tensor) -> Result<()> {
-        let x = x.contiguous()?;
-        let products = x.t()?.matmul(&x)?.flatten_all()?.to_vec1::<f32>()?;
-        for (sum, product) in self.sums.iter_mut().zip(products) {
-            *sum += f64::from(product);
-        }
-        self.rows += x.dim(0)?;
+    /// Adds the inputs `[rows, K]`, F32, of the same tokens: some thousand at most, whose products are summed in F32.
+    pub fn add(&mut self, original: &Tensor, quantized: &Tensor) -> Result<()> {
+        let z = quantized.contiguous()?;
+        add(&mut self.squares, &z, &z)?;
+        add(&mut self.drift, &(original - &z)?, &z)?;
+        self.rows += z.dim(0)?;
         Ok(())
     }
 
@@ -41,6 +42,21 @@ impl Moments {
         if self.rows < self.k {
             return Ok(None);
         }
-        Feedback::new(name, self.k, self.sums, DAMPING).map(Some)
+        let (k, squares, drift) = (self.k, self.squares, self.drift);
+        // Nothing is quantised before a model's first layer.
+        let feedback = match drift.iter().all(|value| *value == 0.0) {
+            true => Feedback::new(name, k, squares, DAMPING),
+            false => Feedback::drifted(name, k, squares, drift, DAMPING),
+        };
+        feedback.map(Some)
     }
+}
+
+/// Adds `AᵀB`.
+fn add(sums: &mut [f64], a: &Tensor, b: &Tensor) -> Result<()> {
+    let products = a.t()?.matmul(b)?.flatten_all()?.to_vec1::<f32>()?;
+    for (sum, product) in sums.iter_mut().zip(products) {
+        *sum += f64::from(product);
+    }
+    Ok(())
 }
