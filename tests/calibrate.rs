@@ -5,13 +5,14 @@ mod common;
 use candle_core::Device;
 use candle_mmfp4::Result;
 use candle_mmfp4::checkpoint::{
-    Checkpoint, LoadOptions, QuantizeOptions, QuantizeReport, quantize_calibrated, quantize_checkpoint,
+    Checkpoint, LoadOptions, QuantizeOptions, QuantizeReport, StoredTensor, quantize_calibrated,
+    quantize_checkpoint,
 };
 use candle_mmfp4::cpu::Arithmetic;
 use candle_mmfp4::fp4::Format;
 use candle_mmfp4::generation::{Tokenizer, calibration_windows};
 use candle_mmfp4::models::glm4_moe_lite::{Calibration, Config, Logits, Model, Sequence};
-use common::{bf16_demo, contents, goldens, noise, values};
+use common::{bf16_demo, contents, goldens, noise, repository, rewritten, values};
 use serde_json::Value;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -220,6 +221,58 @@ fn every_kind_of_model_is_calibrated() {
     }
 }
 
+/// Such weights stand at the end of their file, behind those of later layers.
+#[test]
+fn weights_of_odd_sizes_are_calibrated() {
+    const RANK: usize = 62;
+    let source = repository("tests/data/tiny-models/plain");
+    let bytes = |stored: &StoredTensor, shape: &[usize], kept: usize| -> Vec<u8> {
+        let rows = stored.bytes.chunks(stored.shape.last().unwrap() * 2);
+        let rows = rows.map(|row| &row[..2 * shape.last().unwrap()]);
+        rows.take(kept).flatten().copied().collect()
+    };
+    let folder = rewritten(&source, |name, stored| {
+        let (shape, rows) = match name.rsplit_once("self_attn.")?.1 {
+            // 62 rows of four scales each.
+            "q_a_proj.weight" => (vec![RANK, stored.shape[1]], RANK),
+            "q_a_layernorm.weight" => (vec![RANK], 1),
+            "q_b_proj.weight" => (vec![stored.shape[0], RANK], stored.shape[0]),
+            _ => return None,
+        };
+        let bytes = bytes(stored, &shape, rows);
+        Some(vec![(name.to_string(), stored.dtype, shape, bytes)])
+    });
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["q_lora_rank"] = RANK.into();
+    std::fs::write(&path, config.to_string()).unwrap();
+
+    let windows: Vec<Vec<u32>> = (0..8)
+        .map(|w| (0..64).map(|t| (w * 71 + t * 37) % 512).collect())
+        .collect();
+    let options = QuantizeOptions {
+        keep: vec!["mlp".into()],
+        ..QuantizeOptions::new(Format::mxfp4())
+    };
+    let place = tempfile::tempdir().unwrap();
+    let mut last = (0, 0);
+    let report = write_from(
+        folder.path(),
+        &windows,
+        &place.path().join("out"),
+        &options,
+        |done, total| {
+            assert!(done <= total, "{done} of {total}");
+            last = (done, total);
+        },
+    );
+    let report = report.unwrap();
+    assert_eq!((report.uncalibrated, report.shards), (0, 1), "{report}");
+    // All but q_b_proj, whose inputs are no multiple of a group.
+    assert_eq!(report.quantized.tensors, 3 * 4, "{report}");
+    assert_eq!(last.0, last.1);
+}
+
 /// Writes the first half of a model.
 fn interrupted(windows: &[Vec<u32>], target: &Path, options: &QuantizeOptions) {
     let stopped = catch_unwind(AssertUnwindSafe(|| {
@@ -238,7 +291,7 @@ fn an_interrupted_run_ends_as_one_that_was_not() {
         let place = tempfile::tempdir().unwrap();
         let options = QuantizeOptions {
             shard_bytes: 1_000_000,
-            keep: vec!["layers.1.self_attn".into()],
+            keep: vec!["layers.0.self_attn".into()],
             ..QuantizeOptions::new(format)
         };
         let straight = place.path().join("straight");

@@ -129,12 +129,14 @@ impl<C> File<C> {
         bytes
     }
 
-    /// Where in the file the first tensor lies whose content is `wanted`.
-    pub fn range(&self, wanted: impl Fn(&C) -> bool) -> Option<Range<usize>> {
-        let index = self.entries.iter().position(|entry| wanted(&entry.content))?;
-        let before = self.entries[..index].iter().map(|entry| entry.size);
-        let start = self.preamble().len() + before.sum::<usize>();
-        Some(start..start + self.entries[index].size)
+    /// The tensors, each with where it lies in the file.
+    pub fn ranges(&self) -> impl Iterator<Item = (&Entry<C>, Range<usize>)> {
+        let mut end = self.preamble().len();
+        self.entries.iter().map(move |entry| {
+            let start = end;
+            end += entry.size;
+            (entry, start..end)
+        })
     }
 
     /// Bytes of all tensors.

@@ -48,7 +48,8 @@ impl Feedback {
     /// to be rounded towards the original ones.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Error::Tensor`] also for a `drift` of another size or with numbers that are not finite.
+    /// As [`new`](Self::new); [`Error::Tensor`] also for a `drift` of another size, with numbers that are not finite or so large
+    /// that what follows from them does not fit F32.
     pub fn drifted(name: &str, k: usize, moments: Vec<f64>, drift: Vec<f64>, damping: f64) -> Result<Self> {
         Self::behind(name, k, moments, Some(drift), damping)
     }
@@ -111,6 +112,10 @@ impl Feedback {
                 });
             transposed
         });
+        if corrected.iter().flatten().any(|value| !value.is_finite()) {
+            let problem = "what its calibration inputs have become tells nothing of what they were: expected corrections that fit F32";
+            return Err(Error::tensor(name, None, problem));
+        }
         let diagonal: Vec<f64> = (0..k).map(|i| moments[i * k + i]).collect();
         let mut carried = vec![0f32; k * k];
         carried.par_chunks_mut(k).enumerate().for_each(|(column, row)| {
@@ -373,6 +378,10 @@ mod tests {
             let error = error.unwrap_err().to_string();
             assert!(error.contains("drift of 2 inputs"), "{error}");
         }
+        let error = Feedback::drifted("up_proj", 1, vec![1.0], vec![1e300], 0.01)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("up_proj") && error.contains("F32"), "{error}");
         for damping in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             refused(1, vec![1.0], damping, "damping");
         }

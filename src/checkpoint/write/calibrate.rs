@@ -14,8 +14,9 @@ pub trait LayerInputs {
     /// The decoder layers that it knows, counted from the first; the linear layers of others are rounded plainly.
     fn layers(&self) -> usize;
 
-    /// Has the linear layers of decoder layer `index` rounded, each with what its inputs tell. Called once for each layer, in the
-    /// order of their numbers, also for those that an interrupted run has finished.
+    /// Has the linear layers of decoder layer `index` rounded, each with what its inputs tell; those that it does not have rounded
+    /// are rounded plainly. Called in the order of the layers' numbers, once for each up to the last of which something is to be
+    /// written: also for those that an interrupted run has finished.
     ///
     /// # Errors
     /// Those of running the model so far, and of `rounding`.
@@ -24,13 +25,15 @@ pub trait LayerInputs {
 
 /// What rounds weights for [`LayerInputs`].
 pub trait Rounding {
-    /// Whether an interrupted run has rounded decoder layer `index`: of its inputs nothing needs to be found out.
-    fn is_finished(&self, index: usize) -> bool;
+    /// Whether the weight of the linear layer `module` (a weight's name without `.weight`) is still to be rounded: it does not
+    /// stay as it is, and no interrupted run has written it.
+    fn is_open(&self, module: &str) -> bool;
 
-    /// Rounds the weight of the linear layer `module` (a weight's name without `.weight`): with `feedback`, or plainly where
-    /// the text says too little of its inputs. What it has become; `None` where it stays as it is.
+    /// What the weight of `module` becomes: where it [is open](Self::is_open), rounded with `feedback`, or plainly where the text
+    /// says too little of its inputs; else as an interrupted run has written it. `None` where it stays as it is.
     ///
     /// # Errors
-    /// Those of [`quantize_compensated`](crate::fp4::quantize_compensated).
+    /// Those of [`quantize_compensated`](crate::fp4::quantize_compensated); [`Error::Io`](crate::Error::Io) where what was written
+    /// cannot be read.
     fn round(&mut self, module: &str, feedback: Option<&Feedback>) -> Result<Option<Fp4Tensor>>;
 }

@@ -79,8 +79,8 @@ pub struct QuantizeReport {
     pub resumed: usize,
     /// Weights in four bits.
     pub quantized: Tally,
-    /// How many of them were rounded plainly in this run because the calibration's text has too few tokens for them;
-    /// none without calibration.
+    /// How many of them were rounded plainly in this run because the calibration's text has too few tokens for them, or because
+    /// they belong to layers that it does not reach, which predict tokens after the next; none without calibration.
     pub uncalibrated: usize,
     /// Tensors that are as they were.
     pub copied: Tally,
@@ -108,7 +108,7 @@ impl fmt::Display for QuantizeReport {
         if self.uncalibrated > 0 {
             write!(
                 f,
-                "\n{} weights rounded without calibration, of whose inputs the text has too few",
+                "\n{} weights rounded without calibration: of their inputs the text tells too little",
                 self.uncalibrated
             )?;
         }

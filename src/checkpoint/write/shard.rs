@@ -9,7 +9,16 @@ use crate::fp4::{
 };
 use crate::{Error, Result};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+
+/// Where a weight lies.
+#[derive(Clone)]
+struct Written<'a> {
+    file: &'a str,
+    codes: Range<usize>,
+    scales: Range<usize>,
+}
 
 /// Makes what files consist of. Holds one weight at a time or, with calibration, those of a layer.
 pub struct Maker<'a, 'b> {
@@ -20,8 +29,12 @@ pub struct Maker<'a, 'b> {
     progress: &'a mut dyn FnMut(u64),
     /// The layer that inputs are asked for next.
     next: usize,
-    /// By index in [`Plan::linears`], those of the layer before.
+    /// By index in [`Plan::linears`], until they are written: those of odd sizes stand at the end of their file.
     rounded: BTreeMap<usize, Fp4Tensor>,
+    /// By index in [`Plan::linears`], what an interrupted run has written.
+    written: BTreeMap<usize, Written<'a>>,
+    /// The file of these that was read last.
+    mapped: Option<(&'a str, Bytes)>,
     packed: Option<(usize, Fp4Tensor)>,
     /// Of those that share one, found once: divisors are the last in a file, when the weights are long out of memory.
     factors: BTreeMap<usize, f32>,
@@ -42,6 +55,8 @@ impl<'a, 'b> Maker<'a, 'b> {
             progress,
             next: 0,
             rounded: BTreeMap::new(),
+            written: written(plan, partial),
+            mapped: None,
             packed: None,
             factors: BTreeMap::new(),
             plain: 0,
@@ -75,8 +90,8 @@ impl<'a, 'b> Maker<'a, 'b> {
         if let Some(layer) = self.plan.layer(index) {
             self.round_up_to(layer)?;
         }
-        let tensor = match self.rounded.get(&index) {
-            Some(rounded) => rounded.clone(),
+        let tensor = match self.rounded.remove(&index) {
+            Some(rounded) => rounded,
             None => {
                 self.plain += usize::from(self.inputs.is_some());
                 self.quantize(index, None)?
@@ -93,7 +108,6 @@ impl<'a, 'b> Maker<'a, 'b> {
         };
         let mut done = Ok(());
         while done.is_ok() && self.next <= layer && self.next < inputs.layers() {
-            self.rounded.clear();
             done = inputs.round_layer(self.next, self);
             self.next += 1;
         }
@@ -116,28 +130,27 @@ impl<'a, 'b> Maker<'a, 'b> {
     }
 
     /// A weight as an interrupted run has written it.
-    fn written(&mut self, index: usize) -> Result<Option<Fp4Tensor>> {
-        let codes = |content: &Content<'_>| matches!(content, Content::Codes(of) if *of == index);
-        let scales = |content: &Content<'_>| matches!(content, Content::Scales(of) if *of == index);
-        let mut files = self.plan.files.iter().filter(|(name, _)| self.partial.has(name));
-        let found = files.find_map(|(name, file)| Some((name, file.range(codes)?, file.range(scales)?)));
-        let Some((file, codes, scales)) = found else {
-            return Ok(None);
+    fn read(&mut self, index: usize, written: Written<'a>) -> Result<Fp4Tensor> {
+        let path = self.partial.folder().join(written.file);
+        let bytes = match &self.mapped {
+            Some((file, bytes)) if *file == written.file => bytes.clone(),
+            _ => Bytes::map_file(&path)?,
         };
-        let bytes = Bytes::map_file(self.partial.folder().join(file))?;
-        let (Some(codes), Some(scales)) = (bytes.slice(codes), bytes.slice(scales)) else {
-            return Ok(None);
-        };
+        self.mapped = Some((written.file, bytes.clone()));
         let linear = &self.plan.linears[index];
+        let part = |range| {
+            let shorter = || Error::tensor(linear.name, Some(path.clone()), "its file has become shorter");
+            bytes.slice(range).ok_or_else(shorter)
+        };
         let parts = Parts {
             shape: linear.matrix.shape(),
             group: self.plan.format.group,
-            codes,
-            scales,
+            codes: part(written.codes)?,
+            scales: part(written.scales)?,
             kind: self.plan.format.kind,
             factor: self.needed_factor(index)?.map_or(Factor::None, Factor::Mul),
         };
-        Fp4Tensor::new(linear.name, parts).map(Some)
+        Fp4Tensor::new(linear.name, parts)
     }
 
     /// What scales of a format that has factors are multiplied by.
@@ -164,25 +177,45 @@ impl<'a, 'b> Maker<'a, 'b> {
 }
 
 impl Rounding for Maker<'_, '_> {
-    fn is_finished(&self, index: usize) -> bool {
-        let missing = self.plan.files.iter().filter(|(name, _)| !self.partial.has(name));
-        let mut entries = missing.flat_map(|(_, file)| file.entries());
-        !entries.any(|entry| match entry.content {
-            Content::Codes(linear) => self.plan.layer(linear) == Some(index),
-            _ => false,
-        })
+    fn is_open(&self, module: &str) -> bool {
+        let index = self.plan.index(module);
+        index.is_some_and(|index| !self.written.contains_key(&index))
     }
 
     fn round(&mut self, module: &str, feedback: Option<&Feedback>) -> Result<Option<Fp4Tensor>> {
         let Some(index) = self.plan.index(module) else {
             return Ok(None);
         };
-        if let Some(written) = self.written(index)? {
-            return Ok(Some(written));
+        if let Some(written) = self.written.get(&index).cloned() {
+            return self.read(index, written).map(Some);
         }
         self.plain += usize::from(feedback.is_none());
         let tensor = self.quantize(index, feedback)?;
         self.rounded.insert(index, tensor.clone());
         Ok(Some(tensor))
     }
+}
+
+/// The weights of the files that are there.
+fn written<'a>(plan: &'a Plan<'_>, partial: &Partial<'_>) -> BTreeMap<usize, Written<'a>> {
+    let mut found = BTreeMap::new();
+    for (name, file) in plan.files.iter().filter(|(name, _)| partial.has(name)) {
+        for (entry, range) in file.ranges() {
+            let (index, is_codes) = match entry.content {
+                Content::Codes(index) => (index, true),
+                Content::Scales(index) => (index, false),
+                Content::Copy(_) | Content::Divisor(_) => continue,
+            };
+            let weight = found.entry(index).or_insert(Written {
+                file: name,
+                codes: 0..0,
+                scales: 0..0,
+            });
+            match is_codes {
+                true => weight.codes = range,
+                false => weight.scales = range,
+            }
+        }
+    }
+    found
 }

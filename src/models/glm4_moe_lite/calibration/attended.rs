@@ -56,53 +56,57 @@ impl Calibration<'_> {
         };
 
         // What queries and latents are made of, from the layer's input.
-        let mut input = Moments::new(width);
-        for batch in batches.iter().filter(|_| !weights.finished) {
-            let [x, z] = inputs(streams, batch)?;
-            input.add(&x, &z)?;
-        }
         let query = match config.q_lora_rank {
             Some(_) => "q_a_proj",
             None => "q_proj",
         };
-        let feedback = input.into_feedback(&name(query))?;
-        for part in [query, "kv_a_proj_with_mqa"] {
-            weights.round(name(part), feedback.as_ref())?;
-        }
-
-        // What they become, behind those.
-        let mut low_rank = config.q_lora_rank.map(Moments::new);
-        let mut latent = Moments::new(config.kv_lora_rank);
-        let quantized = load(weights)?;
-        for batch in batches.iter().filter(|_| !weights.finished) {
-            let [x, z] = inputs(streams, batch)?;
-            let (x, z) = (original.low_rank_inputs(&x)?, quantized.low_rank_inputs(&z)?);
-            latent.add(&x.latent, &z.latent)?;
-            if let (Some(moments), Some(x), Some(z)) = (&mut low_rank, x.query, z.query) {
+        let modules = [name(query), name("kv_a_proj_with_mqa")];
+        let mut moments = Moments::new(width);
+        if weights.are_open(&modules) {
+            for batch in &batches {
+                let [x, z] = inputs(streams, batch)?;
                 moments.add(&x, &z)?;
             }
         }
-        if let Some(moments) = low_rank {
-            let feedback = moments.into_feedback(&name("q_b_proj"))?;
-            weights.round(name("q_b_proj"), feedback.as_ref())?;
+        weights.round(&modules, moments)?;
+
+        // What they become, behind those.
+        let modules = [name("kv_b_proj"), name("q_b_proj")];
+        let mut latent = Moments::new(config.kv_lora_rank);
+        let mut low_rank = config.q_lora_rank.map(Moments::new);
+        if weights.are_open(&modules) {
+            let quantized = load(weights)?;
+            for batch in &batches {
+                let [x, z] = inputs(streams, batch)?;
+                let (x, z) = (original.low_rank_inputs(&x)?, quantized.low_rank_inputs(&z)?);
+                latent.add(&x.latent, &z.latent)?;
+                if let (Some(moments), Some(x), Some(z)) = (&mut low_rank, x.query, z.query) {
+                    moments.add(&x, &z)?;
+                }
+            }
         }
-        let feedback = latent.into_feedback(&name("kv_b_proj"))?;
-        weights.round(name("kv_b_proj"), feedback.as_ref())?;
+        weights.round(&modules[..1], latent)?;
+        if let Some(moments) = low_rank {
+            weights.round(&modules[1..], moments)?;
+        }
 
         // What attention's results become, behind all of these. The original model is through here.
-        let mut output = Moments::new(config.num_attention_heads * config.v_head_dim);
-        let quantized = load(weights)?;
+        let modules = [name("o_proj")];
+        let mut moments = Moments::new(config.num_attention_heads * config.v_head_dim);
+        let quantized = match weights.are_open(&modules) {
+            true => Some(load(weights)?),
+            false => None,
+        };
         for batch in &batches {
             let [x, z] = inputs(streams, batch)?;
             let (mixed, y) = run(&original, &x, batch)?;
-            if !weights.finished {
-                output.add(&mixed, &run(&quantized, &z, batch)?.0)?;
+            if let Some(quantized) = &quantized {
+                moments.add(&mixed, &run(quantized, &z, batch)?.0)?;
             }
             let start = batch.tokens.start * width;
             add(&mut streams.original[start..], &y)?;
         }
-        let feedback = output.into_feedback(&name("o_proj"))?;
-        weights.round(name("o_proj"), feedback.as_ref())?;
+        weights.round(&modules, moments)?;
 
         // The quantised one, now that it is whole.
         let quantized = load(weights)?;

@@ -102,31 +102,31 @@ impl Calibration<'_> {
             })
         };
         let original = load(weights)?;
-        let known = weights.finished;
         // Of the same tokens in both models.
-        let seen = || tokens[1].chunks(TOGETHER).filter(|_| !known);
+        let seen = || tokens[1].chunks(TOGETHER);
 
-        let mut input = Moments::new(width);
-        for tokens in seen() {
-            input.add(
-                &rows(&read.original, tokens, width)?,
-                &rows(&read.quantized, tokens, width)?,
-            )?;
+        let modules = [part("gate_proj"), part("up_proj")];
+        let mut moments = Moments::new(width);
+        if weights.are_open(&modules) {
+            for tokens in seen() {
+                let x = rows(&read.original, tokens, width)?;
+                let z = rows(&read.quantized, tokens, width)?;
+                moments.add(&x, &z)?;
+            }
         }
-        let feedback = input.into_feedback(&part("gate_proj"))?;
-        for linear in ["gate_proj", "up_proj"] {
-            weights.round(part(linear), feedback.as_ref())?;
-        }
+        weights.round(&modules, moments)?;
 
-        let mut middle = Moments::new(inner);
-        let quantized = load(weights)?;
-        for tokens in seen() {
-            let x = original.inner(&rows(&read.original, tokens, width)?)?;
-            let z = quantized.inner(&rows(&read.quantized, tokens, width)?)?;
-            middle.add(&x, &z)?;
+        let modules = [part("down_proj")];
+        let mut moments = Moments::new(inner);
+        if weights.are_open(&modules) {
+            let quantized = load(weights)?;
+            for tokens in seen() {
+                let x = original.inner(&rows(&read.original, tokens, width)?)?;
+                let z = quantized.inner(&rows(&read.quantized, tokens, width)?)?;
+                moments.add(&x, &z)?;
+            }
         }
-        let feedback = middle.into_feedback(&part("down_proj"))?;
-        weights.round(part("down_proj"), feedback.as_ref())?;
+        weights.round(&modules, moments)?;
 
         let quantized = load(weights)?;
         let [of_original, of_quantized] = tokens;

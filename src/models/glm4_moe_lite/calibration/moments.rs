@@ -1,12 +1,9 @@
 //! Sums over a layer's inputs.
 
+use super::DAMPING;
 use crate::Result;
 use crate::fp4::Feedback;
 use candle_core::Tensor;
-
-/// What is added to the squares of inputs, beside their mean: more than the 0.01 of GPTQ's authors, as models of few inputs and many
-/// experts gain by it (docs/quantize.md).
-const DAMPING: f64 = 0.1;
 
 /// Of a linear layer's inputs X in the original model and Z behind quantised layers: `ZᵀZ` and `(X - Z)ᵀZ`, both `[K, K]`, and how
 /// many there were.
