@@ -17,8 +17,8 @@ use weights::Weights;
 /// What `config.json` says of how weights are rounded: an interrupted run of another method begins anew.
 const METHOD: &str = "GPTAQ, natural order, static groups";
 
-/// What is added to the squares of inputs, beside their mean: more than the 0.01 of GPTQ's authors, as models of few inputs and many
-/// experts gain by it without the drift of inputs; with it 0.03 gave the same (docs/quantize.md).
+/// What is added to the squares of inputs, beside their mean: more than the 0.01 of GPTQ's authors, as an expert sees few tokens;
+/// 0.03 gave the same divergence (docs/quantize.md).
 const DAMPING: f64 = 0.1;
 
 /// The inputs that a checkpoint's linear layers have while its model reads a text, for
