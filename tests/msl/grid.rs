@@ -57,3 +57,11 @@ pub fn every<const N: usize>(axes: [usize; N]) -> Vec<[usize; N]> {
     };
     (0..axes.iter().product()).map(place).collect()
 }
+
+/// [`every`] place where everything is to run, else [`pairwise`] ones.
+pub fn chosen<const N: usize>(axes: [usize; N]) -> Vec<[usize; N]> {
+    match crate::full() {
+        true => every(axes),
+        false => pairwise(axes),
+    }
+}

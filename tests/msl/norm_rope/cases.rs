@@ -55,11 +55,6 @@ pub fn grid() -> Vec<Rows> {
         EPS.len(),
         MAGNITUDES.len(),
     ];
-    let places = if crate::full() {
-        grid::every(axes)
-    } else {
-        grid::pairwise(axes)
-    };
     let case = |at: [usize; 6]| Rows {
         dtype: DTYPES[at[0]],
         d: LENGTHS[at[1]],
@@ -68,7 +63,7 @@ pub fn grid() -> Vec<Rows> {
         eps: EPS[at[4]],
         magnitude: MAGNITUDES[at[5]],
     };
-    places.into_iter().map(case).collect()
+    grid::chosen(axes).into_iter().map(case).collect()
 }
 
 impl Rows {
@@ -203,11 +198,6 @@ pub fn tokens() -> Vec<Tokens> {
         PAIRINGS.len(),
         LIES.len(),
     ];
-    let places = if crate::full() {
-        grid::every(axes)
-    } else {
-        grid::pairwise(axes)
-    };
     let case = |at: [usize; 7]| Tokens {
         dtype: DTYPES[at[0]],
         tokens: TOKENS[at[1]],
@@ -217,7 +207,7 @@ pub fn tokens() -> Vec<Tokens> {
         pairing: PAIRINGS[at[5]],
         lies: LIES[at[6]],
     };
-    places.into_iter().map(case).collect()
+    grid::chosen(axes).into_iter().map(case).collect()
 }
 
 impl Tokens {
